@@ -1,0 +1,487 @@
+"""Pre-train a U-Net on Otsu pseudo-masks (MedSASS, section 3.3 of the paper), without any label.
+
+    python pretrain.py --dataset demo --epochs 10
+    python pretrain.py --dataset isic --backbone vit_small
+    python pretrain.py --dataset isic --train encoder --threshold ght --loss tversky
+
+Reads data/<dataset>/ (see prepare_data.py), writes runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same
+command again goes on where it was stopped, to the bit.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import prepare_data
+from losses import LOSSES
+from models import BACKBONES, build_unet, export_encoder
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # timm's default for both backbones
+
+# ---------------------------------------------------------------------------------------------- pseudo-masks (3.3.2)
+
+THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
+# Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa are pixel counts, tuned on pages of about
+# 2 ** 20 pixels; pseudo_mask scales them to the image, or a 224 x 224 image would be all prior.
+GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA, GHT_PIXELS = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25, 2 ** 20
+
+
+def otsu_threshold(gray):
+    """uint8 (H, W) -> int t; foreground is gray > t (Otsu 1979, by OpenCV)."""
+    return int(cv2.threshold(gray, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0])
+
+
+def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA):
+    """uint8 (H, W) -> int t by Generalized Histogram Thresholding; foreground is gray > t (Barron, ECCV 2020, sec. 3).
+
+    Two Gaussians are fitted, one on either side of every split. nu >= 0: strength (in pixels) of the prior that each
+    has standard deviation tau; kappa >= 0: strength of the prior that a share omega of the pixels is at or below t.
+    Ties give the mean of the tied thresholds, as in Barron's code.
+    """
+    n = np.bincount(gray.ravel(), minlength=256).astype(np.float64)
+    x = np.arange(256.0)
+
+    def side(n, x, share):                                      # cumulated over levels 0..t, for t = 0..254
+        w = np.maximum(np.cumsum(n)[:-1], 1e-30)
+        mean = np.cumsum(n * x)[:-1] / w
+        d = np.cumsum(n * x ** 2)[:-1] - w * mean ** 2          # sum of squared deviations
+        p = w / n.sum()
+        v = np.maximum((p * nu * tau ** 2 + d) / (p * nu + w), 1e-30)
+        return -d / v - w * np.log(v) + 2 * (w + kappa * share) * np.log(w)
+
+    score = side(n, x, omega) + side(n[::-1], x[::-1], 1 - omega)[::-1]
+    return int(np.flatnonzero(score == score.max()).mean())
+
+
+def pseudo_mask(images, method="otsu", foreground="bright"):
+    """uint8 (B, H, W, 3) RGB -> uint8 {0, 1} (B, H, W): the label that an image gives itself (Algorithm 1).
+
+    method: one of THRESHOLDS. "dark" is the complement of "bright" at the same threshold. An image of one gray value
+    has no foreground. GHT's pixel-count constants are scaled to the image's size.
+    """
+    if method not in THRESHOLDS or foreground not in ("bright", "dark"):
+        raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}: {', '.join(THRESHOLDS)}; bright, dark")
+    masks = np.zeros(images.shape[:3], np.uint8)
+    for image, mask in zip(images, masks):
+        gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+        if gray.min() == gray.max():
+            continue
+        if method.startswith("adaptive"):                       # gray > local mean - C, block 11, C 2
+            kind = cv2.ADAPTIVE_THRESH_MEAN_C if method == "adaptive_mean" else cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+            bright = cv2.adaptiveThreshold(gray, 1, kind, cv2.THRESH_BINARY, 11, 2) == 1
+        elif method == "ght":
+            scale = gray.size / GHT_PIXELS
+            bright = gray > ght_threshold(gray, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
+        else:
+            bright = gray > (otsu_threshold(gray) if method == "otsu" else 127)
+        mask[:] = bright if foreground == "bright" else ~bright
+    return masks
+
+
+# ----------------------------------------------------------------------------------------- augmentation (appendix D)
+
+def warp(image, matrix):
+    """uint8 (3, H, W) -> the same: the pixel at (x, y) is taken from matrix @ (x, y, 1), bilinear. What lies outside
+    is the mirror image of what lies inside: torchvision fills with black, which Otsu would take for dark foreground."""
+    height, width = image.shape[1:]
+    out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, (width, height),
+                              flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
+    return torch.from_numpy(out).permute(2, 0, 1)
+
+
+class Perspective(v2.RandomPerspective):
+    """torchvision's, with mirrored borders."""
+
+    def transform(self, image, params):
+        return warp(image, np.append(params["coefficients"], 1.0).reshape(3, 3))
+
+
+class Rotation(v2.RandomAffine):
+    """torchvision's random affine map (here a rotation about the centre), with mirrored borders."""
+
+    def transform(self, image, params):
+        centre = ((image.shape[2] - 1) / 2, (image.shape[1] - 1) / 2)
+        forward = np.vstack([cv2.getRotationMatrix2D(centre, -params["angle"], params["scale"]), [0, 0, 1]])
+        return warp(image, np.linalg.inv(forward))
+
+
+def paper_augmentation():
+    """uint8 (3, H, W) -> the same. The paper's list and order; it gives no strengths, these are mild, common ones."""
+    jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+    return v2.Compose([v2.RandomChoice([jitter, Perspective(distortion_scale=0.2, p=1.0)]),
+                       v2.RandomChoice([jitter, Rotation(degrees=10)]),
+                       v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])
+
+
+# -------------------------------------------------------------------------------------------------------- the method
+
+class MedSASS(nn.Module):
+    """A U-Net that learns to draw the pseudo-mask of the very image it sees (section 3.3.1, Algorithm 1).
+
+    augment(image): uint8 (3, H, W) -> [view uint8 (3, H, W), pseudo-mask uint8 {0, 1} (1, H, W)], in the workers.
+    plain(image): the same without augmentation, for validation. forward([views, masks]) -> scalar loss.
+    train_part "encoder": only `unet.encoder` learns, against a decoder that stays as it was drawn (section 4.1).
+    """
+
+    def __init__(self, backbone, img_size=224, threshold="otsu", foreground="bright", loss="focal_tversky",
+                 train_part="end2end"):
+        super().__init__()
+        self.unet = build_unet(backbone, img_size)
+        self.loss, self.train_part = LOSSES[loss], train_part
+        if train_part == "encoder":
+            self.unet.requires_grad_(False).encoder.requires_grad_(True)
+        self.plain = functools.partial(view_and_mask, v2.Identity(), threshold, foreground)
+        self.augment = functools.partial(view_and_mask, paper_augmentation(), threshold, foreground)
+
+    @property
+    def encoder(self):
+        return self.unet.encoder
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.train_part == "encoder":                        # the decoder's BatchNorm statistics stay too
+            self.unet.eval().encoder.train(mode)
+        return self
+
+    def forward(self, views):
+        images, masks = views
+        self.logits = self.unet(normalise(images))              # (B, 1, H, W); kept for the log
+        return self.loss(self.logits, masks)
+
+
+def view_and_mask(transform, threshold, foreground, image):
+    """uint8 (3, H, W) -> [transform(image), its pseudo-mask uint8 {0, 1} (1, H, W)]."""
+    view = transform(image)
+    return [view, torch.from_numpy(pseudo_mask(view.permute(1, 2, 0).numpy()[None], threshold, foreground))]
+
+
+def normalise(images):
+    """uint8 (B, 3, H, W) RGB -> float, by ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images / 255 - mean) / std
+
+
+# --------------------------------------------------------------------------------------------- data and its randomness
+
+def seed_from(*key):
+    """A 63-bit seed from non-negative integers such as (seed, epoch, index): randomness is their function alone."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Inside, torch's CPU generator is seeded from `key` and one thread computes (as in a loader's worker, so that
+    sums round alike); afterwards both are as before."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_from(*key))
+        yield
+    if threads > 1:
+        torch.set_num_threads(threads)
+
+
+class Images(torch.utils.data.Dataset):
+    """One part of a data set. Key (epoch, index) -> (index, transform(image)), the same in whatever process."""
+
+    def __init__(self, folder, part, transform, seed):
+        self.path = Path(folder) / f"{part}_images.npy"         # true masks are never opened in this file
+        self.shape = np.load(self.path, mmap_mode="r").shape
+        self.transform, self.seed = transform, seed
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image = np.array(np.load(self.path, mmap_mode="r")[index])      # mapped afresh: nothing to send to a worker
+        with seeded(self.seed, epoch, index):
+            return index, self.transform(torch.from_numpy(image).permute(2, 0, 1))
+
+
+class Batches:
+    """The batches of an epoch, lists of (epoch, index): in an order of (seed, epoch) alone, or as stored without seed.
+    A last batch of one image joins the batch before it."""
+
+    def __init__(self, n, batch_size, seed=None):
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+        self.cuts = list(range(0, n, batch_size)) + [n]
+        if len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
+            del self.cuts[-2]
+
+    def __len__(self):
+        return len(self.cuts) - 1
+
+    def __iter__(self):
+        order = range(self.n)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(seed_from(self.seed, self.epoch))
+            order = torch.randperm(self.n, generator=generator).tolist()
+        for start, end in zip(self.cuts, self.cuts[1:]):
+            yield [(self.epoch, index) for index in order[start:end]]
+
+
+def make_loader(dataset, batches, workers):
+    """Loads `batches` (their .epoch may change between passes); the workers stay alive."""
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there first; ends the program where the one asked for is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a killed run never leaves half a file under the real name."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def to_device(views, device):
+    """Move a batch's views; channels_last is what CPU and GPU convolutions are fastest in."""
+    views = [view.to(device, non_blocking=True) for view in views]
+    return [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+
+@torch.no_grad()
+def validate(method, loader, device):
+    """Mean loss over the un-augmented validation images, and the foreground shares of pseudo-masks and predictions."""
+    method.eval()
+    loss, pseudo, predicted, n = 0.0, 0.0, 0.0, 0
+    for index, views in loader:
+        views = to_device(views, device)
+        loss += method(views).item() * len(index)
+        pseudo += views[1].float().mean().item() * len(index)
+        predicted += (method.logits > 0).float().mean().item() * len(index)
+        n += len(index)
+    return loss / n, pseudo / n, predicted / n
+
+
+def train_one_epoch(method, loader, optimizer, device, step, args, bar):
+    """Returns (mean loss, share of the time spent waiting for data). Ends the program at a loss that is not finite."""
+    method.train()
+    total, n, waited, start = 0.0, 0, 0.0, time.time()
+    asked = start
+    for index, views in loader:
+        waited += time.time() - asked
+        torch.manual_seed(seed_from(args.seed, step))
+        optimizer.zero_grad(set_to_none=True)
+        loss = method(to_device(views, device))
+        if not math.isfinite(loss.item()):
+            names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
+            bar.close()
+            sys.exit(f"the loss is {loss.item()} at step {step}, in the batch of "
+                     f"{', '.join(names[i]['name'] for i in index)}: try a smaller --lr")
+        loss.backward()
+        optimizer.step()
+        total, n, step = total + loss.item() * len(index), n + len(index), step + 1
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+        bar.update()
+        asked = time.time()
+    return total / n, waited / (time.time() - start)
+
+
+def train(method, args, folder, device):
+    """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`."""
+    data = Path(args.data) / args.dataset
+    train_set = Images(data, "train", method.augment, args.seed)
+    val_set = Images(data, "val", method.plain, args.seed)
+    batches = Batches(len(train_set), args.batch_size, args.seed)
+    train_loader = make_loader(train_set, batches, args.workers)
+    val_loader = make_loader(val_set, Batches(len(val_set), args.batch_size), min(args.workers, 1))
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], args.lr,
+                                 weight_decay=args.weight_decay)
+    state = dict(epoch=0, best=math.inf, stale=0)
+    if (folder / "last.pt").exists():
+        saved = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+        method.unet.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = {key: saved[key] for key in state}
+        print(f"{folder}: going on after epoch {state['epoch']}")
+    log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
+    bar = tqdm(total=args.epochs * len(batches), initial=state["epoch"] * len(batches), unit=" steps")
+    while not finished(state, args):
+        start, batches.epoch = time.time(), state["epoch"]
+        bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
+        loss, waiting = train_one_epoch(method, train_loader, optimizer, device, state["epoch"] * len(batches), args, bar)
+        val_loss, pseudo, predicted = validate(method, val_loader, device)
+        seconds = time.time() - start
+        state["epoch"] += 1
+        better = val_loss < state["best"]
+        state["best"], state["stale"] = (val_loss, 0) if better else (state["best"], state["stale"] + 1)
+        log.append(dict(epoch=state["epoch"], train_loss=f"{loss:.6f}", val_loss=f"{val_loss:.6f}",
+                        pseudo_foreground=f"{pseudo:.4f}", predicted_foreground=f"{predicted:.4f}",
+                        seconds=f"{seconds:.2f}", waiting_share=f"{waiting:.4f}",
+                        images_per_second=f"{len(train_set) / seconds:.1f}"))
+        if predicted in (0, 1):
+            bar.write(f"epoch {state['epoch']}: the network calls every validation pixel "
+                      f"{'foreground' if predicted else 'background'}; if it stays so, it has collapsed "
+                      "(appendix B.1: --loss focal_tversky is the cure for bce)")
+        write_atomically(folder / "log.csv", functools.partial(write_log, log))
+        if better:
+            best = dict(model=method.unet.state_dict(), epoch=state["epoch"], val_loss=val_loss)
+            write_atomically(folder / "best.pt", functools.partial(torch.save, best))
+        last = state | dict(model=method.unet.state_dict(), optimizer=optimizer.state_dict())
+        write_atomically(folder / "last.pt", functools.partial(torch.save, last))
+    bar.close()
+    return val_set
+
+
+def finished(state, args):
+    """Whether the epochs are done, or `patience` of them went by without a better validation loss (0: never)."""
+    return state["epoch"] >= args.epochs or 0 < args.patience <= state["stale"]
+
+
+def write_log(rows, path):
+    """log.csv: one row an epoch."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@torch.no_grad()
+def write_samples(method, val_set, path, device, rows=6):
+    """samples.png: validation images, their pseudo-masks, and what the network predicts."""
+    method.eval()
+    sheet = []
+    for i in range(min(rows, len(val_set))):
+        _, (view, mask) = val_set[0, i]
+        logits = method.unet(normalise(view[None].to(device)))
+        sheet.append([view.permute(1, 2, 0).numpy(), mask[0].numpy(), (logits[0, 0] > 0).cpu().numpy()])
+    picture = Image.fromarray(prepare_data.contact_sheet(sheet, ["image", "pseudo-mask", "prediction"]))
+    write_atomically(path, functools.partial(picture.save, format="PNG"))
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+def run_settings(args, meta):
+    """All that decides what a run computes; equal settings, equal bits (on one machine)."""
+    names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs", "batch_size",
+             "patience", "lr", "weight_decay", "seed")
+    return {name: getattr(args, name) for name in names} | dict(img_size=meta["size"], data=meta["fingerprint"])
+
+
+def run_folder(args, meta, defaults):
+    """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
+    short = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b", patience="p", lr="lr",
+                 weight_decay="wd")
+    defaults = defaults | dict(foreground=meta["foreground"])
+    variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
+    return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
+
+
+def open_run(args, meta, folder):
+    """Make the run's folder with its config.json, or check that the one there is of the same settings."""
+    settings = run_settings(args, meta)
+    path = folder / "config.json"
+    if path.exists() and not args.overwrite:
+        try:
+            there = json.loads(path.read_text())["settings"]
+        except (ValueError, KeyError):
+            sys.exit(f"{path} is not a run's settings: --overwrite starts this run afresh")
+        differ = [f"{key} ({there.get(key)} there, {value} asked)" for key, value in settings.items()
+                  if there.get(key) != value]
+        if differ:
+            sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts it afresh")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv"):
+        (folder / name).unlink(missing_ok=True)
+    config = dict(settings=settings, command=args.command, device=args.device, workers=args.workers,
+                  versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
+                                torchvision=torchvision.__version__, opencv=cv2.__version__, numpy=np.__version__))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
+                                                                   argparse.RawDescriptionHelpFormatter), {}))
+    parser.add_argument("--dataset", required=True, help="name of a prepared data set, a folder under --data")
+    parser.add_argument("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
+    parser.add_argument("--method", default="medsass", choices=["medsass"], help="what to train by")
+    parser.add_argument("--train", default="end2end", choices=["end2end", "encoder"],
+                        help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
+    parser.add_argument("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3)")
+    parser.add_argument("--loss", default="focal_tversky", choices=list(LOSSES), help="Table 4; bce is appendix B.1")
+    parser.add_argument("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
+    parser.add_argument("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
+    parser.add_argument("--patience", type=int, default=5,
+                        help="stop after so many epochs without a better validation loss; 0: never")
+    parser.add_argument("--lr", type=float, default=3.6e-4, help="of Adam, constant (the authors' sibling code)")
+    parser.add_argument("--weight-decay", type=float, default=1e-5, help="of Adam (the authors' sibling code)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
+                        help="processes that load and augment; any number gives the same bits")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where prepared data sets are")
+    parser.add_argument("--out", default="runs", metavar="DIR", help="where runs are kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
+    args = parser.parse_args(argv)
+    for name, least in dict(epochs=1, batch_size=1, patience=0, seed=0, workers=0).items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    return args, {action.dest: action.default for action in parser._actions}
+
+
+def main(argv=None):
+    args, defaults = parse_args(argv)
+    args.command = shlex.join(["python", "pretrain.py", *(sys.argv[1:] if argv is None else argv)])
+    meta = prepare_data.read_meta(Path(args.data) / args.dataset)
+    args.foreground = args.foreground or meta["foreground"]
+    device = pick_device(args.device)
+    args.device = device.type
+    torch.manual_seed(seed_from(args.seed))
+    try:
+        method = MedSASS(args.backbone, meta["size"], args.threshold, args.foreground, args.loss, args.train)
+    except ValueError as error:
+        sys.exit(str(error))
+    method.to(device, memory_format=torch.channels_last)
+    folder = run_folder(args, meta, defaults)
+    open_run(args, meta, folder)
+    if (folder / "samples.png").exists():                       # the last file that a run writes
+        print(f"{folder} is finished: nothing to do")
+        return
+    print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
+    val_set = train(method, args, folder, device)
+    best = torch.load(folder / "best.pt", map_location=device, weights_only=True)
+    method.unet.load_state_dict(best["model"])
+    print(f"{folder}: best validation loss {best['val_loss']:.4f} after epoch {best['epoch']}")
+    export_encoder(method, folder / "encoder.pth")
+    write_samples(method, val_set, folder / "samples.png", device)
+
+
+if __name__ == "__main__":
+    main()
