@@ -4,9 +4,11 @@
     python finetune_eval.py --protocol reference --dataset demo --backbone resnet50
     python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small
     python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --predict my_images --out my_masks
+    python finetune_eval.py --report
 
 transfer: the pre-trained network as it is; where only an encoder was trained, that encoder in a fresh, seeded decoder
-that nobody trained (section 4.1). reference: what costs nothing, on the same test images. One JSON an evaluation.
+that nobody trained (section 4.1). reference: what costs nothing, on the same test images. One JSON an evaluation,
+under results/; --report prints them all.
 """
 
 import argparse
@@ -189,11 +191,10 @@ def reference(args, settings, meta, device):
 
 def evaluate(args, settings, meta, device):
     """Run one protocol, print its scores, write its JSON (and picture)."""
-    name, group = settings["method"], settings["group"]
-    folder = Path(args.out) / args.dataset / settings["backbone"] / group / f"seed{args.seed}"
+    folder = Path(args.out) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
     path = folder / f"{args.protocol}.json"
-    head = dict(dataset=args.dataset, backbone=settings["backbone"], method=name, train=settings["train"],
-                protocol=args.protocol, labels=0.0, seed=args.seed)
+    head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
+                variant=settings["variant"], train=settings["train"], protocol=args.protocol, labels=0.0, seed=args.seed)
     head |= {key: settings[key] for key in ("threshold", "loss", "foreground", "epochs", "batch_size") if key in settings}
     head |= dict(img_size=meta["size"], data=meta["fingerprint"])
     protocol = transfer if args.protocol == "transfer" else reference
@@ -206,7 +207,7 @@ def evaluate(args, settings, meta, device):
         write_atomically(path.with_suffix(".png"), functools.partial(Image.fromarray(sheet).save, format="PNG"))
     text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
-    print_scores(result)
+    print_scores([result])
     print(path)
 
 
@@ -221,15 +222,33 @@ def refuse_to_replace(path, result):
         sys.exit(f"{path} holds another evaluation (other {', '.join(differ)}): --overwrite replaces it")
 
 
-def print_scores(result):
-    """One line a row: global and per-image IoU, precision, recall, accuracy."""
-    rows = {name: value for name, value in result.items() if isinstance(value, dict)} or {result["method"]: result}
-    print(f"{result['dataset']}, {result['backbone']}, {result['protocol']}, {result['n_test']} test images")
-    print(f"{'':24}{'IoU':>8}{'IoU/image':>11}{'precision':>11}{'recall':>8}{'accuracy':>10}")
-    for name, row in rows.items():
-        print(f"{name:24}{row['iou_global']:8.4f}{row['iou_image']:11.4f}{row['precision_global']:11.4f}"
-              f"{row['recall_global']:8.4f}{row['accuracy_global']:10.4f}"
-              + ("  (uses labels)" if row.get("uses_labels") else ""))
+def print_scores(results):
+    """A table of results, a line a network or reference row: global IoU, mean IoU of an image, and the rest."""
+    lines = []
+    for r in results:
+        rows = {name: value for name, value in r.items() if isinstance(value, dict)} or {r["variant"]: r}
+        for name, row in rows.items():
+            lines.append(f"{r['dataset'] + ', ' + r['backbone']:22}{r['protocol'] + ', ' + name:42}{r['seed']:4}"
+                         f"{row['iou_global']:9.4f}{row['iou_image']:11.4f}{row['precision_global']:11.4f}"
+                         f"{row['recall_global']:8.4f}{row['accuracy_global']:10.4f}"
+                         + ("  (uses labels)" if row.get("uses_labels") else ""))
+    print(f"{'test set, network':22}{'protocol, row':42}{'seed':>4}{'IoU':>9}{'IoU/image':>11}{'precision':>11}"
+          f"{'recall':>8}{'accuracy':>10}\n" + "\n".join(lines))
+
+
+def report(out):
+    """Print one table of every result below `out`; a file that is no result is named and left out."""
+    results = []
+    for path in sorted(Path(out).rglob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            assert {"dataset", "backbone", "protocol", "seed", "variant"} <= result.keys()
+            results.append(result)
+        except (ValueError, AssertionError, AttributeError):
+            print(f"{path} is not a result of finetune_eval.py: left out")
+    if not results:
+        sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")
+    print_scores(sorted(results, key=lambda r: (r["dataset"], r["backbone"], r["protocol"], r["variant"], r["seed"])))
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
@@ -292,11 +311,14 @@ def parse_args(argv):
     parser.add_argument("--seed", type=int, help="of fresh weights; unset: the run's, or 0")
     parser.add_argument("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
     parser.add_argument("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
+    parser.add_argument("--report", action="store_true", help="print one table of all results under --out")
     parser.add_argument("--data", default="data", metavar="DIR", help="where prepared data sets are")
-    parser.add_argument("--out", metavar="DIR", help="results; with --predict the masks' folder")
+    parser.add_argument("--out", metavar="DIR", help="where results are kept (unset: results); with --predict the folder for the masks")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--overwrite", action="store_true", help="replace results or masks that are already there")
     args = parser.parse_args(argv)
+    if args.report:
+        return args, parser
     if args.predict and not (args.run and args.out):
         parser.error("--predict needs --run RUN_DIR and --out DIR")
     if args.run and args.encoder:
@@ -322,6 +344,8 @@ def name_unused(args, parser):
 def main(argv=None):
     args, parser = parse_args(argv)
     args.command = shlex.join(["python", "finetune_eval.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.report:
+        return report(args.out or "results")
     name_unused(args, parser)
     device = pick_device(args.device)
     settings = read_run(Path(args.run)) if args.run else {}
@@ -332,17 +356,17 @@ def main(argv=None):
     args.dataset, args.out = args.dataset or settings["dataset"], args.out or "results"
     meta = prepare_data.read_meta(Path(args.data) / args.dataset)
     if args.protocol == "reference":
-        group = "reference" + (f"-{args.threshold}" if args.threshold != "otsu" else "")
         foreground = args.foreground or meta["foreground"]
-        group += f"-{foreground}" if foreground != meta["foreground"] else ""
+        variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
+                            *[foreground] * (foreground != meta["foreground"])])
         settings = dict(backbone=args.backbone, method="reference", train=None, threshold=args.threshold,
-                        foreground=foreground, group=group)
+                        foreground=foreground, variant=variant)
     elif args.encoder:
         stem = Path(args.encoder).stem
         settings = dict(backbone=args.backbone, method=stem, train="encoder", threshold="otsu",
-                        foreground=meta["foreground"], group=stem)
+                        foreground=meta["foreground"], variant=stem)
     else:
-        settings["group"] = Path(args.run).resolve().parent.name
+        settings["variant"] = Path(args.run).resolve().parent.name
     settings["img_size"] = meta["size"]
     evaluate(args, settings, meta, device)
 

@@ -65,8 +65,11 @@ def focal_loss(logits, target, alpha=None, gamma=2.0):
 
 
 def dice_loss(logits, target, smooth=1.0):
-    """1 - (2 TP + smooth) / (2 TP + FN + FP + smooth), sums over the batch (Sudre et al. 2017). A scalar in [0, 1]."""
-    return 1 - tversky_index(logits, target, alpha=0.5, beta=0.5, smooth=smooth / 2)
+    """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth), sums over the batch (Sudre et al. 2017). A scalar in [0, 1].
+
+    Dice is the Tversky index at alpha = beta = .5; `smooth` is that of segmentation_models_pytorch.
+    """
+    return 1 - tversky_index(logits, target, alpha=0.5, beta=0.5, smooth=smooth)
 
 
 def bce_loss(logits, target):

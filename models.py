@@ -176,7 +176,8 @@ def export_encoder(unet_or_backbone, path):
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
     with torch.device("meta"):
-        missing = [name for name in timm.create_model(BACKBONES[backbone]).state_dict() if name not in state]
+        full = timm.create_model(BACKBONES[backbone]).state_dict()
+    missing = [name for name in full if name not in state and not name.endswith("num_batches_tracked")]
     print(f"{path}: {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond it: {_summary(missing) or 'nothing'}")
     return missing
 

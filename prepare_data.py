@@ -385,7 +385,7 @@ def draw_nuclei(size, rng):
         nucleus = np.zeros((fine, fine), np.float32)
         cv2.ellipse(nucleus, tuple(int(c) for c in centre), tuple(int(a) for a in axes), rng.uniform(0, 180), 0, 360, 1, -1)
         nucleus = resize(nucleus, size)
-        light = np.maximum(light, nucleus * rng.uniform(35, 130))
+        light = np.maximum(light, nucleus * rng.uniform(50, 140))
         mask |= nucleus >= 0.5
     picture = cv2.GaussianBlur(glow + light, (0, 0), size / 90) + rng.normal(0, 7, (size, size))
     gray = picture.round().clip(0, 255).astype(np.uint8)

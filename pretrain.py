@@ -226,7 +226,7 @@ class Batches:
     def __init__(self, n, batch_size, seed=None):
         self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
         self.cuts = list(range(0, n, batch_size)) + [n]
-        if len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
+        if batch_size > 1 and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
             del self.cuts[-2]
 
     def __len__(self):

@@ -1,0 +1,810 @@
+"""Every stage through its command line, every formula against an independent source.   bash run_all.sh test"""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import skimage.filters
+import sklearn.metrics
+import timm
+import torch
+import torchvision
+from PIL import Image
+
+import finetune_eval
+import losses
+import models
+import prepare_data
+import pretrain
+
+HERE = Path(__file__).parent
+rng = np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with the demo, prepared at 32 px."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_data.main(["--dataset", "demo", "--size", "32", "--out", str(folder)])
+    return folder
+
+
+def train(data, out, *flags, epochs=2):
+    """Run pretrain.py in this process on the demo; returns the run folder."""
+    pretrain.main(["--dataset", "demo", "--data", str(data), "--out", str(out), "--epochs", str(epochs), "--workers", "0",
+                   "--device", "cpu", *flags])
+    return max(out.glob("demo/*/*/seed*"), key=lambda f: f.stat().st_mtime)
+
+
+@pytest.fixture(scope="session")
+def run(data, tmp_path_factory):
+    """An end-to-end ResNet-50 run of two epochs."""
+    return train(data, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def vit_run(data, tmp_path_factory):
+    """A ViT-small run of one epoch."""
+    return train(data, tmp_path_factory.mktemp("vit"), "--backbone", "vit_small", epochs=1)
+
+
+def contents(folder, names=("best.pt", "last.pt", "encoder.pth")):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def write_folder(folder, n=12, size=40, masks=True, value=255):
+    """A raw folder of n random colour images with square objects and their masks."""
+    for sub in ("images", "masks") if masks else ("images",):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        image, mask = rng.integers(0, 90, (size, size, 3), np.uint8), np.zeros((size, size), np.uint8)
+        mask[5 + i:15 + i, 8:20] = value
+        image[mask > 0] += 120
+        Image.fromarray(image).save(folder / "images" / f"p{i // 3}_{i:02d}.png")
+        if masks:
+            Image.fromarray(mask).save(folder / "masks" / f"p{i // 3}_{i:02d}.png")
+    return folder
+
+
+def prepare(raw, out, *flags):
+    prepare_data.main(["--dataset", "folder", "--raw", str(raw), "--size", "32", "--out", str(out), *flags])
+    return out / raw.name
+
+
+def refused(call, *words):
+    """The call ends the program with a message that holds all the words, and no traceback; returns the message."""
+    with pytest.raises(SystemExit) as end:
+        call()
+    assert end.value.code not in (0, None)
+    for word in words:
+        assert str(word) in str(end.value.code), (word, end.value.code)
+    return str(end.value.code)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+def logits_and_target(seed=0, share=0.3):
+    r = np.random.default_rng(seed)
+    return r.normal(0, 2, (3, 1, 9, 7)), (r.random((3, 1, 9, 7)) < share).astype(np.float64)
+
+
+def test_losses_equal_their_closed_form():
+    z, y = logits_and_target()
+    p = 1 / (1 + np.exp(-z))
+    tp, fn, fp = (p * y).sum(), ((1 - p) * y).sum(), (p * (1 - y)).sum()
+    ti = (tp + 1) / (tp + .7 * fn + .3 * fp + 1)
+    ce = -(y * np.log(p) + (1 - y) * np.log(1 - p))
+    pt = np.where(y == 1, p, 1 - p)
+    expected = dict(tversky=1 - ti, focal_tversky=(1 - ti) ** .75, dice=1 - (2 * tp + 2) / (2 * tp + fn + fp + 2),
+                    bce=ce.mean(), focal=((1 - pt) ** 2 * ce).mean())
+    logits, target = torch.tensor(z), torch.tensor(y)
+    assert losses.tversky_index(logits, target).item() == pytest.approx(ti, abs=1e-12)
+    for name, loss in losses.LOSSES.items():
+        assert loss(logits, target).item() == pytest.approx(expected[name], abs=1e-12), name
+    weighed = np.where(y == 1, .25, .75) * (1 - pt) ** 3 * ce
+    assert losses.focal_loss(logits, target, alpha=.25, gamma=3.0).item() == pytest.approx(weighed.mean(), abs=1e-12)
+    assert losses.focal_tversky_loss(logits, target, .4, .6, 2.0, 5.0).item() == pytest.approx(
+        (1 - (tp + 5) / (tp + .4 * fn + .6 * fp + 5)) ** .5, abs=1e-12)
+
+
+def test_losses_equal_segmentation_models_pytorch():
+    logits, target = (torch.tensor(a) for a in logits_and_target(1))
+    theirs = smp.losses.TverskyLoss("binary", alpha=.3, beta=.7, smooth=1.0)      # smp's alpha weighs false positives
+    assert losses.tversky_loss(logits, target).item() == pytest.approx(theirs(logits, target).item(), abs=1e-9)
+    theirs = smp.losses.DiceLoss("binary", smooth=1.0)
+    assert losses.dice_loss(logits, target).item() == pytest.approx(theirs(logits, target).item(), abs=1e-9)
+    for alpha, gamma in ((None, 2.0), (.25, 2.0), (.6, 3.0)):
+        theirs = smp.losses.FocalLoss("binary", alpha=alpha, gamma=gamma)
+        assert losses.focal_loss(logits, target, alpha, gamma).item() == pytest.approx(theirs(logits, target).item(), abs=1e-9)
+    theirs = smp.losses.SoftBCEWithLogitsLoss()
+    assert losses.bce_loss(logits, target).item() == pytest.approx(theirs(logits, target).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_losses_and_gradients_are_finite_at_the_extremes(name, dtype):
+    for value in (-1e4, -30, 0, 30, 1e4):
+        for share in (0, .5, 1):
+            logits = torch.full((2, 1, 300, 300), float(value), dtype=dtype, requires_grad=True)
+            target = (torch.arange(2 * 300 * 300).view(2, 1, 300, 300) % 2 < 2 * share).to(torch.uint8)
+            with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+                loss = losses.LOSSES[name](logits, target)
+            loss.backward()
+            assert torch.isfinite(loss) and torch.isfinite(logits.grad).all(), (value, share)
+    perfect = torch.where(target > 0, 1e4, -1e4).to(dtype)
+    assert losses.LOSSES[name](perfect, target).item() == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+def test_resnet50_unet_equals_segmentation_models_pytorch():
+    theirs = smp.Unet("resnet50", encoder_weights=None, encoder_depth=3, decoder_channels=(256, 128, 64),
+                      decoder_attention_type="scse")
+    ours = models.build_unet("resnet50")
+    source = {k: v for k, v in theirs.state_dict().items() if not re.match(r"encoder\.layer[34]", k)}
+    encoder = {k: v for k, v in source.items() if k.startswith("encoder.")}
+    rename = {"convs.0.0": "conv1.0", "convs.0.1": "conv1.1", "convs.1.0": "conv2.0", "convs.1.1": "conv2.1",
+              "channel": "attention.cSE", "spatial": "attention.sSE"}
+    state = {}
+    for name in ours.state_dict():
+        other = re.sub(r"^up(\d)", lambda m: f"decoder.blocks.{int(m[1]) - 1}", name).replace("head", "segmentation_head.0")
+        for mine, smp_name in rename.items():
+            other = other.replace(mine, smp_name)
+        state[name] = source.pop(other)
+    assert not source and len(encoder) == len(ours.encoder.state_dict())
+    ours.load_state_dict(state)
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == 4_536_047
+    for mode in (True, False):
+        for shape in ((2, 3, 64, 64), (2, 3, 70, 93)):
+            x = torch.randn(shape)
+            ours.train(mode), theirs.train(mode)
+            assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
+def test_vit_unet_has_the_paper_s_form():
+    unet = models.build_unet("vit_small", img_size=64)
+    vit = unet.encoder
+    assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size) == (384, 12, 6, (8, 8))
+    assert vit.blocks[0].mlp.fc1.out_features == 1536
+    unet(torch.randn(2, 3, 64, 64)).mean().backward()
+    # The class token and its norm-free path feed only through attention; every weight learns from the map.
+    assert not [n for n, p in unet.named_parameters() if p.grad is None]
+    with pytest.raises(ValueError, match="multiple of 16"):
+        models.build_unet("vit_small", img_size=72)
+    with pytest.raises(ValueError, match="unknown backbone"):
+        models.build_unet("resnet18")
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_exported_encoder_loads_elsewhere(backbone, tmp_path, capsys):
+    unet, path = models.build_unet(backbone, 64), tmp_path / "encoder.pth"
+    missing = models.export_encoder(unet, path)
+    state = torch.load(path, weights_only=True)
+    others = [timm.create_model(models.BACKBONES[backbone], **({} if backbone == "resnet50" else {"img_size": 64}))]
+    others += [torchvision.models.resnet50()] if backbone == "resnet50" else []
+    for other in others:
+        keys = other.load_state_dict(state, strict=False)
+        assert not keys.unexpected_keys and sorted(keys.missing_keys) == sorted(missing)
+        assert {name.split(".")[0] for name in missing} <= {"layer3", "layer4", "fc", "head"}
+    if backbone == "resnet50":
+        assert "layer3 (95 tensors)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_encoders_from_elsewhere_load(backbone, tmp_path):
+    source = timm.create_model(models.BACKBONES[backbone], num_classes=10)
+    state, path = source.state_dict(), tmp_path / "f.pth"
+    for wrapped in (state, {"state_dict": state, "epoch": 3}, {"module." + k: v for k, v in state.items()},
+                    {"model": {"module.backbone." + k: v for k, v in state.items()}}):
+        torch.save(wrapped, path)
+        unet = models.build_unet(backbone, 224)
+        unused = models.load_encoder(unet, path)
+        assert all(torch.equal(v, state[k]) for k, v in unet.encoder.state_dict().items())
+        assert sorted(unused) == sorted(set(state) - set(unet.encoder.state_dict()))
+
+
+def test_position_embeddings_are_resampled(tmp_path):
+    models.export_encoder(models.build_unet("vit_small", 64), tmp_path / "e.pth")
+    unet = models.build_unet("vit_small", 96)
+    assert models.load_encoder(unet, tmp_path / "e.pth") == []
+    assert unet.encoder.pos_embed.shape[1] == 12 * 12 + 1
+
+
+def test_wrong_encoder_files_are_refused(tmp_path):
+    unet, path = models.build_unet("resnet50"), tmp_path / "f.pth"
+    complete = unet.encoder.state_dict()
+    cut = {k: v for k, v in complete.items() if k != "bn1.weight"}
+    shape = complete | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    for content, words in ((timm.create_model("vit_small_patch8_224").state_dict(), "vit_small encoder, not a resnet50"),
+                           ({"a": torch.zeros(1)}, "nothing"), ([1, 2], "list"), (cut, "bn1.weight"), (shape, "conv1.weight"),
+                           ({p + k: v for k, v in complete.items() for p in ("online.", "target.")}, "several")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=words) as error:
+            models.load_encoder(unet, path)
+        assert str(path) in str(error.value)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="not a readable"):
+        models.load_encoder(unet, path)
+    with pytest.raises(ValueError, match="no such file"):
+        models.load_encoder(unet, tmp_path / "absent.pth")
+
+
+# -------------------------------------------------------------------------------------------------------- pseudo-masks
+
+def test_otsu_equals_skimage_and_the_definition(data):
+    images, _ = prepare_data.open_part(data / "demo", "train")
+    grays = [image[..., 0] for image in images[:20]] + [rng.integers(0, 256, (31, 17), np.uint8)]
+    for gray in grays:
+        t = pretrain.otsu_threshold(gray)
+        assert np.array_equal(gray > t, gray > skimage.filters.threshold_otsu(gray))
+        flat = gray.ravel().astype(np.float64)
+        between = [(flat <= s).mean() * (flat > s).mean() * (flat[flat > s].mean() - flat[flat <= s].mean()) ** 2
+                   for s in range(int(flat.min()), int(flat.max()))]
+        assert between[t - int(flat.min())] == pytest.approx(max(between), rel=1e-9)
+
+
+def ght_score(gray, t, nu, tau, kappa, omega):
+    """Barron's score of one threshold, from the pixels themselves (ECCV 2020, eqs. 7 to 13)."""
+    total = 0.0
+    for side, share in ((gray[gray <= t], omega), (gray[gray > t], 1 - omega)):
+        x = side.astype(np.float64)
+        w = max(len(x), 1e-30)
+        d = ((x - x.mean()) ** 2).sum() if len(x) else 0.0
+        p = w / gray.size
+        v = max((p * nu * tau ** 2 + d) / (p * nu + w), 1e-30)
+        total += -d / v - w * math.log(v) + 2 * (w + kappa * share) * math.log(w)
+    return total
+
+
+def test_ght_is_the_maximum_of_barrons_score_and_otsu_in_its_limit():
+    for seed in range(6):
+        r = np.random.default_rng(seed)
+        gray = np.concatenate([r.normal(70, 9, 300), r.normal(150, 25, 200)]).clip(0, 255).astype(np.uint8).reshape(20, 25)
+        for constants in ((1e3, 12.0, 0.0, .5), (500.0, 3.0, 800.0, .2), (1e-3, 1.0, 1e4, .9)):
+            scores = [ght_score(gray, t, *constants) for t in range(255)]
+            t = pretrain.ght_threshold(gray, *constants)
+            assert scores[t] == pytest.approx(max(scores), rel=1e-9)
+        limit = pretrain.ght_threshold(gray, nu=1e60, tau=1e-2, kappa=0.0, omega=.5)
+        assert np.array_equal(gray > limit, gray > pretrain.otsu_threshold(gray))
+
+
+def test_pseudo_masks_follow_their_definitions():
+    images = rng.integers(0, 256, (3, 24, 20, 3), np.uint8)
+    for i, image in enumerate(images):
+        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        padded = np.pad(gray, 5, mode="edge").astype(np.float64)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (11, 11))
+        gauss = cv2.getGaussianKernel(11, -1)[:, 0]
+        scale = gray.size / 2 ** 20
+        expected = dict(otsu=gray > pretrain.otsu_threshold(gray), fixed=gray > 127,
+                        adaptive_mean=gray > np.round(windows.mean((2, 3))) - 2,
+                        adaptive_gaussian=gray > np.round(np.einsum("ijkl,k,l", windows, gauss, gauss)) - 2,
+                        ght=gray > pretrain.ght_threshold(gray, 2 ** 29.5 * scale, 2 ** 3.125, 2 ** 22.25 * scale, 2 ** -3.25))
+        for method, mask in expected.items():
+            bright = pretrain.pseudo_mask(images, method)[i]
+            assert bright.dtype == np.uint8 and (bright != mask).mean() < .005, method      # cv2 rounds the local mean
+            assert np.array_equal(pretrain.pseudo_mask(images, method, "dark")[i], 1 - bright)
+    flat = np.full((1, 24, 24, 3), 200, np.uint8)
+    for method in pretrain.THRESHOLDS:
+        for foreground in ("bright", "dark"):
+            assert not pretrain.pseudo_mask(flat, method, foreground).any()
+    with pytest.raises(ValueError):
+        pretrain.pseudo_mask(images, "otzu")
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+def test_warps_are_torchvisions_inside_and_mirror_outside():
+    image = torch.from_numpy(cv2.GaussianBlur(rng.integers(0, 256, (64, 64, 3), np.uint8), (0, 0), 2)).permute(2, 0, 1)
+    for ours, theirs in ((pretrain.Rotation(degrees=(20, 20)), torchvision.transforms.v2.functional.affine),
+                         (pretrain.Perspective(distortion_scale=.2, p=1.0), torchvision.transforms.v2.functional.perspective)):
+        with pretrain.seeded(7):
+            params = ours.make_params([image])
+        bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+        their_params = params if "angle" in params else dict(startpoints=None, endpoints=None, **params)
+        reference = theirs(image, interpolation=bilinear, **their_params)
+        inside = theirs(torch.full_like(image, 255), interpolation=bilinear, **their_params) == 255
+        # A pixel's centre is (x, y) for Pillow's coefficients and (x + .5, y + .5) for torchvision's perspective grid.
+        difference = (ours.transform(image, params).int() - reference.int()).abs()[inside]
+        assert inside.float().mean() > .5 and difference.float().mean() < 2.5
+    white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    for warp in (pretrain.Rotation(degrees=(30, 30)), pretrain.Perspective(distortion_scale=.9, p=1.0)):
+        assert (warp(white) == 255).all()                       # torchvision would leave black corners
+
+
+def test_pseudo_mask_is_of_the_very_view():
+    method = pretrain.MedSASS("resnet50", foreground="dark")
+    image = torch.from_numpy(rng.integers(0, 256, (3, 48, 48), np.uint8))
+    view, mask = method.augment(image)
+    assert view.dtype == mask.dtype == torch.uint8 and mask.shape == (1, 48, 48)
+    assert np.array_equal(mask.numpy(), pretrain.pseudo_mask(view.permute(1, 2, 0).numpy()[None], "otsu", "dark"))
+    assert torch.equal(method.plain(image)[0], image)
+
+
+def test_batches_cover_an_epoch_once():
+    for n, size, count in ((33, 16, 2), (34, 16, 3), (1, 16, 1), (16, 16, 1), (5, 1, 5)):
+        batches = pretrain.Batches(n, size, seed=3)
+        batches.epoch = 4
+        drawn = list(batches)
+        assert len(drawn) == len(batches) == count and sorted(i for b in drawn for _, i in b) == list(range(n))
+        assert size == 1 or n == 1 or min(len(b) for b in drawn) > 1
+        assert drawn == list(batches)
+    other = pretrain.Batches(33, 16, seed=3)
+    assert list(other) != list(pretrain.Batches(33, 16, seed=4))
+
+
+def test_seeded_leaks_nothing():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    with pretrain.seeded(1, 2, 3):
+        torch.rand(7)
+        assert torch.get_num_threads() == 1
+    assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == threads
+
+
+# ------------------------------------------------------------------------------------------------------------ pretrain
+
+def test_run_folder_is_complete(run, data):
+    assert run.parts[-4:] == ("demo", "resnet50", "medsass-e2", "seed0")
+    assert {f.name for f in run.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"train_loss", "val_loss", "pseudo_foreground", "predicted_foreground", "seconds", "waiting_share",
+            "images_per_second"} < set(rows[0])
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["data"] == json.loads((data / "demo/meta.json").read_text())["fingerprint"]
+    masks = [pretrain.pseudo_mask(np.array(prepare_data.open_part(data / "demo", "val")[0])).mean()]
+    assert float(rows[0]["pseudo_foreground"]) == pytest.approx(masks[0], abs=1e-4)
+
+
+def test_no_true_mask_is_read_and_workers_do_not_matter(data, run, tmp_path):
+    blind = tmp_path / "data"
+    shutil.copytree(data, blind)
+    for mask in blind.glob("demo/*_masks.npy"):
+        mask.unlink()
+    for workers in ("1", "2"):
+        other = train(blind, tmp_path / workers, "--workers", workers)
+        assert contents(other) == contents(run)
+
+
+def test_killed_run_resumes_to_the_bit(data, tmp_path):
+    whole = train(data, tmp_path / "whole", epochs=4)
+    flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path / "cut"), "--epochs", "4", "--device", "cpu"]
+    command = [sys.executable, str(HERE / "pretrain.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    folder = tmp_path / "cut/demo/resnet50/medsass-e4/seed0"
+    deadline = time.time() + 120
+    while not (folder / "last.pt").exists() and time.time() < deadline:
+        time.sleep(.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "samples.png").exists()
+    (folder / "last.pt.tmp").write_bytes(b"half a file")
+    pretrain.main(flags)
+    assert contents(folder) == contents(whole)
+    assert len(list(csv.DictReader(open(folder / "log.csv")))) == 4
+    before = (folder / "last.pt").stat().st_mtime_ns
+    pretrain.main(flags)                                        # finished: nothing to do
+    assert (folder / "last.pt").stat().st_mtime_ns == before
+
+
+def test_vit_resumes_to_the_bit(data, tmp_path, monkeypatch):
+    whole = train(data, tmp_path / "whole", "--backbone", "vit_small", epochs=2)
+    save, calls = torch.save, []
+
+    def crash(state, path):
+        calls.append(path)
+        if len(calls) == 3:                                     # in the second epoch's best.pt or last.pt
+            raise KeyboardInterrupt
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "cut", "--backbone", "vit_small", epochs=2)
+    monkeypatch.undo()
+    cut = train(data, tmp_path / "cut", "--backbone", "vit_small", epochs=2)
+    assert contents(cut) == contents(whole)
+
+
+def test_encoder_only_leaves_the_decoder_as_drawn(data, tmp_path):
+    folder = train(data, tmp_path, "--train", "encoder", epochs=1)
+    assert folder.parent.name == "medsass-encoder-e1"
+    torch.manual_seed(pretrain.seed_from(0))
+    start = models.build_unet("resnet50", 32).state_dict()
+    end = torch.load(folder / "best.pt", weights_only=True)["model"]
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and all(name.startswith("encoder.") for name in changed)
+    assert any("running_mean" in name for name in changed)
+
+
+def test_patience_stops_and_exports_the_best(data, tmp_path, capsys):
+    folder = train(data, tmp_path, "--lr", "1e-12", "--patience", "2", epochs=30)
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    best = min(range(len(rows)), key=lambda i: float(rows[i]["val_loss"]))
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    assert len(rows) < 30 and saved["epoch"] == int(rows[best]["epoch"]) <= len(rows) - 2
+    exported = torch.load(folder / "encoder.pth", weights_only=True)
+    assert all(torch.equal(v, saved["model"]["encoder." + k]) for k, v in exported.items())
+
+
+def test_variants_name_their_folder(data):
+    meta = prepare_data.read_meta(data / "demo")
+    args, defaults = pretrain.parse_args(["--dataset", "demo", "--train", "encoder", "--threshold", "ght", "--loss", "dice",
+                                          "--epochs", "20", "--batch-size", "8", "--seed", "3"])
+    args.foreground = "dark"
+    assert str(pretrain.run_folder(args, meta, defaults)) == "runs/demo/resnet50/medsass-encoder-ght-dice-dark-e20-b8/seed3"
+
+
+def test_every_threshold_and_loss_trains(data, tmp_path):
+    small = tmp_path / "data"
+    prepare(write_folder(tmp_path / "raw"), small, "--name", "demo")
+    for threshold, loss in zip(pretrain.THRESHOLDS, losses.LOSSES):
+        folder = train(small, tmp_path / "runs", "--threshold", threshold, "--loss", loss, epochs=1)
+        assert math.isfinite(float(list(csv.DictReader(open(folder / "log.csv")))[0]["train_loss"]))
+
+
+def test_other_settings_in_a_run_folder_are_refused(data, run):
+    flags = ["--dataset", "demo", "--data", str(data), "--out", str(run.parents[3]), "--epochs", "2"]
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["lr"] = 0.5
+    original = (run / "config.json").read_text()
+    (run / "config.json").write_text(json.dumps(config))
+    refused(lambda: pretrain.main(flags), run, "lr (0.5 there, 0.00036 asked)")
+    (run / "config.json").write_text(original)
+
+
+def test_a_loss_that_is_not_finite_names_the_images(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "bce", lambda logits, target: logits.sum() * float("nan"))
+    message = refused(lambda: train(data, tmp_path, "--loss", "bce"), "nan", "train_0")
+    assert len(re.findall(r"train_\d{3}", message)) == 16
+
+
+def test_a_one_class_network_is_said_aloud(data, tmp_path, capfd):
+    # Weights that a step of this size has thrown far out saturate one way.
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(pretrain, "validate", lambda *a: (0.5, 0.1, 0.0))
+    train(data, tmp_path, epochs=1)
+    monkey.undo()
+    out, err = capfd.readouterr()
+    assert "calls every validation pixel background" in out + err
+
+
+# ------------------------------------------------------------------------------------------------------- finetune_eval
+
+def test_segmentation_scores_equal_sklearn_and_smp():
+    pred, target = rng.random((5, 12, 10)) < .4, rng.random((5, 12, 10)) < .3
+    pred[3], target[3] = False, False                           # nothing to find, nothing found
+    pred[4], target[4] = True, False                            # nothing to find, something found
+    ours = finetune_eval.segmentation_scores(pred, target)
+    p, t = pred.ravel(), target.ravel()
+    assert ours["iou_global"] == pytest.approx(sklearn.metrics.jaccard_score(t, p))
+    assert ours["dice_global"] == pytest.approx(sklearn.metrics.f1_score(t, p))
+    assert ours["precision_global"] == pytest.approx(sklearn.metrics.precision_score(t, p))
+    assert ours["recall_global"] == pytest.approx(sklearn.metrics.recall_score(t, p))
+    assert ours["accuracy_global"] == pytest.approx(sklearn.metrics.accuracy_score(t, p))
+    single = [sklearn.metrics.jaccard_score(b.ravel(), a.ravel()) for a, b in zip(pred[:3], target[:3])] + [1.0, 0.0]
+    assert ours["iou_image"] == pytest.approx(np.mean(single))
+    stats = smp.metrics.get_stats(torch.tensor(pred[:3, None]).long(), torch.tensor(target[:3, None]).long(), mode="binary")
+    ours = finetune_eval.segmentation_scores(pred[:3], target[:3])
+    assert ours["iou_global"] == pytest.approx(smp.metrics.iou_score(*stats, reduction="micro").item())
+    assert ours["iou_image"] == pytest.approx(smp.metrics.iou_score(*stats, reduction="micro-imagewise").item())
+    assert ours["dice_image"] == pytest.approx(smp.metrics.f1_score(*stats, reduction="micro-imagewise").item())
+    empty = np.zeros((2, 4, 4), bool)
+    assert set(finetune_eval.segmentation_scores(empty, empty).values()) == {1.0}
+    with pytest.raises(ValueError, match="bool"):
+        finetune_eval.segmentation_scores(empty.astype(int), empty)
+
+
+def score(data, out, *flags):
+    finetune_eval.main(["--data", str(data), "--out", str(out), "--device", "cpu", *flags])
+    newest = max(out.rglob("*.json"), key=lambda f: f.stat().st_mtime_ns)
+    return newest, json.loads(newest.read_text())
+
+
+def test_transfer_scores_the_saved_network(data, run, tmp_path):
+    path, result = score(data, tmp_path, "--run", str(run))
+    assert path.relative_to(tmp_path) == Path("demo/resnet50/medsass-e2/seed0/transfer.json")
+    assert path.with_suffix(".png").exists()
+    images, masks = prepare_data.open_part(data / "demo", "test")
+    unet = models.build_unet("resnet50")
+    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
+    pixels = torch.tensor(np.array(images)).permute(0, 3, 1, 2) / 255
+    pixels = torchvision.transforms.v2.functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        pred = unet.eval()(pixels)[:, 0].numpy() > 0
+    expected = finetune_eval.segmentation_scores(pred, np.array(masks).astype(bool))
+    assert {k: result[k] for k in expected} == pytest.approx(expected, abs=2e-4)
+    assert (result["protocol"], result["n_test"], result["labels"], result["train"]) == ("transfer", 32, 0, "end2end")
+    again = path.read_bytes()
+    score(data, tmp_path, "--run", str(run))
+    assert path.read_bytes() == again
+    path.write_text(json.dumps(result | {"iou_global": .99}))
+    refused(lambda: score(data, tmp_path, "--run", str(run)), path, "iou_global", "--overwrite")
+
+
+def test_scores_do_not_depend_on_the_batch_size(data, run, tmp_path, monkeypatch):
+    results = []
+    for batch in (1, 7, 32):
+        monkeypatch.setattr(finetune_eval.count_test, "__defaults__", (batch,))
+        results.append(score(data, tmp_path / str(batch), "--run", str(run))[1] | dict(command=""))
+    assert results[0] == results[1] == results[2]
+
+
+def test_encoder_runs_and_files_get_a_fresh_seeded_decoder(data, run, vit_run, tmp_path):
+    encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50"]
+    first = score(data, tmp_path / "a", *encoder)[1]
+    assert first == score(data, tmp_path / "b", *encoder)[1] | dict(command=first["command"])
+    assert first != score(data, tmp_path / "c", *encoder, "--seed", "1")[1] | dict(command=first["command"])
+    _, transfer = score(data, tmp_path / "d", "--run", str(run))
+    assert first["iou_global"] != transfer["iou_global"]
+    score(data, tmp_path, "--encoder", str(vit_run / "encoder.pth"), "--dataset", "demo", "--backbone", "vit_small")
+    refused(lambda: score(data, tmp_path, "--encoder", str(vit_run / "encoder.pth"), "--dataset", "demo", "--backbone",
+                          "resnet50"), vit_run / "encoder.pth", "vit_small")
+
+
+def test_reference_rows_by_hand(data, tmp_path, capsys):
+    _, result = score(data, tmp_path, "--protocol", "reference", "--dataset", "demo", "--backbone", "resnet50")
+    masks = np.array(prepare_data.open_part(data / "demo", "test")[1]).astype(bool)
+    share = masks.mean()
+    assert result["all_foreground"]["iou_global"] == pytest.approx(share)
+    assert (result["all_background"]["iou_global"], result["all_background"]["accuracy_global"]) == (0, pytest.approx(1 - share))
+    images = np.array(prepare_data.open_part(data / "demo", "test")[0])
+    raw = np.stack([image[..., 0] > skimage.filters.threshold_otsu(image[..., 0]) for image in images])
+    assert result["raw_threshold"]["iou_global"] == pytest.approx((raw & masks).sum() / (raw | masks).sum())
+    assert result["raw_threshold_inverted"]["iou_global"] == pytest.approx((~raw & masks).sum() / (~raw | masks).sum())
+    constant = np.array(prepare_data.open_part(data / "demo", "train")[1]).mean(axis=0) >= .5
+    assert result["best_constant"]["iou_global"] == pytest.approx((constant & masks).sum() / (constant | masks).sum())
+    assert result["best_constant"]["uses_labels"] and "random_init" in result
+    (tmp_path / "broken.json").write_text("{")
+    finetune_eval.main(["--report", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "broken.json" in out and "raw_threshold_inverted" in out
+
+
+def test_demo_is_neither_trivial_nor_hopeless(tmp_path):
+    for seed in (0, 1, 7):
+        prepare_data.main(["--dataset", "demo", "--out", str(tmp_path), "--seed", str(seed), "--name", str(seed)])
+        images, masks = prepare_data.open_part(tmp_path / str(seed), "test")
+        raw = pretrain.pseudo_mask(np.array(images)).astype(bool)
+        assert .5 < finetune_eval.segmentation_scores(raw, np.array(masks).astype(bool))["iou_global"] < .9
+
+
+def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    sizes = {"a b": (50, 31), "c": (32, 32), "dé": (20, 90)}
+    for name, (width, height) in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (height, width), np.uint8)).save(source / f"{name}.tif")
+    flags = ["--run", str(run), "--predict", str(source), "--out", str(out), "--overlay", "--device", "cpu"]
+    finetune_eval.main(flags)
+    rows = {row["name"]: float(row["foreground_share"]) for row in csv.DictReader(open(out / "foreground.csv", encoding="utf-8"))}
+    for name, size in sizes.items():
+        mask = Image.open(out / f"{name}.png")
+        assert mask.size == size and set(np.unique(mask)) <= {0, 255}
+        assert np.mean(np.asarray(mask) > 0) == pytest.approx(rows[f"{name}.tif"], abs=1e-6)
+        assert Image.open(out / "overlay" / f"{name}.png").size == size
+    refused(lambda: finetune_eval.main(flags), out, "--overwrite")
+    (source / "bad.png").write_text("text")
+    refused(lambda: finetune_eval.main([*flags, "--overwrite"]), source / "bad.png", "not an image")
+    assert not (out / "bad.png").exists() and (out / "c.png").exists()
+
+
+def test_unused_flags_are_named(data, run, tmp_path, capsys):
+    score(data, tmp_path, "--run", str(run), "--threshold", "ght", "--overlay")
+    assert "ignored: --overlay, --threshold" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- prepare_data
+
+def test_folder_is_split_and_repeatable(tmp_path):
+    raw = write_folder(tmp_path / "raw", n=13)
+    first, second = prepare(raw, tmp_path / "a"), prepare(raw, tmp_path / "b")
+    assert all((second / f.name).read_bytes() == f.read_bytes() for f in first.iterdir() if f.name != "meta.json")
+    meta = json.loads((first / "meta.json").read_text())
+    assert meta["counts"] == dict(train=9, val=1, test=3)       # cut at int(9.1) and int(10.4)
+    names = {part: {row["name"] for row in prepare_data.read_names(first, part)} for part in prepare_data.PARTS}
+    assert len(set.union(*names.values())) == 13
+    for part in prepare_data.PARTS:
+        images, masks = prepare_data.open_part(first, part)
+        assert images.dtype == masks.dtype == np.uint8 and images.shape == (meta["counts"][part], 32, 32, 3)
+        for k, row in enumerate(prepare_data.read_names(first, part)):
+            image = np.asarray(Image.open(raw / "images" / f"{row['name']}.png"))
+            assert np.array_equal(images[k], cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA))
+            mask = np.asarray(Image.open(raw / "masks" / f"{row['name']}.png")) > 127
+            assert np.array_equal(masks[k], cv2.resize(mask.astype(np.float32), (32, 32), interpolation=cv2.INTER_AREA) >= .5)
+    assert not [f for f in (tmp_path / "a").iterdir() if f.name.startswith(".")]
+    refused(lambda: prepare(raw, tmp_path / "a"), first, "--overwrite")
+    prepare(raw, tmp_path / "a", "--overwrite", "--seed", "1")
+    assert {row["name"] for row in prepare_data.read_names(first, "test")} != names["test"]
+
+
+def test_groups_labels_and_given_parts(tmp_path):
+    raw = write_folder(tmp_path / "raw", n=24)
+    (raw / "labels.csv").write_text("name,label\np0_00,sick\np0_01.png,well\n")
+    out = prepare(raw, tmp_path / "out", "--group-regex", r"^(p\d+)_")
+    rows = {part: prepare_data.read_names(out, part) for part in prepare_data.PARTS}
+    groups = [{row["group"] for row in rows[part]} for part in prepare_data.PARTS]
+    assert groups[0].isdisjoint(groups[1] | groups[2]) and groups[1].isdisjoint(groups[2])
+    labels = {row["name"]: row["label"] for part in rows.values() for row in part}
+    assert (labels["p0_00"], labels["p0_01"], labels["p0_02"]) == ("sick", "well", "")
+    given = tmp_path / "given"
+    for part, n in (("train", 5), ("val", 2), ("test", 3)):
+        write_folder(given / part, n=n, masks=part == "test")
+    out = prepare(given, tmp_path / "out")
+    assert prepare_data.read_meta(out)["counts"] == dict(train=5, val=2, test=3)
+    assert prepare_data.open_part(out, "train")[1] is None and prepare_data.open_part(out, "test")[1] is not None
+
+
+def test_images_without_masks_train_but_cannot_be_scored(tmp_path, run):
+    raw = write_folder(tmp_path / "bare", masks=False)
+    prepare(raw, tmp_path / "data")
+    pretrain.main(["--dataset", "bare", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--epochs", "1"])
+    refused(lambda: score(tmp_path / "data", tmp_path, "--run", str(run), "--dataset", "bare"), "no test masks")
+
+
+def test_image_files_as_they_are(tmp_path):
+    colour = rng.integers(0, 256, (6, 9, 3), np.uint8)
+    gray = colour[..., 0]
+    alpha = np.dstack([colour, rng.integers(0, 256, (6, 9), np.uint8)])
+    palette = Image.fromarray(gray // 64).convert("P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    lookup = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    wide = (np.linspace(1000, 3000, 54).reshape(6, 9)).astype(np.uint16)
+    turned = Image.Exif()
+    turned[274] = 6                                             # the camera was held on its side
+    cases = {"gray.png": (Image.fromarray(gray), np.repeat(gray[..., None], 3, 2)),
+             "rgb.bmp": (Image.fromarray(colour), colour),
+             "rgb.tif": (Image.fromarray(colour), colour),
+             "rgb.webp": (Image.fromarray(colour), colour),
+             "rgba.png": (Image.fromarray(alpha), colour),
+             "palette.png": (palette, lookup[gray // 64]),
+             "bit.png": (Image.fromarray(gray > 99), np.repeat((gray > 99)[..., None] * 255, 3, 2)),
+             "TURNED.PNG": (Image.fromarray(colour), np.rot90(colour, -1))}
+    for name, (image, expected) in cases.items():
+        image.save(tmp_path / name, **(dict(lossless=True) if name.endswith("webp") else {}),
+                   **(dict(exif=turned) if name == "TURNED.PNG" else {}))
+        assert np.array_equal(prepare_data.read_image(tmp_path / name), expected), name
+    for name, image in (("16.png", wide), ("16.tif", wide), ("f.tif", wide.astype(np.float32))):
+        Image.fromarray(image).save(tmp_path / name)
+        low, high = np.percentile(wide, (.1, 99.9))
+        expected = ((wide - low) / (high - low) * 255).round().clip(0, 255)
+        assert np.array_equal(prepare_data.read_image(tmp_path / name)[..., 1], expected), name
+    cv2.imwrite(str(tmp_path / "deep.png"), np.dstack([wide, wide // 2, wide]))         # 16-bit colour
+    assert len(np.unique(prepare_data.read_image(tmp_path / "deep.png"))) > 40
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({0: 900, 1: 100}, 0), ({0: 900, 255: 100}, 127), ({0: 900, 128: 10, 255: 100}, 127),
+    ({0: 900} | {v: 1 for v in range(1, 255)} | {255: 300}, 127),                       # anti-aliased
+    ({0: 700} | {v: 9 for v in range(1, 25)} | {v: 9 for v in range(230, 255)} | {255: 100}, 127),      # jpg-ringed
+    ({0: 900, 1: 50, 2: 50, 3: 5}, 0), ({0: 900, 1: 10, 2: 500}, 0),                    # classes
+    ({0: 900} | {v: 20 for v in range(1, 121)}, 0),                                     # instances
+    ({0: 900, 1: 200, 2: 80, 255: 60}, 0), ({0: 50}, 0)])                              # classes and a void border; empty
+def test_what_is_foreground_in_a_mask(values, expected):
+    assert prepare_data.decide_mask_threshold("auto", values)[0] == expected
+    assert prepare_data.decide_mask_threshold("nonzero", values)[0] == 0
+    assert prepare_data.decide_mask_threshold("half", values)[0] == max(values) // 2
+
+
+def test_thin_and_empty_masks(tmp_path, capsys):
+    raw = write_folder(tmp_path / "raw", size=64)
+    for i, path in enumerate(sorted((raw / "masks").iterdir())):
+        line = np.zeros((64, 64), np.uint8)
+        line[:, 20:22] = 255 * (i % 4 > 0)
+        Image.fromarray(line).save(path)
+    out = prepare(raw, tmp_path / "out")
+    parts = np.concatenate([prepare_data.open_part(out, part)[1] for part in prepare_data.PARTS])
+    assert {tuple(np.flatnonzero(mask.any(axis=0))) for mask in parts} == {(), (10,)}
+    assert "masks are empty" in capsys.readouterr().out
+    assert sum(prepare_data.read_meta(out)["empty_masks"].values()) == 3
+
+
+def test_foreground_auto_tells_bright_from_dark(tmp_path):
+    images, _ = prepare_data.draw_nuclei(64, np.random.default_rng(1))
+    for name, turn in (("bright", lambda image: image), ("dark", lambda image: 255 - image)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(12):
+            Image.fromarray(turn(prepare_data.draw_nuclei(64, np.random.default_rng(i))[0])).save(folder / f"{i}.png")
+        out = prepare(folder, tmp_path / "out")
+        assert prepare_data.read_meta(out)["foreground"] == name
+        assert "images agree" in prepare_data.read_meta(out)["foreground_evidence"]
+
+
+def test_every_bad_file_is_found_in_one_pass(tmp_path, capsys):
+    raw = write_folder(tmp_path / "raw")
+    images, masks = sorted((raw / "images").iterdir()), raw / "masks"
+    images[0].write_bytes(b"")
+    images[1].write_bytes(images[1].read_bytes()[:-500])
+    images[2].write_text("not an image")
+    (masks / images[3].name).unlink()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / images[4].name)
+    Image.open(images[5]).save(images[5].with_suffix(".bmp"))
+    (raw / "images/._x.png").write_text("hidden"), (raw / "images/Thumbs.db").write_text("hidden")
+    refused(lambda: prepare(raw, tmp_path / "out"), "6 bad file(s)", "--skip-bad")
+    lines = capsys.readouterr().err
+    for path, reason in ((images[0], "empty"), (images[1], "cannot be read"), (images[2], "not an image"),
+                         (images[3], "no mask"), (masks / images[4].name, "9x9"), (images[5], "twice")):
+        assert re.search(rf"^{re.escape(str(path))}: .*{reason}", lines, re.MULTILINE), (path, lines)
+    assert not (tmp_path / "out").exists()
+    out = prepare(raw, tmp_path / "out", "--skip-bad")
+    meta = prepare_data.read_meta(out)
+    assert sum(meta["counts"].values()) == 12 - 5 and len(meta["skipped"]) == 6
+
+
+# ------------------------------------------------------------------------------------------------- a user's mistakes
+
+def test_mistakes_end_in_one_line_and_leave_nothing(data, run, tmp_path):
+    empty, few = tmp_path / "empty", write_folder(tmp_path / "few", n=2)
+    empty.mkdir()
+    out, absent = tmp_path / "out", tmp_path / "absent"
+    common = ["--data", str(data), "--out", str(out)]
+    refused(lambda: prepare(absent, out), absent, "no such folder")
+    refused(lambda: prepare(empty, out), empty, "no images here")
+    refused(lambda: prepare(few, out), few, "too few")
+    refused(lambda: prepare_data.main(["--dataset", "folder", "--out", str(out)]), "--raw")
+    (tmp_path / "half" / "train").mkdir(parents=True)
+    refused(lambda: prepare(tmp_path / "half", out), "not val, test")
+    refused(lambda: pretrain.main(["--dataset", "isic", *common]), data / "isic", "not prepared", "prepare_data.py")
+    refused(lambda: pretrain.main(["--dataset", "demo", "--device", "cuda:99", *common]), "cuda:99")
+    refused(lambda: finetune_eval.main(["--run", str(absent), *common]), absent, "not a run folder")
+    refused(lambda: finetune_eval.main(["--run", str(run), "--predict", str(absent), "--out", str(out)]), absent)
+    refused(lambda: finetune_eval.main(["--encoder", str(absent), "--dataset", "demo", "--backbone", "resnet50", *common]), absent)
+    refused(lambda: finetune_eval.main(["--report", "--out", str(absent)]), absent)
+    odd = tmp_path / "odd"
+    prepare_data.main(["--dataset", "demo", "--size", "40", "--out", str(odd)])
+    refused(lambda: pretrain.main(["--dataset", "demo", "--backbone", "vit_small", "--data", str(odd), "--out", str(out)]), "16")
+    assert not out.exists()
+
+
+def test_mistakes_on_the_command_line_have_no_traceback(tmp_path):
+    for script, flags, words in (("pretrain.py", ["--dataset", "demo", "--backbone", "resnet18"], "resnet18"),
+                                 ("finetune_eval.py", ["--run", "nowhere"], "nowhere")):
+        end = subprocess.run([sys.executable, str(HERE / script), *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert end.returncode not in (0, None) and "Traceback" not in end.stderr
+        assert words in end.stderr and len(end.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- promises in writing
+
+def test_every_flag_has_help():
+    for parse in (prepare_data.parse_args, finetune_eval.parse_args, pretrain.parse_args):
+        with pytest.raises(SystemExit) as end:
+            parse(["--help"])
+        assert end.value.code == 0
+
+
+def test_files_that_are_copied_import_nothing_of_ours(tmp_path):
+    for name in ("models", "losses"):
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {name}"
+        subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+        (tmp_path / f"{name}.py").unlink()
+
+
+def test_readme_snippets_run(run, tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).save("image.png")
+    for snippet in snippets:
+        scope = {}
+        exec(snippet.replace("runs/demo/resnet50/medsass-e30/seed0", str(run)).replace("(224, 224)", "(32, 32)"), scope)
+    assert not scope["keys"].unexpected_keys
