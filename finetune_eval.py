@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import prepare_data
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import THRESHOLDS, normalise, pick_device, pseudo_mask, seed_from, write_atomically
+from pretrain import THRESHOLDS, load_checkpoint, normalise, pick_device, pseudo_mask, seed_from, write_atomically
 
 BATCH = 16                                                      # images at a time; no score depends on it
 
@@ -89,16 +89,15 @@ def load_network(args, settings, device):
     """The U-Net to score, in eval mode, and the file its weights come from: the saved network of an end-to-end run, or
     an encoder (of a run or of --encoder) in a decoder drawn afresh from --seed."""
     torch.manual_seed(seed_from(args.seed, 1))                  # not the draw that pre-training started from
+    path = Path(args.encoder or Path(args.run) / ("encoder.pth" if settings["train"] == "encoder" else "best.pt"))
     try:
         unet = build_unet(settings["backbone"], settings["img_size"])
-        if args.encoder or settings["train"] == "encoder":
-            path = Path(args.encoder or Path(args.run) / "encoder.pth")
+        if settings["train"] == "encoder":
             load_encoder(unet, path)
         else:
-            path = Path(args.run) / "best.pt"
-            unet.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        sys.exit(str(error) if isinstance(error, ValueError) else f"{path} does not hold this network: {error}")
+            unet.load_state_dict(load_checkpoint(path, "cpu")["model"])
+    except ValueError as error:
+        sys.exit(str(error))
     return unet.to(device, memory_format=torch.channels_last).eval(), path
 
 
@@ -367,9 +366,17 @@ def main(argv=None):
                         foreground=meta["foreground"], variant=stem)
     else:
         settings["variant"] = Path(args.run).resolve().parent.name
+        if args.dataset != settings["dataset"]:
+            settings["variant"] += f"-from-{settings['dataset']}"
+        if args.backbone == "vit_small" and settings["train"] == "end2end" and settings["img_size"] != meta["size"]:
+            sys.exit(f"{args.run} was trained at {settings['img_size']} px and {args.dataset} is prepared at "
+                     f"{meta['size']}: a ViT U-Net needs one size, prepare the data with --size {settings['img_size']}")
     settings["img_size"] = meta["size"]
     evaluate(args, settings, meta, device)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
+        sys.exit(f"finetune_eval.py: {error or 'interrupted'}")

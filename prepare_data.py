@@ -37,10 +37,10 @@ DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
 
 # ---------------------------------------------------------------------------------------------------- reading files
 
-def read_pixels(path):
+def read_pixels(path, palette_index=False):
     """The pixels of an image file as stored, EXIF rotation applied: (H, W) or (H, W, 3 or 4), uint8, wider, or bool.
 
-    Palette files give their indices, with the palette in the second returned value (None for all others). Raises
+    Palette files give colours; with palette_index their indices, unless index 0 is another colour than black. Raises
     ValueError with the reason for a file that cannot be read to its end.
     """
     if os.path.getsize(path) == 0:
@@ -50,8 +50,9 @@ def read_pixels(path):
             deep_colour = ";16" in str(image.tile)              # Pillow keeps only 8 bits of 16-bit colour
             image.load()
             image = ImageOps.exif_transpose(image)
-            palette = image.palette.colors if image.mode == "P" and image.palette else None
-            if image.mode not in ("1", "L", "P", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
+            if image.mode == "P" and not (palette_index and image.getpalette()[:3] == [0, 0, 0]):
+                image = image.convert("RGB")
+            elif image.mode not in ("1", "L", "P", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
                 image = image.convert("L" if image.mode in ("LA", "La") else "RGB")     # alpha is dropped, not blended
             pixels = np.asarray(image)
     except UnidentifiedImageError:
@@ -60,21 +61,18 @@ def read_pixels(path):
         raise ValueError(f"cannot be read: {error}") from None
     if deep_colour and pixels.ndim == 3:
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)[..., 2::-1]
-    return pixels, palette
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("holds values that are not finite")
+    return pixels
 
 
 def read_image(path):
     """An image file as uint8 (H, W, 3) RGB. Gray is repeated; alpha is dropped; more than 8 bits, or floats, are
     scaled from their 0.1 and 99.9 percentiles to 0 and 255. Raises ValueError with the reason."""
-    pixels, palette = read_pixels(path)
-    if palette is not None:
-        with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = read_pixels(path)
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype != np.uint8:
-        if not np.isfinite(pixels).all():
-            raise ValueError("holds values that are not finite")
         low, high = np.percentile(pixels, (0.1, 99.9))
         if high <= low:                                         # nearly all pixels alike: the full range, then
             low, high = float(pixels.min()), max(float(pixels.max()), float(pixels.min()) + 1)
@@ -87,14 +85,10 @@ def read_image(path):
 def read_mask(path):
     """A mask file as int32 (H, W), the values as stored: colours by their largest channel, palettes by their index
     (by colour where index 0 is not black), floats up to 1 times 255. Raises ValueError with the reason."""
-    pixels, palette = read_pixels(path)
-    if palette and next((colour for colour, index in palette.items() if index == 0), (0, 0, 0))[:3] != (0, 0, 0):
-        pixels = read_image(path)
+    pixels = read_pixels(path, palette_index=True)
     if pixels.ndim == 3:
         pixels = pixels[..., :3].max(axis=2)
     if pixels.dtype.kind == "f":
-        if not np.isfinite(pixels).all():
-            raise ValueError("holds values that are not finite")
         pixels = (pixels * (255 if pixels.max() <= 1 else 1)).round()
     return pixels.astype(np.int32)
 
@@ -275,10 +269,12 @@ def read_meta(folder):
 
 def open_part(folder, part):
     """(images, masks) of "train", "val" or "test", mapped, not read: uint8 (N, S, S, 3), and uint8 {0, 1} (N, S, S)
-    or None."""
-    masks = Path(folder) / f"{part}_masks.npy"
-    return (np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r"),
-            np.load(masks, mmap_mode="r") if masks.exists() else None)
+    or None. Ends the program with one line where they cannot be read."""
+    images, masks = (Path(folder) / f"{part}_{kind}.npy" for kind in ("images", "masks"))
+    try:
+        return np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r") if masks.exists() else None
+    except (OSError, ValueError) as error:
+        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set again with --overwrite")
 
 
 def read_names(folder, part):
@@ -534,4 +530,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
+        sys.exit(f"prepare_data.py: {error or 'interrupted'}; nothing half-written is left")

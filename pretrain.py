@@ -37,6 +37,8 @@ from models import BACKBONES, build_unet, export_encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # timm's default for both backbones
 
+cv2.setNumThreads(0)                                            # the loader's workers are the parallelism
+
 # ---------------------------------------------------------------------------------------------- pseudo-masks (3.3.2)
 
 THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
@@ -205,12 +207,12 @@ class Images(torch.utils.data.Dataset):
     """One part of a data set. Key (epoch, index) -> (index, transform(image)), the same in whatever process."""
 
     def __init__(self, folder, part, transform, seed):
-        self.path = Path(folder) / f"{part}_images.npy"         # true masks are never opened in this file
-        self.shape = np.load(self.path, mmap_mode="r").shape
+        self.path = Path(folder) / f"{part}_images.npy"
+        self.n = len(prepare_data.open_part(folder, part)[0])   # true masks are not read in this file
         self.transform, self.seed = transform, seed
 
     def __len__(self):
-        return self.shape[0]
+        return self.n
 
     def __getitem__(self, key):
         epoch, index = key
@@ -221,13 +223,15 @@ class Images(torch.utils.data.Dataset):
 
 class Batches:
     """The batches of an epoch, lists of (epoch, index): in an order of (seed, epoch) alone, or as stored without seed.
-    A last batch of one image joins the batch before it."""
+    A last batch of one image joins the batch before it. At most `most` batches, where it is given."""
 
-    def __init__(self, n, batch_size, seed=None):
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+    def __init__(self, n, batch_size, seed=None, most=None):
+        self.n, self.seed, self.epoch = n, seed, 0
         self.cuts = list(range(0, n, batch_size)) + [n]
         if batch_size > 1 and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
             del self.cuts[-2]
+        if most:
+            del self.cuts[most + 1:]
 
     def __len__(self):
         return len(self.cuts) - 1
@@ -267,10 +271,36 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def load_checkpoint(path, device):
+    """A checkpoint of this file, a dict; ends the program with one line where it cannot be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                  # torch raises a dozen kinds for a damaged file
+        sys.exit(f"{path} cannot be read ({str(error).splitlines()[0]}): --overwrite starts the run afresh")
+
+
 def to_device(views, device):
     """Move a batch's views; channels_last is what CPU and GPU convolutions are fastest in."""
     views = [view.to(device, non_blocking=True) for view in views]
     return [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+
+@torch.no_grad()
+def settle_batchnorm(method, loader, device):
+    """Set BatchNorm's statistics to their mean over un-augmented training images under the weights as they are now.
+
+    The usual running average looks back over some ten steps; where an epoch has not many more, that is a network that
+    is no longer there, and validation and test see it (Wu & Johnson 2021, "precise BN"). Training does not use them.
+    """
+    method.train()
+    norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                                    # the plain mean over batches
+    for _, views in loader if norms else ():
+        method(to_device(views, device))
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 @torch.no_grad()
@@ -319,21 +349,25 @@ def train(method, args, folder, device):
     batches = Batches(len(train_set), args.batch_size, args.seed)
     train_loader = make_loader(train_set, batches, args.workers)
     val_loader = make_loader(val_set, Batches(len(val_set), args.batch_size), min(args.workers, 1))
+    settle_set = Images(data, "train", method.plain, args.seed)
+    settle_batches = Batches(len(settle_set), args.batch_size, args.seed, most=64)      # as many do for a mean
+    settle_loader = make_loader(settle_set, settle_batches, min(args.workers, 1))
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], args.lr,
                                  weight_decay=args.weight_decay)
     state = dict(epoch=0, best=math.inf, stale=0)
     if (folder / "last.pt").exists():
-        saved = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+        saved = load_checkpoint(folder / "last.pt", device)
         method.unet.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {key: saved[key] for key in state}
         print(f"{folder}: going on after epoch {state['epoch']}")
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
-    bar = tqdm(total=args.epochs * len(batches), initial=state["epoch"] * len(batches), unit=" steps")
+    bar = tqdm(total=args.epochs * len(batches), initial=state["epoch"] * len(batches), unit=" steps", mininterval=1)
     while not finished(state, args):
         start, batches.epoch = time.time(), state["epoch"]
         bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
         loss, waiting = train_one_epoch(method, train_loader, optimizer, device, state["epoch"] * len(batches), args, bar)
+        settle_batchnorm(method, settle_loader, device)
         val_loss, pseudo, predicted = validate(method, val_loader, device)
         seconds = time.time() - start
         state["epoch"] += 1
@@ -450,9 +484,9 @@ def parse_args(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
-    for name, least in dict(epochs=1, batch_size=1, patience=0, seed=0, workers=0).items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
+        if not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
     return args, {action.dest: action.default for action in parser._actions}
 
 
@@ -476,7 +510,7 @@ def main(argv=None):
         return
     print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
     val_set = train(method, args, folder, device)
-    best = torch.load(folder / "best.pt", map_location=device, weights_only=True)
+    best = load_checkpoint(folder / "best.pt", device)
     method.unet.load_state_dict(best["model"])
     print(f"{folder}: best validation loss {best['val_loss']:.4f} after epoch {best['epoch']}")
     export_encoder(method, folder / "encoder.pth")
@@ -484,4 +518,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
+        sys.exit(f"pretrain.py: {error or 'interrupted'}; the same command goes on from the last whole epoch")
