@@ -273,7 +273,7 @@ def open_part(folder, part):
     images, masks = (Path(folder) / f"{part}_{kind}.npy" for kind in ("images", "masks"))
     try:
         return np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r") if masks.exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set again with --overwrite")
 
 

@@ -276,7 +276,7 @@ def load_checkpoint(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                                  # torch raises a dozen kinds for a damaged file
-        sys.exit(f"{path} cannot be read ({str(error).splitlines()[0]}): --overwrite starts the run afresh")
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): --overwrite starts the run afresh")
 
 
 def to_device(views, device):
