@@ -1,14 +1,16 @@
-"""Pre-train a U-Net on Otsu pseudo-masks (MedSASS, section 3.3 of the paper), without any label.
+"""Pre-train a U-Net on Otsu pseudo-masks (MedSASS, section 3.3 of the paper), or a baseline encoder; without any label.
 
     python pretrain.py --dataset demo --epochs 10
     python pretrain.py --dataset isic --backbone vit_small
     python pretrain.py --dataset isic --train encoder --threshold ght --loss tversky
+    python pretrain.py --dataset isic --method byol
 
 Reads data/<dataset>/ (see prepare_data.py), writes runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same
 command again goes on where it was stopped, to the bit.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -32,6 +34,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import prepare_data
+from baselines.byol import BYOL
+from baselines.dino import DINO
+from baselines.mae import MAE
+from baselines.simmim import SimMIM
+from baselines.simsiam import SimSiam
 from losses import LOSSES
 from models import BACKBONES, build_unet, export_encoder
 
@@ -142,13 +149,18 @@ class MedSASS(nn.Module):
     augment(image): uint8 (3, H, W) -> [view uint8 (3, H, W), pseudo-mask uint8 {0, 1} (1, H, W)], in the workers.
     plain(image): the same without augmentation, for validation. forward([views, masks]) -> scalar loss.
     train_part "encoder": only `unet.encoder` learns, against a decoder that stays as it was drawn (section 4.1).
+    The other members are those of every class in baselines/.
     """
 
-    def __init__(self, backbone, img_size=224, threshold="otsu", foreground="bright", loss="focal_tversky",
-                 train_part="end2end"):
+    backbones = tuple(BACKBONES)
+    stops_early = True
+
+    def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu", foreground="bright",
+                 loss="focal_tversky", train_part="end2end"):
         super().__init__()
         self.unet = build_unet(backbone, img_size)
         self.loss, self.train_part = LOSSES[loss], train_part
+        self.lr, self.weight_decay = 3.6e-4, 1e-5               # not in the paper: the authors' sibling code
         if train_part == "encoder":
             self.unet.requires_grad_(False).encoder.requires_grad_(True)
         self.plain = functools.partial(view_and_mask, v2.Identity(), threshold, foreground)
@@ -166,8 +178,32 @@ class MedSASS(nn.Module):
 
     def forward(self, views):
         images, masks = views
-        self.logits = self.unet(normalise(images))              # (B, 1, H, W); kept for the log
-        return self.loss(self.logits, masks)
+        logits = self.unet(normalise(images))                   # (B, 1, H, W)
+        self.shares = masks.float().mean(), (logits.detach() > 0).float().mean()
+        return self.loss(logits, masks)
+
+    def optimizer(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], self.lr, weight_decay=self.weight_decay)
+
+    def before_step(self, optimizer, step, total_steps, epoch_steps): pass      # noqa: E704; constant
+
+    def after_backward(self): pass                              # noqa: E704; no clipping, nothing frozen
+
+    def after_step(self, step, total_steps): pass               # noqa: E704; no moving average
+
+    def health(self):
+        return dict(zip(("pseudo_foreground", "predicted_foreground"), (share.item() for share in self.shares)))
+
+    def collapsed(self, health):
+        if health["predicted_foreground"] in (0, 1):
+            return (f"the network calls every pixel {'foreground' if health['predicted_foreground'] else 'background'}: "
+                    "if it stays so, try --loss focal_tversky (bce does this in appendix B.1) or a smaller --lr")
+
+    def samples(self, views):
+        return {"image": views[0], "pseudo-mask": views[1], "prediction": self.unet(normalise(views[0])) > 0}
+
+
+METHODS = dict(medsass=MedSASS, byol=BYOL, dino=DINO, simsiam=SimSiam, mae=MAE, simmim=SimMIM)
 
 
 def view_and_mask(transform, threshold, foreground, image):
@@ -279,6 +315,11 @@ def load_checkpoint(path, device):
         sys.exit(f"{path} cannot be read ({type(error).__name__}): --overwrite starts the run afresh")
 
 
+def network_of(method):
+    """The network that is kept in eval mode for others to use: the U-Net of MedSASS, the encoder of a baseline."""
+    return getattr(method, "unet", method.encoder)
+
+
 def to_device(views, device):
     """Move a batch's views; channels_last is what CPU and GPU convolutions are fastest in."""
     views = [view.to(device, non_blocking=True) for view in views]
@@ -293,38 +334,39 @@ def settle_batchnorm(method, loader, device):
     is no longer there, and validation and test see it (Wu & Johnson 2021, "precise BN"). Training does not use them.
     """
     method.train()
-    norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    network = network_of(method)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None                                    # the plain mean over batches
-    for _, views in loader if norms else ():
-        method(to_device(views, device))
+    for _, images in loader if norms else ():
+        network(normalise(to_device([images], device)[0]))
     for norm in norms:
         norm.momentum = 0.1
 
 
 @torch.no_grad()
-def validate(method, loader, device):
-    """Mean loss over the un-augmented validation images, and the foreground shares of pseudo-masks and predictions."""
+def validate(method, loader, device, seed):
+    """Mean loss over the validation images: the same images, views and masks each time, and nothing learns."""
     method.eval()
-    loss, pseudo, predicted, n = 0.0, 0.0, 0.0, 0
-    for index, views in loader:
-        views = to_device(views, device)
-        loss += method(views).item() * len(index)
-        pseudo += views[1].float().mean().item() * len(index)
-        predicted += (method.logits > 0).float().mean().item() * len(index)
+    loss, n = 0.0, 0
+    for batch, (index, views) in enumerate(loader):
+        torch.manual_seed(seed_from(seed, batch))               # what a method hides is drawn in its forward
+        loss += method(to_device(views, device)).item() * len(index)
         n += len(index)
-    return loss / n, pseudo / n, predicted / n
+    return loss / n
 
 
 def train_one_epoch(method, loader, optimizer, device, step, args, bar):
-    """Returns (mean loss, share of the time spent waiting for data). Ends the program at a loss that is not finite."""
+    """Returns a dict: mean loss, the mean of the method's health figures, share of the time spent waiting for data.
+    Ends the program at a loss that is not finite."""
     method.train()
-    total, n, waited, start = 0.0, 0, 0.0, time.time()
-    asked = start
+    sums, n, waited, start = collections.Counter(), 0, 0.0, time.time()
+    epoch_steps, asked = len(loader), start
     for index, views in loader:
         waited += time.time() - asked
         torch.manual_seed(seed_from(args.seed, step))
+        method.before_step(optimizer, step, args.epochs * epoch_steps, epoch_steps)
         optimizer.zero_grad(set_to_none=True)
         loss = method(to_device(views, device))
         if not math.isfinite(loss.item()):
@@ -333,32 +375,43 @@ def train_one_epoch(method, loader, optimizer, device, step, args, bar):
             sys.exit(f"the loss is {loss.item()} at step {step}, in the batch of "
                      f"{', '.join(names[i]['name'] for i in index)}: try a smaller --lr")
         loss.backward()
+        method.after_backward()
         optimizer.step()
-        total, n, step = total + loss.item() * len(index), n + len(index), step + 1
-        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+        method.after_step(step, args.epochs * epoch_steps)
+        figures = dict(train_loss=loss.item(), **method.health())
+        for name, value in figures.items():
+            sums[name] += value * len(index)
+        n, step = n + len(index), step + 1
+        bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in figures.items()), refresh=False)
         bar.update()
         asked = time.time()
-    return total / n, waited / (time.time() - start)
+    return {name: total / n for name, total in sums.items()} | dict(waiting_share=waited / (time.time() - start))
+
+
+def make_loaders(method, args):
+    """Loaders of the training images, of the same un-augmented (at most 64 batches), and of the validation images."""
+    data, few = Path(args.data) / args.dataset, min(args.workers, 1)
+    train_set = Images(data, "train", method.augment, args.seed)
+    plain_set = Images(data, "train", v2.Identity(), args.seed)
+    val_set = Images(data, "val", getattr(method, "plain", method.augment), args.seed)
+    n, size = len(train_set), args.batch_size
+    return (make_loader(train_set, Batches(n, size, args.seed), args.workers),
+            make_loader(plain_set, Batches(n, size, args.seed, most=64), few),
+            make_loader(val_set, Batches(len(val_set), size), few))
 
 
 def train(method, args, folder, device):
     """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`."""
-    data = Path(args.data) / args.dataset
-    train_set = Images(data, "train", method.augment, args.seed)
-    val_set = Images(data, "val", method.plain, args.seed)
-    batches = Batches(len(train_set), args.batch_size, args.seed)
-    train_loader = make_loader(train_set, batches, args.workers)
-    val_loader = make_loader(val_set, Batches(len(val_set), args.batch_size), min(args.workers, 1))
-    settle_set = Images(data, "train", method.plain, args.seed)
-    settle_batches = Batches(len(settle_set), args.batch_size, args.seed, most=64)      # as many do for a mean
-    settle_loader = make_loader(settle_set, settle_batches, min(args.workers, 1))
-    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], args.lr,
-                                 weight_decay=args.weight_decay)
+    train_loader, plain_loader, val_loader = make_loaders(method, args)
+    batches, optimizer = train_loader.batch_sampler, method.optimizer()
+    module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
     state = dict(epoch=0, best=math.inf, stale=0)
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt", device)
-        method.unet.load_state_dict(saved["model"])
+        module.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        for parameter, old in optimizer.state.items():          # as a run left alone names them: equal files, to the byte
+            optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
         state = {key: saved[key] for key in state}
         print(f"{folder}: going on after epoch {state['epoch']}")
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
@@ -366,29 +419,31 @@ def train(method, args, folder, device):
     while not finished(state, args):
         start, batches.epoch = time.time(), state["epoch"]
         bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
-        loss, waiting = train_one_epoch(method, train_loader, optimizer, device, state["epoch"] * len(batches), args, bar)
-        settle_batchnorm(method, settle_loader, device)
-        val_loss, pseudo, predicted = validate(method, val_loader, device)
+        figures = train_one_epoch(method, train_loader, optimizer, device, state["epoch"] * len(batches), args, bar)
+        settle_batchnorm(method, plain_loader, device)
+        val_loss = validate(method, val_loader, device, args.seed)
         seconds = time.time() - start
         state["epoch"] += 1
         better = val_loss < state["best"]
         state["best"], state["stale"] = (val_loss, 0) if better else (state["best"], state["stale"] + 1)
-        log.append(dict(epoch=state["epoch"], train_loss=f"{loss:.6f}", val_loss=f"{val_loss:.6f}",
-                        pseudo_foreground=f"{pseudo:.4f}", predicted_foreground=f"{predicted:.4f}",
-                        seconds=f"{seconds:.2f}", waiting_share=f"{waiting:.4f}",
-                        images_per_second=f"{len(train_set) / seconds:.1f}"))
-        if predicted in (0, 1):
-            bar.write(f"epoch {state['epoch']}: the network calls every validation pixel "
-                      f"{'foreground' if predicted else 'background'}; if it stays so, it has collapsed "
-                      "(appendix B.1: --loss focal_tversky is the cure for bce)")
+        row = dict(epoch=state["epoch"], val_loss=val_loss, **figures, seconds=seconds,
+                   images_per_second=batches.n / seconds)
+        log.append({name: f"{value:.6g}" for name, value in row.items()})
+        if warning := method.collapsed(figures):
+            bar.write(f"epoch {state['epoch']}: {warning}")
         write_atomically(folder / "log.csv", functools.partial(write_log, log))
         if better:
-            best = dict(model=method.unet.state_dict(), epoch=state["epoch"], val_loss=val_loss)
+            best = dict(model=module.state_dict(), epoch=state["epoch"], val_loss=val_loss)
             write_atomically(folder / "best.pt", functools.partial(torch.save, best))
-        last = state | dict(model=method.unet.state_dict(), optimizer=optimizer.state_dict())
+        last = state | dict(model=module.state_dict(), optimizer=optimizer.state_dict())
         write_atomically(folder / "last.pt", functools.partial(torch.save, last))
     bar.close()
-    return val_set
+    # Where the loss says nothing about quality, the last weights are as good as any; else the best.
+    kept = load_checkpoint(folder / ("best.pt" if method.stops_early else "last.pt"), device)
+    module.load_state_dict(kept["model"])
+    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {state['best']:.4f}")
+    export_encoder(method, folder / "encoder.pth")
+    write_samples(method, val_loader.dataset, args.seed, folder / "samples.png", device)
 
 
 def finished(state, args):
@@ -405,16 +460,21 @@ def write_log(rows, path):
 
 
 @torch.no_grad()
-def write_samples(method, val_set, path, device, rows=6):
-    """samples.png: validation images, their pseudo-masks, and what the network predicts."""
+def write_samples(method, val_set, seed, path, device, rows=6):
+    """samples.png: what the method sees and makes of validation images (its samples())."""
     method.eval()
-    sheet = []
-    for i in range(min(rows, len(val_set))):
-        _, (view, mask) = val_set[0, i]
-        logits = method.unet(normalise(view[None].to(device)))
-        sheet.append([view.permute(1, 2, 0).numpy(), mask[0].numpy(), (logits[0, 0] > 0).cpu().numpy()])
-    picture = Image.fromarray(prepare_data.contact_sheet(sheet, ["image", "pseudo-mask", "prediction"]))
-    write_atomically(path, functools.partial(picture.save, format="PNG"))
+    items = [val_set[0, i][1] for i in range(min(rows, len(val_set)))]
+    torch.manual_seed(seed_from(seed))
+    columns = method.samples(to_device([torch.stack(view) for view in zip(*items)], device))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def picture(tile):                                          # masks, uint8 images, normalised float images
+        tile = (tile.cpu() * std + mean).mul(255).round().clamp(0, 255) if tile.is_floating_point() else tile.cpu()
+        return tile[0].numpy() if len(tile) == 1 else tile.byte().permute(1, 2, 0).numpy()
+
+    sheet = [[picture(tile) for tile in row] for row in zip(*columns.values())]
+    image = Image.fromarray(prepare_data.contact_sheet(sheet, list(columns)))
+    write_atomically(path, functools.partial(image.save, format="PNG"))
 
 
 # -------------------------------------------------------------------------------------------------------- run folders
@@ -426,13 +486,37 @@ def run_settings(args, meta):
     return {name: getattr(args, name) for name in names} | dict(img_size=meta["size"], data=meta["fingerprint"])
 
 
-def run_folder(args, meta, defaults):
+def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
     short = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b", patience="p", lr="lr",
                  weight_decay="wd")
-    defaults = defaults | dict(foreground=meta["foreground"])
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
+
+
+def build_method(args, meta, defaults):
+    """The method with its weights drawn from --seed. Flags that were left unset get the method's own values, in `args`
+    and in `defaults`; those that only MedSASS uses are named and ignored for a baseline."""
+    defaults |= dict(foreground=meta["foreground"])
+    if args.method != "medsass":
+        given = [name for name in ("train", "threshold", "loss", "foreground") if getattr(args, name) not in (None, defaults[name])]
+        if given:
+            print(f"not used by {args.method} and ignored: {', '.join('--' + name for name in given)}")
+        defaults |= dict(train="encoder")
+        vars(args).update({name: defaults[name] for name in ("train", "threshold", "loss", "foreground")})
+    args.foreground = args.foreground or defaults["foreground"]
+    own = (args.threshold, args.foreground, args.loss, args.train) if args.method == "medsass" else ()
+    torch.manual_seed(seed_from(args.seed))
+    try:
+        method = METHODS[args.method](args.backbone, meta["size"], args.batch_size, *own)
+    except ValueError as error:
+        sys.exit(str(error))
+    defaults |= dict(lr=method.lr, weight_decay=method.weight_decay, patience=5 if method.stops_early else 0)
+    for name in ("lr", "weight_decay", "patience"):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[name])
+    method.lr, method.weight_decay = args.lr, args.weight_decay
+    return method
 
 
 def open_run(args, meta, folder):
@@ -464,7 +548,7 @@ def parse_args(argv):
                                                                    argparse.RawDescriptionHelpFormatter), {}))
     parser.add_argument("--dataset", required=True, help="name of a prepared data set, a folder under --data")
     parser.add_argument("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
-    parser.add_argument("--method", default="medsass", choices=["medsass"], help="what to train by")
+    parser.add_argument("--method", default="medsass", choices=list(METHODS), help="MedSASS, or an encoder by a baseline")
     parser.add_argument("--train", default="end2end", choices=["end2end", "encoder"],
                         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
     parser.add_argument("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3)")
@@ -472,10 +556,10 @@ def parse_args(argv):
     parser.add_argument("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
     parser.add_argument("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
-    parser.add_argument("--patience", type=int, default=5,
-                        help="stop after so many epochs without a better validation loss; 0: never")
-    parser.add_argument("--lr", type=float, default=3.6e-4, help="of Adam, constant (the authors' sibling code)")
-    parser.add_argument("--weight-decay", type=float, default=1e-5, help="of Adam (the authors' sibling code)")
+    parser.add_argument("--patience", type=int, help="stop after so many epochs without a better validation loss; 0: "
+                        "never. Unset: 5; for byol, dino, simsiam, whose loss says nothing about quality, 0")
+    parser.add_argument("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
+    parser.add_argument("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
                         help="processes that load and augment; any number gives the same bits")
@@ -485,7 +569,7 @@ def parse_args(argv):
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
-        if not least <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
     return args, {action.dest: action.default for action in parser._actions}
 
@@ -494,27 +578,16 @@ def main(argv=None):
     args, defaults = parse_args(argv)
     args.command = shlex.join(["python", "pretrain.py", *(sys.argv[1:] if argv is None else argv)])
     meta = prepare_data.read_meta(Path(args.data) / args.dataset)
-    args.foreground = args.foreground or meta["foreground"]
     device = pick_device(args.device)
     args.device = device.type
-    torch.manual_seed(seed_from(args.seed))
-    try:
-        method = MedSASS(args.backbone, meta["size"], args.threshold, args.foreground, args.loss, args.train)
-    except ValueError as error:
-        sys.exit(str(error))
-    method.to(device, memory_format=torch.channels_last)
-    folder = run_folder(args, meta, defaults)
+    method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
+    folder = run_folder(args, defaults)
     open_run(args, meta, folder)
     if (folder / "samples.png").exists():                       # the last file that a run writes
         print(f"{folder} is finished: nothing to do")
         return
     print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
-    val_set = train(method, args, folder, device)
-    best = load_checkpoint(folder / "best.pt", device)
-    method.unet.load_state_dict(best["model"])
-    print(f"{folder}: best validation loss {best['val_loss']:.4f} after epoch {best['epoch']}")
-    export_encoder(method, folder / "encoder.pth")
-    write_samples(method, val_set, folder / "samples.png", device)
+    train(method, args, folder, device)
 
 
 if __name__ == "__main__":

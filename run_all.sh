@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 help() {
     cat <<'TEXT'
-bash run_all.sh         set up, then the demo: draw images, pre-train, score, print the table (minutes on two cores)
+bash run_all.sh         set up, then the demo: draw images, pre-train by every method, score, print the table
 bash run_all.sh test    set up, add the test-only packages, run the tests
 bash run_all.sh help    this text
 
@@ -49,22 +49,32 @@ score() {
     fi
 }
 
+# demo_run BACKBONE NAME FLAGS...: pre-train on the demo and score; NAME is the run's folder.
+demo_run() {
+    run "$PYTHON" pretrain.py --dataset demo --backbone "$1" "${@:3}"
+    score "results/demo/$1/$2/seed0/transfer.json" --run "runs/demo/$1/$2/seed0"
+}
+
 demo() {
     [[ -f data/demo/meta.json ]] || run "$PYTHON" prepare_data.py --dataset demo
-    run "$PYTHON" pretrain.py --dataset demo --backbone resnet50 --epochs 30
-    run "$PYTHON" pretrain.py --dataset demo --backbone resnet50 --train encoder --epochs 10
-    run "$PYTHON" pretrain.py --dataset demo --backbone vit_small --epochs 10
-    score results/demo/resnet50/medsass-e30/seed0/transfer.json --run runs/demo/resnet50/medsass-e30/seed0
-    score results/demo/resnet50/medsass-encoder-e10/seed0/transfer.json \
-        --run runs/demo/resnet50/medsass-encoder-e10/seed0
-    score results/demo/vit_small/medsass-e10/seed0/transfer.json --run runs/demo/vit_small/medsass-e10/seed0
-    score results/demo/resnet50/reference/seed0/reference.json \
-        --protocol reference --dataset demo --backbone resnet50
+    demo_run resnet50 medsass-e30 --epochs 30
+    demo_run resnet50 medsass-encoder-e10 --train encoder --epochs 10
+    demo_run vit_small medsass-e10 --epochs 10
+    for method in byol simsiam dino; do
+        demo_run resnet50 "$method-e3" --method "$method" --epochs 3
+    done
+    for method in dino mae simmim; do
+        demo_run vit_small "$method-e3" --method "$method" --epochs 3
+    done
+    for backbone in resnet50 vit_small; do
+        score "results/demo/$backbone/reference/seed0/reference.json" \
+            --protocol reference --dataset demo --backbone "$backbone"
+    done
     run "$PYTHON" finetune_eval.py --report
 }
 
 tests() {
-    run "$PYTHON" -m pip install --quiet pytest segmentation-models-pytorch scikit-image scikit-learn
+    run "$PYTHON" -m pip install --quiet pytest segmentation-models-pytorch scikit-image scikit-learn lightly
     run "$PYTHON" -m pytest -q -m 'not bench' test_smoke.py
 }
 
