@@ -75,7 +75,7 @@ demo() {
 
 tests() {
     run "$PYTHON" -m pip install --quiet pytest segmentation-models-pytorch scikit-image scikit-learn lightly
-    run "$PYTHON" -m pytest -q -m 'not bench' test_smoke.py
+    run "$PYTHON" -m pytest -q -o markers=bench -m 'not bench' test_smoke.py
 }
 
 case "${1:-demo}" in

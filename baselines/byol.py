@@ -56,6 +56,8 @@ class BYOL(nn.Module):
         super().__init__()
         if backbone not in self.backbones:
             raise ValueError(f"BYOL is published for {self.backbones[0]}, not for {backbone}: its BatchNorm is part of it")
+        if batch_size < 2:
+            raise ValueError("BYOL's BatchNorm needs at least 2 images a step")
         self.encoder = timm.create_model(backbone, num_classes=0)
         self.projector, self.predictor = mlp(self.encoder.num_features), mlp(256)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
