@@ -183,7 +183,8 @@ class MedSASS(nn.Module):
         return self.loss(logits, masks)
 
     def optimizer(self):
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], self.lr,
+                                weight_decay=self.weight_decay, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps): pass      # noqa: E704; constant
 

@@ -1203,16 +1203,17 @@ def lightly_method(name, size):
 @pytest.mark.parametrize("name, backbone", [("byol", "resnet50"), ("simsiam", "resnet50"), ("dino", "vit_small"), ("mae", "vit_small")])
 def test_baselines_are_no_slower_than_lightly(name, backbone, capsys):
     """Seconds an image (augmentation in one process, forward, backward, optimiser, moving average), 64 px, batch 16,
-    the two interleaved, median of 7 rounds."""
+    the two interleaved, median of 9 rounds; ours laid out as pretrain.py does."""
     images = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(16)]
     tensors, pictures = [torch.from_numpy(i).permute(2, 0, 1) for i in images], [Image.fromarray(i) for i in images]
-    ours, theirs = pretrain.METHODS[name](backbone, 64), lightly_method(name, 64)
+    ours = pretrain.METHODS[name](backbone, 64).to(memory_format=torch.channels_last)
+    theirs = lightly_method(name, 64)
     own = ours.optimizer()
-    optimizers = own, type(own)(theirs[1].parameters(), lr=1e-4, weight_decay=1e-4,
-                                **(dict(momentum=.9) if name == "simsiam" else {}))
+    momentum = dict(momentum=.9) if name == "simsiam" else {}
+    optimizers = own, type(own)(theirs[1].parameters(), lr=1e-4, weight_decay=1e-4, **momentum)
 
     def our_step(step):
-        views = [torch.stack(view) for view in zip(*[ours.augment(image) for image in tensors])]
+        views = pretrain.to_device([torch.stack(v) for v in zip(*[ours.augment(image) for image in tensors])], "cpu")
         ours.before_step(optimizers[0], step, 100, 1)
         optimizers[0].zero_grad()
         ours(views).backward()
@@ -1228,7 +1229,7 @@ def test_baselines_are_no_slower_than_lightly(name, backbone, capsys):
         theirs[3]()
 
     seconds = {our_step: [], their_step: []}
-    for step in range(8):
+    for step in range(10):
         for work, times in seconds.items():
             start = time.perf_counter()
             work(step)
@@ -1236,4 +1237,4 @@ def test_baselines_are_no_slower_than_lightly(name, backbone, capsys):
     mine, other = (float(np.median(times[1:])) for times in seconds.values())
     with capsys.disabled():
         print(f"\n{name}, {backbone}: {mine:.4f} s an image, lightly {other:.4f}, ratio {mine / other:.2f}")
-    assert mine <= 1.05 * other
+    assert mine <= other

@@ -75,14 +75,11 @@ class SimMIM(nn.Module):
         self.loss = error.sum() / pixels.sum() / 3              # L1 on hidden pixels only, a mean (equation 1)
         return self.loss
 
-    # -------------------------------------------------------------------------------------------- optimisation
-
     def optimizer(self):
         """AdamW, weight decay on matrices only (section 4.1)."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=self.weight_decay),
-                  dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, self.lr)
+        groups = [dict(params=[p for p in self.parameters() if p.requires_grad and (p.ndim > 1) == matrix],
+                       weight_decay=self.weight_decay * matrix) for matrix in (True, False)]
+        return torch.optim.AdamW(groups, self.lr, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         """Linear warm-up over 10 % of the run (10 of 100 epochs there), then cosine to 0."""
