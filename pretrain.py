@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import fcntl
 import functools
 import json
 import math
@@ -30,6 +31,7 @@ import torch
 import torch.nn as nn
 import torchvision
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -109,12 +111,14 @@ def pseudo_mask(images, method="otsu", foreground="bright"):
 # ----------------------------------------------------------------------------------------- augmentation (appendix D)
 
 def warp(image, matrix):
-    """uint8 (3, H, W) -> the same: the pixel at (x, y) is taken from matrix @ (x, y, 1), bilinear. What lies outside
-    is the mirror image of what lies inside: torchvision fills with black, which Otsu would take for dark foreground."""
-    height, width = image.shape[1:]
-    out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, (width, height),
-                              flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
-    return torch.from_numpy(out).permute(2, 0, 1)
+    """uint8 (3, H, W) -> the same: the pixel at (x, y) is taken from matrix @ (x, y, 1), bilinear, of a tv_tensors.Mask
+    (1, H, W) the nearest. What lies outside is the mirror image of what lies inside: torchvision fills with black,
+    which Otsu would take for dark foreground."""
+    is_mask, (height, width) = isinstance(image, tv_tensors.Mask), image.shape[1:]
+    how = (cv2.INTER_NEAREST if is_mask else cv2.INTER_LINEAR) | cv2.WARP_INVERSE_MAP
+    out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, (width, height), flags=how,
+                              borderMode=cv2.BORDER_REFLECT_101)
+    return tv_tensors.Mask(out[None]) if is_mask else torch.from_numpy(out).permute(2, 0, 1)
 
 
 class Perspective(v2.RandomPerspective):
@@ -134,7 +138,8 @@ class Rotation(v2.RandomAffine):
 
 
 def paper_augmentation():
-    """uint8 (3, H, W) -> the same. The paper's list and order; it gives no strengths, these are mild, common ones."""
+    """uint8 (3, H, W), or with its tv_tensors.Mask (1, H, W) -> the same. The paper's list and order; it gives no
+    strengths, these are mild, common ones."""
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
     return v2.Compose([v2.RandomChoice([jitter, Perspective(distortion_scale=0.2, p=1.0)]),
                        v2.RandomChoice([jitter, Rotation(degrees=10)]),
@@ -148,8 +153,8 @@ class MedSASS(nn.Module):
 
     augment(image): uint8 (3, H, W) -> [view uint8 (3, H, W), pseudo-mask uint8 {0, 1} (1, H, W)], in the workers.
     plain(image): the same without augmentation, for validation. forward([views, masks]) -> scalar loss.
-    train_part "encoder": only `unet.encoder` learns, against a decoder that stays as it was drawn (section 4.1).
-    The other members are those of every class in baselines/.
+    train_part "encoder" or "decoder": only that part learns; the other stays as it is, its BatchNorm in eval mode
+    (section 4.1). The other members are those of every class in baselines/.
     """
 
     backbones = tuple(BACKBONES)
@@ -161,8 +166,8 @@ class MedSASS(nn.Module):
         self.unet = build_unet(backbone, img_size)
         self.loss, self.train_part = LOSSES[loss], train_part
         self.lr, self.weight_decay = 3.6e-4, 1e-5               # not in the paper: the authors' sibling code
-        if train_part == "encoder":
-            self.unet.requires_grad_(False).encoder.requires_grad_(True)
+        if train_part != "end2end":
+            self.unet.requires_grad_(train_part == "decoder").encoder.requires_grad_(train_part == "encoder")
         self.plain = functools.partial(view_and_mask, v2.Identity(), threshold, foreground)
         self.augment = functools.partial(view_and_mask, paper_augmentation(), threshold, foreground)
 
@@ -172,8 +177,8 @@ class MedSASS(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.train_part == "encoder":                        # the decoder's BatchNorm statistics stay too
-            self.unet.eval().encoder.train(mode)
+        if self.train_part != "end2end":
+            self.unet.train(mode and self.train_part == "decoder").encoder.train(mode and self.train_part == "encoder")
         return self
 
     def forward(self, views):
@@ -259,12 +264,16 @@ class Images(torch.utils.data.Dataset):
 
 
 class Batches:
-    """The batches of an epoch, lists of (epoch, index): in an order of (seed, epoch) alone, or as stored without seed.
-    A last batch of one image joins the batch before it. At most `most` batches, where it is given."""
+    """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as stored without seed.
 
-    def __init__(self, n, batch_size, seed=None, most=None):
+    An epoch is one pass over the n images; or, where `draws` is more than n, as many as give so many draws. A last
+    batch of one image joins the batch before it. At most `most` batches, where it is given.
+    """
+
+    def __init__(self, n, batch_size, seed=None, most=None, draws=None):
         self.n, self.seed, self.epoch = n, seed, 0
-        self.cuts = list(range(0, n, batch_size)) + [n]
+        self.draws = max(n, draws or 0)
+        self.cuts = list(range(0, self.draws, batch_size)) + [self.draws]
         if batch_size > 1 and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
             del self.cuts[-2]
         if most:
@@ -274,12 +283,13 @@ class Batches:
         return len(self.cuts) - 1
 
     def __iter__(self):
-        order = range(self.n)
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(seed_from(self.seed, self.epoch))
-            order = torch.randperm(self.n, generator=generator).tolist()
+        passes, order = math.ceil(self.draws / self.n), []
+        for k in range(self.epoch * passes, (self.epoch + 1) * passes):
+            generator = torch.Generator().manual_seed(seed_from(self.seed or 0, k))
+            once = range(self.n) if self.seed is None else torch.randperm(self.n, generator=generator).tolist()
+            order += [(k, index) for index in once]
         for start, end in zip(self.cuts, self.cuts[1:]):
-            yield [(self.epoch, index) for index in order[start:end]]
+            yield order[start:end]
 
 
 def make_loader(dataset, batches, workers):
@@ -389,21 +399,24 @@ def train_one_epoch(method, loader, optimizer, device, step, args, bar):
     return {name: total / n for name, total in sums.items()} | dict(waiting_share=waited / (time.time() - start))
 
 
-def make_loaders(method, args):
-    """Loaders of the training images, of the same un-augmented (at most 64 batches), and of the validation images."""
-    data, few = Path(args.data) / args.dataset, min(args.workers, 1)
-    train_set = Images(data, "train", method.augment, args.seed)
-    plain_set = Images(data, "train", v2.Identity(), args.seed)
-    val_set = Images(data, "val", getattr(method, "plain", method.augment), args.seed)
-    n, size = len(train_set), args.batch_size
-    return (make_loader(train_set, Batches(n, size, args.seed), args.workers),
-            make_loader(plain_set, Batches(n, size, args.seed, most=64), few),
-            make_loader(val_set, Batches(len(val_set), size), few))
+def image_sets(method, args):
+    """The training images, the same un-augmented, and the validation images, all without labels."""
+    data = Path(args.data) / args.dataset
+    return (Images(data, "train", method.augment, args.seed), Images(data, "train", v2.Identity(), args.seed),
+            Images(data, "val", getattr(method, "plain", method.augment), args.seed))
 
 
-def train(method, args, folder, device):
-    """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`."""
-    train_loader, plain_loader, val_loader = make_loaders(method, args)
+def train(method, sets, args, folder, device, draws=None):
+    """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`.
+
+    sets: training, plain training (for BatchNorm) and validation data, with keys and items as of Images. draws: images
+    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, data, dataset.
+    """
+    print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
+    few, size = min(args.workers, 1), args.batch_size
+    train_loader = make_loader(sets[0], Batches(len(sets[0]), size, args.seed, draws=draws), args.workers)
+    plain_loader = make_loader(sets[1], Batches(len(sets[1]), size, args.seed, most=64), few)
+    val_loader = make_loader(sets[2], Batches(len(sets[2]), size), few)
     batches, optimizer = train_loader.batch_sampler, method.optimizer()
     module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
     state = dict(epoch=0, best=math.inf, stale=0)
@@ -428,7 +441,7 @@ def train(method, args, folder, device):
         better = val_loss < state["best"]
         state["best"], state["stale"] = (val_loss, 0) if better else (state["best"], state["stale"] + 1)
         row = dict(epoch=state["epoch"], val_loss=val_loss, **figures, seconds=seconds,
-                   images_per_second=batches.n / seconds)
+                   images_per_second=batches.draws / seconds)
         log.append({name: f"{value:.6g}" for name, value in row.items()})
         if warning := method.collapsed(figures):
             bar.write(f"epoch {state['epoch']}: {warning}")
@@ -450,6 +463,11 @@ def train(method, args, folder, device):
 def finished(state, args):
     """Whether the epochs are done, or `patience` of them went by without a better validation loss (0: never)."""
     return state["epoch"] >= args.epochs or 0 < args.patience <= state["stale"]
+
+
+def finished_run(folder):
+    """Whether a run folder is complete: samples.png is the last file that a run writes."""
+    return (folder / "samples.png").exists()
 
 
 def write_log(rows, path):
@@ -520,9 +538,21 @@ def build_method(args, meta, defaults):
     return method
 
 
-def open_run(args, meta, folder):
+def only_one(path):
+    """A lock on the file `path`: the open file, released when it is closed or this process ends, however it ends. Ends
+    the program (exit code 75: try again later) where another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{path.parent}: another process is at work on this", file=sys.stderr)
+        sys.exit(75)
+    return file                                                 # closing it releases it
+
+
+def open_run(settings, args, folder):
     """Make the run's folder with its config.json, or check that the one there is of the same settings."""
-    settings = run_settings(args, meta)
     path = folder / "config.json"
     if path.exists() and not args.overwrite:
         try:
@@ -534,7 +564,6 @@ def open_run(args, meta, folder):
         if differ:
             sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts it afresh")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv"):
         (folder / name).unlink(missing_ok=True)
     config = dict(settings=settings, command=args.command, device=args.device, workers=args.workers,
@@ -583,12 +612,12 @@ def main(argv=None):
     args.device = device.type
     method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
     folder = run_folder(args, defaults)
-    open_run(args, meta, folder)
-    if (folder / "samples.png").exists():                       # the last file that a run writes
-        print(f"{folder} is finished: nothing to do")
-        return
-    print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
-    train(method, args, folder, device)
+    with only_one(folder / ".lock"):
+        open_run(run_settings(args, meta), args, folder)
+        if finished_run(folder):
+            print(f"{folder} is finished: nothing to do")
+        else:
+            train(method, image_sets(method, args), args, folder, device)
 
 
 if __name__ == "__main__":

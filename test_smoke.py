@@ -365,7 +365,7 @@ def test_seeded_leaks_nothing():
 
 def test_run_folder_is_complete(run, data):
     assert run.parts[-4:] == ("demo", "resnet50", "medsass-e2", "seed0")
-    assert {f.name for f in run.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
+    assert {f.name for f in run.iterdir()} == {".lock", "config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "val_loss", "pseudo_foreground", "predicted_foreground", "seconds", "waiting_share",

@@ -45,14 +45,19 @@ def augmentation(size, scale, blur, solarize):
 
 
 class Head(nn.Module):
-    """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (section 3.2 and appendix C)."""
+    """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (section 3.2 and appendix C).
+
+    BatchNorm is the reference's use_bn_in_head, off there: a fresh ViT gives a thousand gray images nearly one and the
+    same feature, and without it the teacher of so short a run never tells two of them apart.
+    """
 
     def __init__(self, features, prototypes, hidden=2048, bottleneck=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+        self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
+                                 nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
-        for layer in self.mlp[::2]:
+        for layer in self.mlp[::3]:
             nn.init.trunc_normal_(layer.weight, std=0.02), nn.init.zeros_(layer.bias)
 
     def last_layer(self):
@@ -149,7 +154,7 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step, total_steps):
-        """The teacher follows the student; BatchNorm's buffers (ResNet-50) are the teacher's own."""
+        """The teacher follows the student; BatchNorm's buffers are the teacher's own."""
         for target, source in zip(self.teacher.parameters(), [*self.encoder.parameters(), *self.head.parameters()]):
             target.lerp_(source, 1 - self.momentum(step, total_steps))
 
