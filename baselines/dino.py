@@ -47,17 +47,16 @@ def augmentation(size, scale, blur, solarize):
 class Head(nn.Module):
     """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (section 3.2 and appendix C).
 
-    BatchNorm is the reference's use_bn_in_head, off there: a fresh ViT gives a thousand gray images nearly one and the
-    same feature, and without it the teacher of so short a run never tells two of them apart.
+    The BatchNorm is an option of the reference (use_bn_in_head, after both hidden layers), off there. A fresh ViT gives
+    a thousand gray images nearly one and the same feature: without it the teacher of a short run never tells them apart.
     """
 
     def __init__(self, features, prototypes, hidden=2048, bottleneck=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
-                                 nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+                                 nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
-        for layer in self.mlp[::3]:
+        for layer in (self.mlp[0], self.mlp[3], self.mlp[5]):
             nn.init.trunc_normal_(layer.weight, std=0.02), nn.init.zeros_(layer.bias)
 
     def last_layer(self):
@@ -148,8 +147,8 @@ class DINO(nn.Module):
 
     def momentum(self, step, total_steps):
         """From m to 1 by a cosine; m = .996 (section 3.2) where the run is long, less where it is short, so that the
-        teacher looks back over a tenth of the run at most: 1 - m = max(.004, 10 / steps), at most .1."""
-        start = 1 - min(0.1, max(0.004, 10 / total_steps))
+        teacher looks back over a tenth of the run at most: 1 - m = max(.004, 10 / steps), at most .2."""
+        start = 1 - min(0.2, max(0.004, 10 / total_steps))
         return 1 - (1 - start) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
     @torch.no_grad()
