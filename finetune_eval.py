@@ -1,21 +1,28 @@
-"""Score a network on a test set it never saw, or let it draw masks for a folder of images.
+"""Score a network on a test set it never saw, train it on some labels first, or let it draw masks for a folder of images.
 
     python finetune_eval.py --run runs/demo/resnet50/medsass/seed0
-    python finetune_eval.py --protocol reference --dataset demo --backbone resnet50
-    python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small
+    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --protocol finetune --labels 0.1
+    python finetune_eval.py --dataset demo --backbone resnet50 --protocol supervised
+    python finetune_eval.py --dataset demo --backbone resnet50 --protocol reference
+    python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small --protocol frozen
     python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --predict my_images --out my_masks
     python finetune_eval.py --report
 
-transfer: the pre-trained network as it is; where only an encoder was trained, that encoder in a fresh, seeded decoder
-that nobody trained (section 4.1). reference: what costs nothing, on the same test images. One JSON an evaluation,
-under results/; --report prints them all.
+transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that nobody trained (section
+4.1). frozen: the decoder is trained, the encoder stays. finetune: all is trained. supervised: all is trained, from
+scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
+same test images. One JSON an evaluation, under results/, with a CSV of its test images; --report writes
+results/README.md from them.
 """
 
 import argparse
+import collections
 import csv
 import functools
 import hashlib
 import json
+import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,14 +30,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import prepare_data
+from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import THRESHOLDS, load_checkpoint, normalise, pick_device, pseudo_mask, seed_from, write_atomically
+from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_checkpoint, normalise, only_one, open_run,
+                      paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically)
 
-BATCH = 16                                                      # images at a time; no score depends on it
+BATCH = 16                                                      # test images at a time; no score depends on it
+TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
+REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
+SCORES = [f"{name}_{kind}" for name in ("iou", "dice", "precision", "recall", "accuracy") for kind in ("global", "image")]
 
 
 # ------------------------------------------------------------------------------------------------ metrics (appendix G)
@@ -56,11 +72,12 @@ def scores_from_counts(counts):
                 recall=ratio(tp, tp + fn), accuracy=ratio(tp + tn, tp + fp + fn + tn))
 
 
-def summarise(counts):
-    """int (N, 4) -> dict iou_global, iou_image, ...: counts summed over the set, and the mean over its images."""
-    overall, single = scores_from_counts(counts.sum(axis=0)), scores_from_counts(counts)
-    return {f"{name}_{kind}": float(np.mean(value)) for name in overall
-            for kind, value in (("global", overall[name]), ("image", single[name]))}
+def resampled_scores(counts, weights):
+    """counts (N, 4) and how often each image counts, (R, N) -> dict of float (R,): iou_global, iou_image, ...: counts
+    summed over the set, and the mean over its images."""
+    overall, single = scores_from_counts(weights @ counts), scores_from_counts(counts)
+    means = {name: weights @ value / weights.sum(axis=1) for name, value in single.items()}
+    return {f"{name}_{kind}": value[name] for name in overall for kind, value in (("global", overall), ("image", means))}
 
 
 def segmentation_scores(pred, target):
@@ -69,7 +86,61 @@ def segmentation_scores(pred, target):
     if pred.dtype != bool or target.dtype != bool or pred.shape != target.shape or pred.ndim != 3 or not len(pred):
         raise ValueError(f"two bool arrays (N, H, W) of one shape are needed, not {pred.dtype} {pred.shape} and "
                          f"{target.dtype} {target.shape}")
-    return summarise(count_pixels(pred, target))
+    scores = resampled_scores(count_pixels(pred, target), np.ones((1, len(pred)), np.int64))
+    return {name: float(value[0]) for name, value in scores.items()}
+
+
+def hausdorff95(pred, target):
+    """bool (N, H, W) twice -> float (N,): the 95 % Hausdorff distance of each pair, in pixels.
+
+    From every boundary pixel of one mask to the nearest boundary pixel of the other: the 95th percentile, and of the two
+    directions the larger. A boundary pixel is foreground with a background pixel, or the picture's edge, on one of its
+    four sides. Two empty masks are 0 apart; an empty one and another as far as the picture's diagonal.
+    """
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    distances = []
+    for pair in zip(pred, target):
+        if not all(mask.any() for mask in pair):
+            distances.append(math.hypot(*pair[0].shape) if any(mask.any() for mask in pair) else 0.0)
+            continue
+        a, b = (mask & ~cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(bool)
+                for mask in pair)
+        to_a, to_b = (cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for edge in (a, b))
+        distances.append(float(max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95))))
+    return np.array(distances)
+
+
+def bootstrap_weights(groups, rounds=2000, seed=0):
+    """The group of each image (N,) -> int (rounds, N): how often it is drawn when as many groups as there are are drawn
+    with replacement (Efron 1979). Images without a group of their own are groups of one."""
+    _, index = np.unique(groups, return_inverse=True)
+    n = index.max() + 1
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)[:, index]
+
+
+def interval(samples):
+    """float (R,) -> [low, high]: the middle 95 %."""
+    return [float(bound) for bound in np.percentile(samples, (2.5, 97.5))]
+
+
+def summarise(table, groups):
+    """float (N, 5), columns tp, fp, fn, tn, hd95 -> dict: all SCORES and hd95_image (pixels), each also with "_ci", its
+    95 % bootstrap interval over groups."""
+    once, weights = np.ones((1, len(table))), bootstrap_weights(groups)
+    values, samples = (resampled_scores(table[:, :4], w) | dict(hd95_image=w @ table[:, 4] / w.sum(axis=1))
+                       for w in (once, weights))
+    return {name: float(value[0]) for name, value in values.items()} | {f"{n}_ci": interval(v) for n, v in samples.items()}
+
+
+def paired_difference(first, second, groups, score="iou_global"):
+    """Two lists of tables (N, 5) over the same images, one a seed -> (difference of their means over seeds, [low, high]).
+
+    The same resampled images are scored for both: what is hard for all cancels (Efron & Tibshirani 1993)."""
+    def mean(tables, weights):
+        return np.mean([resampled_scores(table[:, :4], weights)[score] for table in tables], axis=0)
+
+    once, weights = np.ones((1, len(groups))), bootstrap_weights(groups)
+    return float((mean(first, once) - mean(second, once))[0]), interval(mean(first, weights) - mean(second, weights))
 
 
 # ------------------------------------------------------------------------------------------------ networks and batches
@@ -80,25 +151,25 @@ def read_run(run):
         settings = json.loads((run / "config.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         sys.exit(f"{run} is not a run folder: it has no readable config.json (see python pretrain.py --help)")
-    if not (run / "samples.png").exists():
+    if not finished_run(run):
         sys.exit(f"{run} is not finished: run its command again, it goes on where it stopped")
     return settings
 
 
-def load_network(args, settings, device):
-    """The U-Net to score, in eval mode, and the file its weights come from: the saved network of an end-to-end run, or
-    an encoder (of a run or of --encoder) in a decoder drawn afresh from --seed."""
+def load_network(args, settings, decoder):
+    """A U-Net drawn from --seed, and the file its weights are then loaded from: the whole network of an end-to-end run
+    where `decoder` is "pretrained", else the encoder alone (of a run or of --encoder)."""
     torch.manual_seed(seed_from(args.seed, 1))                  # not the draw that pre-training started from
-    path = Path(args.encoder or Path(args.run) / ("encoder.pth" if settings["train"] == "encoder" else "best.pt"))
+    path = Path(args.encoder or Path(args.run) / ("best.pt" if decoder == "pretrained" else "encoder.pth"))
     try:
         unet = build_unet(settings["backbone"], settings["img_size"])
-        if settings["train"] == "encoder":
-            load_encoder(unet, path)
-        else:
+        if decoder == "pretrained":
             unet.load_state_dict(load_checkpoint(path, "cpu")["model"])
+        else:
+            load_encoder(unet, path)
     except ValueError as error:
         sys.exit(str(error))
-    return unet.to(device, memory_format=torch.channels_last).eval(), path
+    return unet, path
 
 
 @torch.inference_mode()
@@ -108,31 +179,176 @@ def predict_logits(unet, images, device):
     return unet(normalise(batch))[:, 0].float().cpu().numpy()
 
 
-def count_test(predict, images, masks, batch=BATCH):
-    """int64 (N, 4) over a mapped test set. predict: uint8 (B, S, S, 3) -> bool (B, S, S). Memory: one batch."""
-    counts = []
+def score_images(predict, images, masks, batch=BATCH):
+    """float (N, 5) over a mapped test set: tp, fp, fn, tn, hd95. predict: uint8 (B, S, S, 3) -> bool (B, S, S). Memory:
+    one batch."""
+    table = []
     for start in tqdm(range(0, len(images), batch), "score", unit=" batches", leave=False):
         target = masks[start:start + batch].astype(bool)
-        counts.append(count_pixels(predict(np.array(images[start:start + batch])), target))
-    return np.concatenate(counts)
+        pred = predict(np.array(images[start:start + batch]))
+        table.append(np.column_stack([count_pixels(pred, target), hausdorff95(pred, target)]))
+    return np.concatenate(table)
 
 
-def open_test(args, meta):
-    """(images, masks) of the test part; ends the program where there are no masks to score against."""
+def groups_of(names):
+    """The group of each row of a part's CSV; a row without one is a group of its own."""
+    return [row["group"] or row["name"] for row in names]
+
+
+def open_test(args):
+    """(images, masks, rows of test.csv) of the test part; ends the program where nothing can be scored."""
     folder = Path(args.data) / args.dataset
     images, masks = prepare_data.open_part(folder, "test")
     if masks is None:
         sys.exit(f"{folder} has no test masks: nothing can be scored; --predict draws masks without any")
     if not masks.any():
         print(f"{folder}: no test mask has any foreground; IoU is 1 where nothing is predicted, else 0")
-    return images, masks
+    return images, masks, prepare_data.read_names(folder, "test")
+
+
+# ---------------------------------------------------------------------------------------------------- training on labels
+
+def labelled_rows(names, labels, seed, of):
+    """Which rows of a part are taken as labelled: a list of indices, nested in `labels`, the same for every method.
+
+    Groups come in an order of (seed) alone, their images one after the other. labels: a share of them (float), or a
+    count (int) out of `of` training images, of which any other part gives its like share; never fewer than one.
+    """
+    groups = collections.defaultdict(list)
+    for k, group in enumerate(groups_of(names)):
+        groups[group].append(k)
+    order = np.random.default_rng(seed_from(seed, 2)).permutation(sorted(groups)).tolist()
+    n = max(1, round((labels if isinstance(labels, float) else labels / of) * len(names)))
+    return [k for group in order for k in groups[group]][:n]
+
+
+class Labelled(Images):
+    """The labelled images of one part. Key (pass, k) -> (row, [view, truth]), the same in whatever process; the truth is
+    a mask, uint8 {0, 1} (1, S, S), or with `classes` (a number a row) int64 (). Without transform: (row, image)."""
+
+    def __init__(self, folder, part, rows, transform, seed, classes=None):
+        super().__init__(folder, part, transform, seed)
+        self.rows, self.classes, self.masks = rows, classes, Path(folder) / f"{part}_masks.npy"
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        turn, row = key[0], self.rows[key[1]]
+        image = torch.from_numpy(np.array(np.load(self.path, mmap_mode="r")[row])).permute(2, 0, 1)
+        if self.transform is None:
+            return row, image
+        with seeded(self.seed, turn, row):
+            if self.classes is not None:
+                return row, [self.transform(image), torch.tensor(self.classes[row])]
+            mask = tv_tensors.Mask(np.load(self.masks, mmap_mode="r")[row][None].copy())
+            view, mask = self.transform(image, mask)
+            return row, [view, mask.as_subclass(torch.Tensor)]
+
+
+class FineTuning(MedSASS):
+    """MedSASS's U-Net, loss, optimiser and loop; only the masks that it is given are true ones."""
+
+    def health(self):
+        return dict(zip(("true_foreground", "predicted_foreground"), (share.item() for share in self.shares)))
+
+    def samples(self, views):
+        return {"image": views[0], "truth": views[1], "prediction": self.unet(normalise(views[0])) > 0}
+
+
+def focal_cross_entropy(logits, target, gamma=2.0):
+    """Focal loss over classes (Lin et al. 2017, eq. 4): mean of -(1 - p) ** gamma log p. (B, C), int64 (B,) -> scalar."""
+    log_p = F.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+class Probe(nn.Module):
+    """A linear layer on the pooled features of an encoder that stays as it is (appendix D): the mean over positions of
+    the ResNet's last map (layer2 at the paper's depth, 512 channels), or of the ViT's patch tokens (384). The members are
+    those of every method in pretrain.py."""
+
+    stops_early = True
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.is_vit = hasattr(encoder, "forward_features")
+        self.linear = nn.Linear(384 if self.is_vit else 512, classes)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def logits(self, images):
+        """uint8 (B, 3, S, S) -> float (B, C)."""
+        x = normalise(images)
+        return self.linear(self.encoder.forward_features(x)[:, 1:].mean(dim=1) if self.is_vit else
+                           self.encoder(x)[-1].mean(dim=(2, 3)))
+
+    def forward(self, views):
+        logits = self.logits(views[0])
+        self.right = (logits.argmax(dim=1) == views[1]).float().mean()
+        return focal_cross_entropy(logits, views[1])
+
+    def optimizer(self):
+        return torch.optim.Adam(self.linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def before_step(self, optimizer, step, total_steps, epoch_steps): """Constant."""       # noqa: E704
+    def after_backward(self): """No clipping."""                # noqa: E704
+    def after_step(self, step, total_steps): """No moving average."""       # noqa: E704
+    def collapsed(self, health): """Never a warning."""         # noqa: E704
+
+    def health(self):
+        return {"accuracy": self.right.item()}
+
+    def samples(self, views):
+        return {"image": views[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
-def sheet_of_three(unet, images, masks, counts, settings, names, device):
+def fit(method, sets, args, settings, draws, device):
+    """Train `method` by pretrain.py's loop in a run folder of its own, or take up what is there. draws: images an epoch;
+    as many for few labels as for all, so that every method has the same steps. Returns the folder and what it took."""
+    if args.protocol == "supervised":
+        folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}" / args.name
+    else:
+        folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
+                  / settings["variant"] / f"seed{args.seed}") / args.name
+    method.lr, method.weight_decay = args.lr, args.weight_decay
+    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "seed")
+    own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
+    with only_one(folder / ".lock"):
+        open_run(settings | own, args, folder)
+        if not finished_run(folder):
+            train(method.to(device, memory_format=torch.channels_last), sets, args, folder, device, draws)
+    epochs, steps = sum(1 for _ in open(folder / "log.csv")) - 1, len(Batches(draws, args.batch_size))
+    return folder, dict(n_labels_train=len(sets[0]), n_labels_val=len(sets[2]), budget_steps=args.epochs * steps,
+                        steps=epochs * steps, epochs_run=epochs, kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
+
+
+def labelled_sets(args, transform, keep=None, classes=None):
+    """Training, plain training and validation data of the labelled images, and the number of all training images. keep:
+    rows that can be taken, a list a part (unset: all)."""
+    data, sets = Path(args.data) / args.dataset, []
+    names = {part: prepare_data.read_names(data, part) for part in ("train", "val")}
+    keep = keep or {part: list(range(len(rows))) for part, rows in names.items()}
+    of = len(keep["train"])
+    if not isinstance(args.labels, float) and args.labels > of:
+        sys.exit(f"--labels {args.labels}: {data} has {of} training images")
+    rows = {part: [keep[part][k] for k in labelled_rows([names[part][i] for i in keep[part]], args.labels, args.seed, of)]
+            for part in keep}
+    for part, change in (("train", transform), ("train", None), ("val", v2.Identity())):
+        sets.append(Labelled(data, part, rows[part], change, args.seed, classes and classes[part]))
+    print(f"labels: {len(rows['train'])} of {of} training images, and {len(rows['val'])} of {len(keep['val'])} validation "
+          "images to stop by")
+    return sets, of
+
+
+def sheet_of_three(unet, images, masks, table, settings, names, device):
     """As the paper's Table 6: image, pseudo-mask, truth, prediction; the images of best, median and worst IoU."""
-    iou = scores_from_counts(counts)["iou"]
+    iou = scores_from_counts(table[:, :4])["iou"]
     order = np.argsort(-iou, kind="stable")
     rows, captions = [], []
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
@@ -143,15 +359,33 @@ def sheet_of_three(unet, images, masks, counts, settings, names, device):
     return prepare_data.contact_sheet(rows, ["image", settings["threshold"], "truth", "prediction"], captions)
 
 
-def transfer(args, settings, meta, device):
-    """Score a pre-trained network as it is. Returns the result and the qualitative sheet."""
-    images, masks = open_test(args, meta)
-    unet, weights = load_network(args, settings, device)
-    counts = count_test(lambda batch: predict_logits(unet, batch, device) > 0, images, masks)
-    names = prepare_data.read_names(Path(args.data) / args.dataset, "test")
-    sheet = sheet_of_three(unet, images, masks, counts, settings, names, device)
-    return dict(n_test=len(images), weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
-                **summarise(counts)), sheet
+def segment(args, settings, meta, device):
+    """transfer, frozen, finetune, supervised: train if the protocol does, and score the network on the test part. Returns
+    the result, a table (N, 5) a row of the CSV, and the qualitative sheet."""
+    images, masks, names = open_test(args)
+    torch.manual_seed(seed_from(args.seed))
+    result = {}
+    try:
+        method = FineTuning(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
+                            train_part="decoder" if args.protocol == "frozen" else "end2end")
+    except ValueError as error:
+        sys.exit(str(error))
+    if args.protocol != "supervised":
+        unet, weights = load_network(args, settings, args.decoder)
+        method.unet.load_state_dict(unet.state_dict())
+        result["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if args.protocol in TRAINED:
+        for part in ("train", "val"):
+            if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
+                sys.exit(f"{Path(args.data) / args.dataset} has no {part} masks: {args.protocol} needs them")
+        sets, of = labelled_sets(args, paper_augmentation())
+        folder, took = fit(method, sets, args, settings | result, of, device)
+        method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
+        result |= took
+    unet = method.unet.to(device, memory_format=torch.channels_last).eval()
+    table = score_images(lambda batch: predict_logits(unet, batch, device) > 0, images, masks)
+    sheet = sheet_of_three(unet, images, masks, table, settings, names, device)
+    return dict(n_test=len(images), **result, **summarise(table, groups_of(names))), {"": table}, sheet
 
 
 def best_constant(data):
@@ -165,7 +399,7 @@ def best_constant(data):
 
 def reference(args, settings, meta, device):
     """Score what costs nothing on the same test images. Only best_constant uses labels."""
-    images, masks = open_test(args, meta)
+    images, masks, names = open_test(args)
     torch.manual_seed(seed_from(args.seed))                     # the very weights that pre-training starts from
     try:
         unet = build_unet(args.backbone, meta["size"]).to(device, memory_format=torch.channels_last).eval()
@@ -182,30 +416,109 @@ def reference(args, settings, meta, device):
         print(f"{args.dataset} has no training masks: no row best_constant")
     else:
         rows["best_constant"] = lambda batch: np.repeat(constant[None], len(batch), axis=0)
-    result = {name: summarise(count_test(predict, images, masks)) for name, predict in rows.items()}
+    tables = {name: score_images(predict, images, masks) for name, predict in rows.items()}
+    result = {name: summarise(table, groups_of(names)) for name, table in tables.items()}
     if constant is not None:
         result["best_constant"]["uses_labels"] = True
-    return dict(n_test=len(images), **result), None
+    return dict(n_test=len(images), **result), tables, None
+
+
+def classify(args, settings, meta, device):
+    """A linear probe on the run's encoder; recall of each class, their mean, and the confusion matrix. Returns the result,
+    and (label, prediction) of each test image that has a label."""
+    data = Path(args.data) / args.dataset
+    names = {part: prepare_data.read_names(data, part) for part in prepare_data.PARTS}
+    keep = {part: [k for k, row in enumerate(rows) if row["label"]] for part, rows in names.items()}
+    labels = sorted({names["train"][k]["label"] for k in keep["train"]})
+    new = {names[part][k]["label"] for part in ("val", "test") for k in keep[part]} - set(labels)
+    if len(labels) < 2 or new or not all(keep.values()):
+        sys.exit(f"{data}: classify needs at least two labels in train.csv, and the same ones in val.csv and test.csv; found "
+                 f"{labels or 'none'}" + (f", elsewhere {sorted(new)}" if new else ""))
+    number = {part: [labels.index(row["label"]) if row["label"] else -1 for row in rows] for part, rows in names.items()}
+    unet, weights = load_network(args, settings, "fresh")
+    result = dict(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    sets, of = labelled_sets(args, paper_augmentation(), {part: keep[part] for part in ("train", "val")}, number)
+    torch.manual_seed(seed_from(args.seed, 3))
+    probe = Probe(unet.encoder, len(labels))
+    folder, took = fit(probe, sets, args, settings | result, of, device)
+    probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
+    probe.to(device).eval()
+    images, truth, pred = np.load(data / "test_images.npy", mmap_mode="r"), np.array(number["test"])[keep["test"]], []
+    with torch.inference_mode():
+        for start in range(0, len(truth), BATCH):
+            batch = torch.from_numpy(images[keep["test"][start:start + BATCH]]).permute(0, 3, 1, 2).to(device)
+            pred += probe.logits(batch).argmax(dim=1).tolist()
+    groups = np.array(groups_of(names["test"]))[keep["test"]]
+    confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
+    result |= dict(n_test=len(truth), **took, classes=labels, confusion=confusion.tolist(), macro_recall=float(np.nanmean(recall)),
+                   macro_recall_ci=ci, class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)},
+                   accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
+    rows = [dict(name=names["test"][k]["name"], group=names["test"][k]["group"], label=labels[t], prediction=labels[p])
+            for k, t, p in zip(keep["test"], truth, pred)]
+    return result, rows, None
+
+
+def class_scores(truth, pred, classes, groups):
+    """int (N,) twice -> confusion (C, C), truth by rows; recall of each class (C,), nan where the test part has none; and
+    the 95 % bootstrap interval of their mean."""
+    def recalls(weights):
+        hits = np.stack([weights @ ((truth == c) & (pred == c)) for c in range(classes)])
+        return hits / np.maximum(np.stack([weights @ (truth == c) for c in range(classes)]), 1e-9)
+
+    present = np.bincount(truth, minlength=classes) > 0
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (truth, pred), 1)
+    recall = np.where(present, recalls(np.ones((1, len(truth))))[:, 0], np.nan)
+    return confusion, recall, interval(recalls(bootstrap_weights(groups))[present].mean(axis=0))
+
+
+def write_csv(path, rows):
+    """A list of dicts as a CSV, whole or not at all."""
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def per_image(tables, names):
+    """{row: table (N, 5)} -> a list of dicts, one an image and row: what the pictures scored, each by itself."""
+    rows = []
+    for row, table in tables.items():
+        single = scores_from_counts(table[:, :4])
+        for k, (image, values) in enumerate(zip(names, table)):
+            counts = dict(zip(("tp", "fp", "fn", "tn"), values[:4].astype(int).tolist()))
+            rows.append(dict(row=row, name=image["name"], group=image["group"], **counts, hd95=f"{values[4]:.6g}",
+                             **{name: f"{value[k]:.6g}" for name, value in single.items()}))
+    return rows
 
 
 def evaluate(args, settings, meta, device):
-    """Run one protocol, print its scores, write its JSON (and picture)."""
+    """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its picture."""
     folder = Path(args.out) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
-    path = folder / f"{args.protocol}.json"
-    head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
-                variant=settings["variant"], train=settings["train"], protocol=args.protocol, labels=0.0, seed=args.seed)
-    head |= {key: settings[key] for key in ("threshold", "loss", "foreground", "epochs", "batch_size") if key in settings}
-    head |= dict(img_size=meta["size"], data=meta["fingerprint"])
-    protocol = transfer if args.protocol == "transfer" else reference
-    result, sheet = protocol(args, settings, meta, device)
-    result = head | result
-    if path.exists() and not args.overwrite:
-        refuse_to_replace(path, result)
-    folder.mkdir(parents=True, exist_ok=True)
-    if sheet is not None:
-        write_atomically(path.with_suffix(".png"), functools.partial(Image.fromarray(sheet).save, format="PNG"))
-    text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    path = folder / f"{args.name}.json"
+    with only_one(folder / f".{args.name}.lock"):
+        head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
+                    variant=settings["variant"], train=settings["train"], protocol=args.protocol,
+                    labels=args.labels if args.protocol in TRAINED else 0.0, seed=args.seed)
+        head |= {key: settings[key] for key in ("threshold", "foreground", "loss", "epochs", "batch_size") if key in settings}
+        head |= dict(img_size=meta["size"], data=meta["fingerprint"])
+        if args.protocol in TRAINED:
+            head |= dict(name=args.name, decoder=args.decoder, tuning=dict(loss=args.loss, epochs=args.epochs))
+        protocol = dict(reference=reference, classify=classify).get(args.protocol, segment)
+        result, tables, sheet = protocol(args, settings, meta, device)
+        result = head | result
+        if path.exists() and not args.overwrite:
+            refuse_to_replace(path, result)
+        if isinstance(tables, dict):
+            tables = per_image(tables, prepare_data.read_names(Path(args.data) / args.dataset, "test"))
+        write_csv(path.with_suffix(".csv"), tables)
+        if sheet is not None:
+            write_atomically(path.with_suffix(".png"), functools.partial(Image.fromarray(sheet).save, format="PNG"))
+        text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
     print_scores([result])
     print(path)
 
@@ -223,31 +536,356 @@ def refuse_to_replace(path, result):
 
 def print_scores(results):
     """A table of results, a line a network or reference row: global IoU, mean IoU of an image, and the rest."""
-    lines = []
+    print(f"{'test set, network':22}{'protocol, row':46}{'seed':>4}{'IoU':>9}{'95 % interval':>18}{'IoU/image':>11}"
+          f"{'precision':>11}{'recall':>8}{'hd95':>8}")
     for r in results:
-        rows = {name: value for name, value in r.items() if isinstance(value, dict)} or {r["variant"]: r}
-        for name, row in rows.items():
-            lines.append(f"{r['dataset'] + ', ' + r['backbone']:22}{r['protocol'] + ', ' + name:42}{r['seed']:4}"
-                         f"{row['iou_global']:9.4f}{row['iou_image']:11.4f}{row['precision_global']:11.4f}"
-                         f"{row['recall_global']:8.4f}{row['accuracy_global']:10.4f}"
-                         + ("  (uses labels)" if row.get("uses_labels") else ""))
-    print(f"{'test set, network':22}{'protocol, row':42}{'seed':>4}{'IoU':>9}{'IoU/image':>11}{'precision':>11}"
-          f"{'recall':>8}{'accuracy':>10}\n" + "\n".join(lines))
+        start = f"{r['dataset'] + ', ' + r['backbone']:22}"
+        if r["protocol"] == "classify":
+            print(f"{start}{'classify, ' + r['variant']:46}{r['seed']:4}  macro recall {r['macro_recall']:.4f} "
+                  f"({r['macro_recall_ci'][0]:.4f} - {r['macro_recall_ci'][1]:.4f}), accuracy {r['accuracy']:.4f}; always the "
+                  f"commonest class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
+            continue
+        for name, row in ({k: v for k, v in r.items() if k in REFERENCE} or {r["variant"]: r}).items():
+            low, high = row["iou_global_ci"]
+            print(f"{start}{r.get('name', r['protocol']) + ', ' + name:46}{r['seed']:4}{row['iou_global']:9.4f}"
+                  f"{low:10.4f}-{high:.4f} {row['iou_image']:11.4f}{row['precision_global']:11.4f}{row['recall_global']:8.4f}"
+                  f"{row['hd95_image']:8.1f}" + ("  (uses labels)" if row.get("uses_labels") else ""))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+METHODS = dict(medsass="MedSASS", byol="BYOL", dino="DINO", simsiam="SimSiam", mae="MAE", simmim="SimMIM",
+               supervised="supervised")
+PAPER_SETS = ("dm", "tissuenet", "isic", "xray")
+
+
+def four(*values):
+    """The paper's numbers on its four data sets, in the order of its tables."""
+    return {name: value for name, value in zip(PAPER_SETS, values) if value is not None}
+
+
+def by_method(train, backbone, numbers):
+    """Rows of a table that compares methods: (title, what a result must have, the paper's numbers)."""
+    return [(METHODS[m] + (" (encoder)" if m == "medsass" and train == "encoder" else ""),
+             dict(method=m, train="end2end" if m == "supervised" else train, backbone=backbone), four(*v))
+            for m, v in numbers.items()]
+
+
+def by_setting(key, train, rows):
+    """Rows of an ablation of MedSASS: the same, for (title, value of `key`, backbone, the paper's numbers)."""
+    return [(title, {"method": "medsass", "train": train, "backbone": backbone, key: value}, numbers)
+            for title, value, backbone, numbers in rows]
+
+
+RN_E = dict(dino=(.1399, .2972, .2426, .2052), byol=(.1278, .3455, .2412, .2185), simsiam=(.1415, .3021, .2395, .1939),
+            medsass=(.1742, .3824, .2445, .2568))
+VIT_E = dict(dino=(.1668, .2483, .1891, .2106), mae=(.1668, .3455, .191, .2106), simmim=(.167, .3335, .1913, .2077),
+             medsass=(.136, .3633, .1914, .2466))
+# (title, protocol, score, rows). Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10 encoder only.
+TABLES = [
+    ("Table 1: encoder only, ResNet-50", "transfer", "iou_global", by_method("encoder", "resnet50", RN_E)),
+    ("Table 2: encoder only, ViT-small", "transfer", "iou_global", by_method("encoder", "vit_small", VIT_E)),
+    ("Figure 3: encoder only and end to end, ResNet-50", "transfer", "iou_global",
+     by_method("encoder", "resnet50", RN_E) + by_method("end2end", "resnet50", dict(medsass=(.181, .5077, .4847, .3522)))),
+    ("Figure 4: encoder only and end to end, ViT-small", "transfer", "iou_global",
+     by_method("encoder", "vit_small", VIT_E) + by_method("end2end", "vit_small", dict(medsass=()))),
+    ("Table 3: threshold", "transfer", "iou_global", by_setting("threshold", "end2end", [
+        ("adaptive mean", "adaptive_mean", "resnet50", four(.1724, .3949, .2393, .1839)),
+        ("adaptive Gaussian", "adaptive_gaussian", "resnet50", four(.1725, .391, .2393, .2079)),
+        ("GHT", "ght", "resnet50", four(.1809, .4927, .1236, .1689)),
+        ("Otsu", "otsu", "resnet50", four(.181, .5077, .4847, .3522))])),
+    ("Table 4: loss", "transfer", "iou_global", by_setting("loss", "end2end", [
+        ("Tversky", "tversky", "resnet50", four(.1726, .3604, .2444, .1963)),
+        ("focal", "focal", "resnet50", four(.02, .11, .05291, .02)),
+        ("focal-Tversky", "focal_tversky", "resnet50", four(.181, .5077, .4847, .3522))])),
+    ("Appendix B.1: cross-entropy, IoU", "transfer", "iou_global",
+     by_setting("loss", "end2end", [("cross-entropy", "bce", "resnet50", dict(isic=0.0))])),
+    ("Appendix B.1: cross-entropy, accuracy", "transfer", "accuracy_global",
+     by_setting("loss", "end2end", [("cross-entropy", "bce", "resnet50", dict(isic=.7608))])),
+    ("Table 5: epochs", "transfer", "iou_global", by_setting("epochs", "encoder", [
+        (f"{name}, {n} epochs", n, backbone, dict(tissuenet=value))
+        for name, backbone, values in (("ResNet-50", "resnet50", (.3785, .3778, .3824, .3876)),
+                                       ("ViT-small", "vit_small", (.3575, .3564, .3633, .4091)))
+        for n, value in zip((10, 20, 50, 70), values)])),
+    ("Tables 7, 8: batch size", "transfer", "iou_global", by_setting("batch_size", "encoder", [
+        (f"{name}, batch {n}", n, backbone, numbers)
+        for name, backbone, values in (
+            ("ResNet-50", "resnet50", (dict(), dict(isic=.2445, tissuenet=.3824), dict(isic=.2449, tissuenet=.3852))),
+            ("ViT-small", "vit_small", (dict(), dict(isic=.1914, tissuenet=.3633), dict(isic=.2014, tissuenet=.3822))))
+        for n, numbers in zip((8, 16, 32), values)])),
+    ("Table 9: linear probe", "classify", "macro_recall", [
+        row for backbone, numbers in (
+            ("resnet50", dict(byol=(.65, .7073), dino=(.6546, .5241), simsiam=(.6475, .6541), medsass=(.655, .5785))),
+            ("vit_small", dict(mae=(.6492, .673), simmim=(.6438, .66), dino=(.65, .40), medsass=(.6554, .183))))
+        for row in by_method("encoder", backbone, {m: (None, None, *v) for m, v in numbers.items()})]),
+    ("Table 10: natural images from a drone", "transfer", "iou_global", [
+        (METHODS[m], dict(method=m, train="encoder", backbone="resnet50"), dict(drone=v))
+        for m, v in dict(simsiam=.9932, byol=.9910, medsass=.9744, dino=.9459).items()]),
+    *[(f"Figure 10: every label and none, {backbone}", None, "iou_global",
+       by_method("end2end", backbone, dict(supervised=(), medsass=()))) for backbone in BACKBONES]]
+USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16)
+
+
+def read_results(out):
+    """Every result below `out` with the tables of its test images, and a line for each JSON that is none."""
+    results, bad = [], []
+    for path in sorted(Path(out).rglob("*.json")):
+        try:
+            r = json.loads(path.read_text())
+            {r[key] for key in ("dataset", "backbone", "method", "variant", "train", "protocol", "labels", "seed", "n_test")}
+            score = "macro_recall" if r["protocol"] == "classify" else "iou_global"
+            assert all(math.isfinite(row[score]) for row in rows_of(r).values())
+            rows = collections.defaultdict(list)
+            with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+                for line in csv.DictReader(file):
+                    rows[line.get("row", "")].append(line)
+            r["names"] = [line["name"] for line in next(iter(rows.values()))]
+            r["groups"] = groups_of(next(iter(rows.values())))
+            if r["protocol"] != "classify":
+                r["tables"] = {name: np.array([[float(line[c]) for c in ("tp", "fp", "fn", "tn", "hd95")] for line in lines])
+                               for name, lines in rows.items()}
+            results.append(r)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration) as error:
+            bad.append(f"{path} is not a result of finetune_eval.py, or its CSV is missing or damaged: left out "
+                       f"({type(error).__name__})")
+    return results, bad
+
+
+def rows_of(r):
+    """The blocks of scores of a result: {reference row: block}, or {"": the result itself}."""
+    return {name: r[name] for name in REFERENCE if name in r} if r["protocol"] == "reference" else {"": r}
+
+
+def cells_of(results):
+    """Results that differ only in their seed are a cell: {key: list of (result, row), by seed}."""
+    cells = collections.defaultdict(list)
+    for r in sorted(results, key=lambda r: r["seed"]):
+        for row in rows_of(r):
+            cells[r["dataset"], r["backbone"], r["protocol"], r["variant"], r.get("name", r["protocol"]), row].append((r, row))
+    return cells
+
+
+def mean_std(cell, score="iou_global"):
+    """A cell's "mean +- std (seeds)" of a score; std (n - 1) only where there are several seeds."""
+    values = [rows_of(r)[row][score] for r, row in cell]
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") + f" ({len(values)})"
+
+
+def tables_of(cell):
+    """The tables (N, 5) of a cell, one a seed, if all are over the same images; else None."""
+    return [r["tables"][row] for r, row in cell] if len({tuple(r["names"]) for r, _ in cell}) == 1 else None
+
+
+def cell_interval(cell):
+    """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]; None where test images differ."""
+    tables = tables_of(cell)
+    weights = bootstrap_weights(cell[0][0]["groups"])
+    return tables and interval(np.mean([resampled_scores(t[:, :4], weights)["iou_global"] for t in tables], axis=0))
+
+
+def compare(cell, other):
+    """paired_difference of two cells, or None where their test images are not the same."""
+    first, second = tables_of(cell), tables_of(other)
+    if first is None or second is None or cell[0][0]["names"] != other[0][0]["names"]:
+        return None
+    return paired_difference(first, second, cell[0][0]["groups"])
+
+
+def best_trivial(cells, dataset, backbone):
+    """The reference row of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
+    rows = {key[5]: cell for key, cell in cells.items() if key[:3] == (dataset, backbone, "reference")}
+    return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
+
+
+def dataset_section(cells, dataset):
+    """All cells of a data set, a table a backbone; the reference rows first; "≈" where a cell is not separated from the
+    best of them."""
+    lines = []
+    for backbone in BACKBONES:
+        mine = {key: cell for key, cell in cells.items() if key[:2] == (dataset, backbone) and key[2] != "classify"}
+        if not mine:
+            continue
+        best = best_trivial(cells, dataset, backbone)
+        n_test = next(iter(mine.values()))[0][0]["n_test"]
+        lines += ["", f"**{backbone}**, {n_test} test images. " + (f"Best of what costs nothing: `{best[0]}`." if best else
+                  "No reference rows here: run `--protocol reference`."), "",
+                  "| protocol | network | labels | IoU, mean ± std (seeds) | 95 % interval | vs best trivial row | IoU an image "
+                  "| Dice | precision | recall | hd95, px |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], str(k[4]), k[3], REFERENCE.index(k[5]) if k[5] else 0)):
+            cell = mine[key]
+            values = {s: np.mean([rows_of(r)[row][s] for r, row in cell]) for s in
+                      ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")}
+            ci = cell_interval(cell)
+            gap = compare(cell, best[1]) if best and cell is not best[1] else None
+            against = "" if gap is None else f"{gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}]" + (
+                " ≈" if gap[1][0] <= 0 <= gap[1][1] else "")
+            r = cell[0][0]
+            labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
+                      "all" if r.get(key[5], {}).get("uses_labels") else "0")
+            lines.append(f"| {key[4]} | {key[5] or key[3]} | {labels} | {mean_std(cell)} | "
+                         + (f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else "test images differ") + f" | {against} | "
+                         + " | ".join(f"{v:.4f}" for v in list(values.values())[:4]) + f" | {values['hd95_image']:.1f} |")
+    return lines
+
+
+def pick(results, dataset, protocol, want):
+    """The results for one cell of a paper's table, one a seed: those that have what the table wants and are else as the
+    paper's, or, where none is (a run in miniature), as most of them are."""
+    pool = [r for r in results if r["dataset"] == dataset and r["protocol"] == protocol and "-from-" not in r["variant"]
+            and all(r.get(key) == value for key, value in want.items())]
+    for key, usual in (USUAL | dict(labels=1.0 if protocol in TRAINED else 0.0)).items():
+        values = collections.Counter(r.get(key) for r in pool if key not in want)
+        if values:
+            pool = [r for r in pool if r.get(key) == (usual if usual in values else values.most_common(1)[0][0])]
+    name = min(((len(r["variant"]), r["variant"], r.get("name", "")) for r in pool), default=None)
+    return [(r, "") for r in sorted(pool, key=lambda r: r["seed"]) if (len(r["variant"]), r["variant"], r.get("name", "")) == name]
+
+
+def verdict(dataset, ours, paper, cells, score):
+    """A sentence on one data set of one table. ours: {row: cell}; paper: {row: number}."""
+    if not ours:
+        return None
+    mean = {row: np.mean([r[score] for r, _ in cell]) for row, cell in ours.items()}
+    best = max(mean, key=mean.get)
+    text = f"{dataset}: best here {best} ({mean[best]:.4f})" if len(mean) > 1 else f"{dataset}: {best} {mean[best]:.4f} here"
+    shared = {row: value for row, value in paper.items() if row in mean}
+    if len(shared) > 1:
+        theirs = max(shared, key=shared.get)
+        text += f", in the paper {theirs} ({shared[theirs]:.4f}) among these: {'agrees' if theirs == best else 'does not agree'}"
+    elif shared:
+        text += f", {shared[best] if best in shared else next(iter(shared.values())):.4f} in the paper"
+    trivial = best_trivial(cells, dataset, ours[best][0][0]["backbone"])
+    gap = compare(ours[best], trivial[1]) if trivial and score == "iou_global" else None
+    if gap:
+        text += (f"; {gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}] against `{trivial[0]}`, which costs nothing"
+                 + (": not separated" if gap[1][0] <= 0 <= gap[1][1] else ""))
+    return text
+
+
+def paper_sections(results, cells):
+    """One section a table or figure of the paper: ours, and the paper's number where the data set is the paper's."""
+    lines, sets = [], sorted({r["dataset"] for r in results})
+    for title, protocol, score, rows in TABLES:
+        columns = [*dict.fromkeys([*(d for _, _, numbers in rows for d in numbers), *sets])]
+        ours = {(label, d): pick(results, d, protocol or ("supervised" if want["method"] == "supervised" else "transfer"), want)
+                for label, want, _ in rows for d in columns}
+        columns = [d for d in columns if d in PAPER_SETS + ("drone",) or any(ours[label, d] for label, _, _ in rows)]
+        lines += ["", f"### {title}", "", f"{score.replace('_', ' ')}: ours, mean ± std (seeds) / the paper's; - is missing.", "",
+                  "| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        for label, want, numbers in rows:
+            body = [(mean_std(ours[label, d], score) if ours[label, d] else "-")
+                    + (f" / {numbers[d]:.4f}" if d in numbers else "") for d in columns]
+            lines.append(f"| {label} | " + " | ".join(body) + " |")
+        said = [verdict(d, {label: ours[label, d] for label, _, _ in rows if ours[label, d]},
+                        {label: numbers[d] for label, _, numbers in rows if d in numbers}, cells, score) for d in columns]
+        lines += ["", *[f"- {text}" for text in said if text]] if any(said) else ["", "Nothing of this was run here."]
+    return lines
+
+
+def curves_of(cells, dataset, backbone):
+    """{network: {number of training labels: cell}} of transfer (0 labels), finetune and supervised."""
+    curves = collections.defaultdict(dict)
+    for key, cell in cells.items():
+        if key[:2] == (dataset, backbone) and key[2] in ("transfer", "finetune", "supervised"):
+            curves[key[3]][cell[0][0].get("n_labels_train", 0)] = cell
+    return {name: curve for name, curve in sorted(curves.items()) if max(curve) > 0}
+
+
+def curve_section(cells, dataset, backbone):
+    """Score against labels, and each network's paired difference to supervised training with as many labels and with
+    all."""
+    curves = curves_of(cells, dataset, backbone)
+    counts = sorted({n for curve in curves.values() for n in curve})
+    if not curves:
+        return []
+    lines = ["", f"**{backbone}**: IoU against labelled training images (fine-tuned; 0 is `transfer`).", "",
+             "| network | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
+    lines += [f"| {name} | " + " | ".join(mean_std(curve[n]) if n in curve else "-" for n in counts) + " |"
+              for name, curve in curves.items()]
+    base = {n: cell for name, curve in curves.items() for n, cell in curve.items() if cell[0][0]["protocol"] == "supervised"}
+    lines.append("")
+    for name, curve in curves.items():
+        for n, cell in curve.items():
+            for m in sorted({n, max(base, default=n)} & set(base)) if cell[0][0]["protocol"] == "finetune" else ():
+                gap = compare(cell, base[m])
+                if gap:
+                    lines.append(f"- {name}, {n} labels, against supervised with {m}: {gap[0]:+.4f} [{gap[1][0]:+.4f}, "
+                                 f"{gap[1][1]:+.4f}]" + (": not separated" if gap[1][0] <= 0 <= gap[1][1] else ""))
+    return lines
+
+
+def draw_charts(cells, dataset, backbone, out):
+    """PNG charts with 95 % intervals: a bar a cell, and score against labels. Returns their file names."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    bars = {key: cell for key, cell in cells.items() if key[:2] == (dataset, backbone) and key[2] not in ("classify", "reference")}
+    best, names = best_trivial(cells, dataset, backbone), []
+    if bars:
+        figure, axes = plt.subplots(figsize=(8, 1.5 + 0.28 * len(bars)), layout="constrained")
+        for y, (key, cell) in enumerate(sorted(bars.items(), reverse=True)):
+            value, ci = np.mean([rows_of(r)[row]["iou_global"] for r, row in cell]), cell_interval(cell)
+            axes.barh(y, value, color="0.75", edgecolor="black", xerr=[[max(0, value - ci[0])], [max(0, ci[1] - value)]] if ci else None)
+        axes.set_yticks(range(len(bars)), [f"{key[3]}: {key[4]}" for key in sorted(bars, reverse=True)], fontsize=7)
+        if best:
+            line = np.mean([rows_of(r)[row]["iou_global"] for r, row in best[1]])
+            axes.axvline(line, color="black", linestyle="--", label=f"{best[0]}, costs nothing")
+            axes.legend(fontsize=7)
+        axes.set(xlabel="test IoU (global, 0 to 1); bar: 95 % interval over images", title=f"{dataset}, {backbone}")
+        names.append(f"{dataset}-{backbone}-bars.png")
+        write_atomically(Path(out) / names[-1], functools.partial(figure.savefig, format="png", dpi=110))
+        plt.close(figure)
+    curves = curves_of(cells, dataset, backbone)
+    if curves:
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for k, (name, curve) in enumerate(curves.items()):
+            x = sorted(curve)
+            y = [np.mean([r["iou_global"] for r, _ in curve[n]]) for n in x]
+            ci = np.array([cell_interval(curve[n]) or (v, v) for n, v in zip(x, y)]).T
+            axes.errorbar(x, y, yerr=np.maximum(0, [y - ci[0], ci[1] - y]), label=name, color=str(0.6 * (k % 3) / 2), capsize=2,
+                          marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(xlabel="labelled training images", ylabel="test IoU (global, 0 to 1), 95 % interval", title=f"{dataset}, {backbone}")
+        axes.legend(fontsize=7)
+        names.append(f"{dataset}-{backbone}-labels.png")
+        write_atomically(Path(out) / names[-1], functools.partial(figure.savefig, format="png", dpi=110))
+        plt.close(figure)
+    return names
 
 
 def report(out):
-    """Print one table of every result below `out`; a file that is no result is named and left out."""
-    results = []
-    for path in sorted(Path(out).rglob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-            assert {"dataset", "backbone", "protocol", "seed", "variant"} <= result.keys()
-            results.append(result)
-        except (ValueError, AssertionError, AttributeError):
-            print(f"{path} is not a result of finetune_eval.py: left out")
+    """Write README.md and charts under `out` from every result there; a JSON that is no result is named and left out."""
+    results, bad = read_results(out)
+    print(*bad, sep="\n", end="\n" if bad else "")
     if not results:
         sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")
+    cells = cells_of(results)
+    lines = ["# Results", "", f"Written by `python finetune_eval.py --report` from {len(results)} results. IoU is over the whole test "
+             "part (counts summed), intervals are 95 % bootstrap over test images or their groups. Labels: training + validation "
+             "images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: the interval of the paired difference to "
+             "the best row that costs nothing holds 0, so no more is shown than can be had for free.", *[f"\n- {b}" for b in bad]]
+    charts = True
+    for dataset in sorted({r["dataset"] for r in results}):
+        lines += ["", f"## {dataset}", *dataset_section(cells, dataset)]
+        for backbone in BACKBONES:
+            lines += curve_section(cells, dataset, backbone)
+            try:
+                lines += [line for name in draw_charts(cells, dataset, backbone, out) for line in ("", f"![{name}]({name})")]
+            except ImportError:
+                charts = False
+        probes = {key: cell for key, cell in cells.items() if key[0] == dataset and key[2] == "classify"}
+        if probes:
+            lines += ["", "Linear probe: mean recall of the classes; always the commonest class scores 1 / classes.", "",
+                      "| backbone | network | labels | macro recall | accuracy | commonest class, accuracy |", "|---|---|---|---|---|---|"]
+            lines += [f"| {key[1]} | {key[3]} | {cell[0][0]['n_labels_train']} + {cell[0][0]['n_labels_val']} | "
+                      f"{mean_std(cell, 'macro_recall')} | {mean_std(cell, 'accuracy')} | {cell[0][0]['majority_accuracy']:.4f} |"
+                      for key, cell in sorted(probes.items(), key=lambda item: str(item[0]))]
+    lines += ["", "## The paper's tables", *paper_sections(results, cells)]
+    text = "\n".join(lines) + "\n"
+    write_atomically(Path(out) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print_scores(sorted(results, key=lambda r: (r["dataset"], r["backbone"], r["protocol"], r["variant"], r["seed"])))
+    print(f"{Path(out) / 'README.md'}: {len(results)} results, {len(bad)} warnings"
+          + ("" if charts else "; no charts: matplotlib is not installed (pip install matplotlib)"))
 
 
 # ------------------------------------------------------------------------------------------------------------- predict
@@ -265,7 +903,8 @@ def predict_folder(args, settings, device):
     if out.resolve() == source.resolve() or (there and not args.overwrite):
         sys.exit(f"{out}: {there[0] if there else 'the images themselves'} would be overwritten: "
                  "give another --out, or --overwrite")
-    unet, _ = load_network(args, settings, device)
+    unet, _ = load_network(args, settings, "pretrained" if settings["train"] == "end2end" else "fresh")
+    unet = unet.to(device, memory_format=torch.channels_last).eval()
     (out / "overlay" if args.overlay else out).mkdir(parents=True, exist_ok=True)
     shares = []
     for stem, path in tqdm(files.items(), "predict", unit=" images"):
@@ -296,48 +935,105 @@ def predict_folder(args, settings, device):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
+def labels_of(text):
+    """--labels: a number with a point is a share in (0, 1], one without a count from 1 up."""
+    value = float(text) if "." in text else int(text)
+    if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+        raise ValueError(text)
+    return value
+
+
+labels_of.__name__ = "share with a point (0.1) or count without (20)"       # as argparse names it in an error
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser("finetune_eval.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
-                                                                   argparse.RawDescriptionHelpFormatter), {}))
-    parser.add_argument("--run", metavar="DIR", help="a finished run folder of pretrain.py")
-    parser.add_argument("--encoder", metavar="FILE", help="any encoder (ours, timm's, torchvision's) instead of a run")
-    parser.add_argument("--dataset", help="a prepared data set; with --run unset: the one it was trained on")
-    parser.add_argument("--backbone", choices=list(BACKBONES), help="without --run: the network")
-    parser.add_argument("--protocol", default="transfer", choices=["transfer", "reference"], help="how to score")
-    parser.add_argument("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
-    parser.add_argument("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
-    parser.add_argument("--seed", type=int, help="of fresh weights; unset: the run's, or 0")
-    parser.add_argument("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
-    parser.add_argument("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
-    parser.add_argument("--report", action="store_true", help="print one table of all results under --out")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where prepared data sets are")
-    parser.add_argument("--out", metavar="DIR", help="where results are kept (unset: results); with --predict the folder for the masks")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--overwrite", action="store_true", help="replace results or masks that are already there")
+                                     formatter_class=prepare_data.Help)
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a finished run folder of pretrain.py, or of this script (then to score or predict)")
+    add("--encoder", metavar="FILE", help="any encoder (ours, timm's, torchvision's) instead of a run")
+    add("--dataset", help="a prepared data set; with --run unset: the one it was trained on")
+    add("--backbone", choices=list(BACKBONES), help="without --run: the network")
+    add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"], help="what to do before scoring")
+    add("--labels", type=labels_of, default=1.0, help="labelled training images: 0.1 is a share, 10 a count; as large a share "
+        "of the validation images decides when to stop")
+    add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"], help="what the decoder starts from; auto: "
+        "pretrained for finetune and transfer of an end-to-end run, else fresh")
+    add("--loss", default="focal_tversky", choices=list(LOSSES), help="of frozen, finetune, supervised (appendix C)")
+    add("--epochs", type=int, default=50, help="of training on labels, at most (appendices C, D); an epoch has the steps of "
+        "all training images, however few are labelled")
+    add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
+    add("--patience", type=int, default=5, help="stop after so many epochs without a better validation loss; 0: never")
+    add("--lr", type=float, default=3.6e-4, help="of Adam, as in pretraining")
+    add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
+    add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
+    add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
+    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
+    add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
+    add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
+    add("--report", action="store_true", help="write README.md and charts from all results under --out")
+    add("--data", default="data", metavar="DIR", help="where prepared data sets are")
+    add("--runs", default="runs", metavar="DIR", help="where training on labels is kept when there is no --run to keep it in")
+    add("--out", metavar="DIR", help="where results are kept (unset: results); with --predict the folder for the masks")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--overwrite", action="store_true", help="replace results or masks that are already there")
     args = parser.parse_args(argv)
     if args.report:
         return args, parser
+    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
     if args.predict and not (args.run and args.out):
         parser.error("--predict needs --run RUN_DIR and --out DIR")
     if args.run and args.encoder:
         parser.error("--run and --encoder exclude each other")
     if not args.run and not (args.dataset and args.backbone):
         parser.error("give --run RUN_DIR, or --dataset NAME and --backbone B")
-    if not args.run and not args.encoder and args.protocol == "transfer":
-        parser.error("transfer needs --run RUN_DIR or --encoder FILE")
-    if args.protocol == "reference" and (args.encoder or args.predict):
-        parser.error("reference trains and loads nothing: leave out --encoder and --predict")
+    if args.protocol in ("supervised", "reference") and (args.run or args.encoder) and not args.predict:
+        parser.error(f"{args.protocol} loads nothing: give --dataset and --backbone, leave out --run and --encoder")
+    if args.protocol not in ("supervised", "reference") and not (args.run or args.encoder):
+        parser.error(f"{args.protocol} needs --run RUN_DIR or --encoder FILE")
     return args, parser
 
 
 def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
-    unused = (["overlay"] if not args.predict else ["dataset", "protocol"]) + ["backbone"] * bool(args.run)
-    unused += ["threshold", "foreground"] * (args.protocol != "reference" or bool(args.predict))
-    given = ["--" + name for name in unused if getattr(args, name) != parser.get_default(name)]
+    training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers"}
+    used = (training - {"loss"} * (args.protocol == "classify") if args.protocol in TRAINED else
+            {"threshold", "foreground"} if args.protocol == "reference" else set())
+    used |= {"decoder"} if args.protocol in ("transfer", "frozen", "finetune") else set()
+    used = {"overlay"} if args.predict else used | {"dataset", "protocol"}
+    used |= set() if args.run else {"backbone"}
+    every = training | {"decoder", "threshold", "foreground", "overlay", "dataset", "protocol", "backbone"}
+    given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
+    for name in training - used:                                # so that no name and no setting shows it
+        setattr(args, name, parser.get_default(name))
+
+
+def describe(args, settings, meta):
+    """What is evaluated: a dict backbone, method, train, variant, ...; from the run, or made up for what has none."""
+    common = dict(backbone=args.backbone, threshold="otsu", foreground=meta["foreground"])
+    if args.protocol == "reference":
+        foreground = args.foreground or meta["foreground"]
+        variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
+                            *[foreground] * (foreground != meta["foreground"])])
+        return common | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
+    if args.protocol == "supervised":
+        return common | dict(method="supervised", train="end2end", variant="supervised", loss=args.loss, epochs=args.epochs,
+                             batch_size=args.batch_size)
+    if args.encoder:
+        return common | dict(method=Path(args.encoder).stem, train="encoder", variant=Path(args.encoder).stem)
+    folder = Path(args.run).resolve()
+    variant = folder.parent.name if "protocol" not in settings else f"{folder.parents[1].name}-{folder.name}"
+    if args.dataset != settings["dataset"]:
+        variant += f"-from-{settings['dataset']}"
+    if args.backbone == "vit_small" and args.decoder == "pretrained" and settings["img_size"] != meta["size"]:
+        sys.exit(f"{args.run} was trained at {settings['img_size']} px and {args.dataset} is prepared at "
+                 f"{meta['size']}: a ViT U-Net needs one size, prepare the data with --size {settings['img_size']}")
+    return settings | dict(variant=variant)
 
 
 def main(argv=None):
@@ -347,6 +1043,7 @@ def main(argv=None):
         return report(args.out or "results")
     name_unused(args, parser)
     device = pick_device(args.device)
+    args.device = device.type
     settings = read_run(Path(args.run)) if args.run else {}
     args.seed = settings.get("seed", 0) if args.seed is None else args.seed
     args.backbone = settings.get("backbone", args.backbone)
@@ -354,29 +1051,20 @@ def main(argv=None):
         return predict_folder(args, settings, device)
     args.dataset, args.out = args.dataset or settings["dataset"], args.out or "results"
     meta = prepare_data.read_meta(Path(args.data) / args.dataset)
-    if args.protocol == "reference":
-        foreground = args.foreground or meta["foreground"]
-        variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
-                            *[foreground] * (foreground != meta["foreground"])])
-        settings = dict(backbone=args.backbone, method="reference", train=None, threshold=args.threshold,
-                        foreground=foreground, variant=variant)
-    elif args.encoder:
-        stem = Path(args.encoder).stem
-        settings = dict(backbone=args.backbone, method=stem, train="encoder", threshold="otsu",
-                        foreground=meta["foreground"], variant=stem)
-    else:
-        settings["variant"] = Path(args.run).resolve().parent.name
-        if args.dataset != settings["dataset"]:
-            settings["variant"] += f"-from-{settings['dataset']}"
-        if args.backbone == "vit_small" and settings["train"] == "end2end" and settings["img_size"] != meta["size"]:
-            sys.exit(f"{args.run} was trained at {settings['img_size']} px and {args.dataset} is prepared at "
-                     f"{meta['size']}: a ViT U-Net needs one size, prepare the data with --size {settings['img_size']}")
-    settings["img_size"] = meta["size"]
-    evaluate(args, settings, meta, device)
+    whole = settings.get("train") == "end2end"                  # the run has a decoder of its own
+    if args.decoder == "pretrained" and not whole:
+        sys.exit(f"--decoder pretrained: {args.run or args.encoder or args.protocol} has an encoder only")
+    asked = args.decoder
+    if asked == "auto":
+        args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune") else "fresh"
+    short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd")
+    args.name = "-".join([args.protocol, *[f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)],
+                          *[args.decoder] * (asked != "auto"), *[f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))])
+    evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"]), meta, device)
 
 
 if __name__ == "__main__":
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {error or 'interrupted'}")
+        sys.exit(f"finetune_eval.py: {error or 'interrupted'}; the same command goes on from the last whole epoch")

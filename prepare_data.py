@@ -485,10 +485,13 @@ def prepare_folder(args, final):
     print(f"{len(pairs) / (time.time() - start):.0f} images per second")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help of every script: the docstring as it is written, and each flag's default."""
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
-                                                                   argparse.RawDescriptionHelpFormatter), {}))
+                                     formatter_class=Help)
     parser.add_argument("--dataset", required=True, choices=["demo", "folder"], help="what to prepare")
     parser.add_argument("--raw", metavar="DIR", help="folder: where the images are")
     parser.add_argument("--name", help="the data set's name under --out; unset: the raw folder's own name")

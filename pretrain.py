@@ -574,8 +574,7 @@ def open_run(settings, args, folder):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
-                                                                   argparse.RawDescriptionHelpFormatter), {}))
+                                     formatter_class=prepare_data.Help)
     parser.add_argument("--dataset", required=True, help="name of a prepared data set, a folder under --data")
     parser.add_argument("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
     parser.add_argument("--method", default="medsass", choices=list(METHODS), help="MedSASS, or an encoder by a baseline")
