@@ -105,7 +105,8 @@ def hausdorff95(pred, target):
             continue
         a, b = (mask & ~cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(bool)
                 for mask in pair)
-        to_a, to_b = (cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for edge in (a, b))
+        to_a, to_b = (np.sqrt(np.rint(cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+                                      .astype(np.float64) ** 2)) for edge in (a, b))     # squares are whole: no rounding
         distances.append(float(max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95))))
     return np.array(distances)
 
@@ -1000,9 +1001,10 @@ def parse_args(argv):
 def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
     training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers"}
-    used = (training - {"loss"} * (args.protocol == "classify") if args.protocol in TRAINED else
-            {"threshold", "foreground"} if args.protocol == "reference" else set())
-    used |= {"decoder"} if args.protocol in ("transfer", "frozen", "finetune") else set()
+    network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
+               "reference": {"threshold", "foreground"}}
+    used = network[args.protocol] | (training if args.protocol in TRAINED else set())
+    used -= {"loss"} if args.protocol == "classify" else set()
     used = {"overlay"} if args.predict else used | {"dataset", "protocol"}
     used |= set() if args.run else {"backbone"}
     every = training | {"decoder", "threshold", "foreground", "overlay", "dataset", "protocol", "backbone"}

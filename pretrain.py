@@ -334,7 +334,7 @@ def network_of(method):
 def to_device(views, device):
     """Move a batch's views; channels_last is what CPU and GPU convolutions are fastest in."""
     views = [view.to(device, non_blocking=True) for view in views]
-    return [view.contiguous(memory_format=torch.channels_last) for view in views]
+    return [view.contiguous(memory_format=torch.channels_last) if view.ndim == 4 else view for view in views]
 
 
 @torch.no_grad()
@@ -538,17 +538,29 @@ def build_method(args, meta, defaults):
     return method
 
 
+@contextlib.contextmanager
 def only_one(path):
-    """A lock on the file `path`: the open file, released when it is closed or this process ends, however it ends. Ends
-    the program (exit code 75: try again later) where another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
+    """Hold a lock, on the file `path`, that ends with the block or with this process, however it ends. Ends the program
+    (exit code 75: try again later) where another process has it. Leaves no file, and no folder made for nothing."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path.parent}: another process is at work on this", file=sys.stderr)
+            sys.exit(75)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break                                               # else its last holder has just removed it
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{path.parent}: another process is at work on this", file=sys.stderr)
-        sys.exit(75)
-    return file                                                 # closing it releases it
+        yield
+    finally:
+        path.unlink()
+        file.close()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def open_run(settings, args, folder):

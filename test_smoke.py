@@ -365,7 +365,7 @@ def test_seeded_leaks_nothing():
 
 def test_run_folder_is_complete(run, data):
     assert run.parts[-4:] == ("demo", "resnet50", "medsass-e2", "seed0")
-    assert {f.name for f in run.iterdir()} == {".lock", "config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
+    assert {f.name for f in run.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "val_loss", "pseudo_foreground", "predicted_foreground", "seconds", "waiting_share",
@@ -843,7 +843,7 @@ def test_transfer_scores_the_saved_network(data, run, tmp_path):
 def test_scores_do_not_depend_on_the_batch_size(data, run, tmp_path, monkeypatch):
     results = []
     for batch in (1, 7, 32):
-        monkeypatch.setattr(finetune_eval.count_test, "__defaults__", (batch,))
+        monkeypatch.setattr(finetune_eval.score_images, "__defaults__", (batch,))
         results.append(score(data, tmp_path / str(batch), "--run", str(run))[1] | dict(command=""))
     assert results[0] == results[1] == results[2]
 
