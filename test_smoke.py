@@ -887,6 +887,287 @@ def test_demo_is_neither_trivial_nor_hopeless(tmp_path):
         assert .5 < finetune_eval.segmentation_scores(raw, np.array(masks).astype(bool))["iou_global"] < .9
 
 
+def test_hausdorff_equals_a_loop_over_boundary_pixels():
+    def edge(mask):
+        padded = np.pad(mask, 1)
+        return [(y, x) for y, x in np.argwhere(mask) if not (padded[y, x + 1] and padded[y + 2, x + 1] and padded[y + 1, x]
+                                                             and padded[y + 1, x + 2])]
+
+    blobs = [cv2.GaussianBlur(rng.random((23, 31)), (0, 0), 2) > .5 for _ in range(6)]
+    blobs.append(np.ones((23, 31), bool))
+    for a, b in zip(blobs, blobs[1:]):
+        nearest = [[min(math.dist(p, q) for q in edge(other)) for p in edge(one)] for one, other in ((a, b), (b, a))]
+        expected = max(np.percentile(distances, 95) for distances in nearest)
+        assert finetune_eval.hausdorff95(a[None], b[None])[0] == pytest.approx(expected, abs=1e-9)
+    empty = np.zeros((23, 31), bool)
+    rules = finetune_eval.hausdorff95(np.stack([empty, empty, blobs[0]]), np.stack([empty, blobs[0], empty]))
+    assert rules.tolist() == [0, math.hypot(23, 31), math.hypot(23, 31)]
+
+
+def test_bootstrap_equals_a_loop_over_drawn_images():
+    pred, target = rng.random((8, 6, 5)) < .5, rng.random((8, 6, 5)) < .4
+    groups = ["a", "a", "b", "c", "c", "c", "d", "e"]
+    counts, weights = finetune_eval.count_pixels(pred, target), finetune_eval.bootstrap_weights(groups, rounds=50, seed=3)
+    samples = finetune_eval.resampled_scores(counts, weights)
+    for k, weight in enumerate(weights):
+        drawn = [i for i in range(8) for _ in range(weight[i])]
+        assert len({weight[i] for i in (0, 1)}) == len({weight[i] for i in (3, 4, 5)}) == 1         # groups stay whole
+        assert weight[0] + weight[2] + weight[3] + weight[6] + weight[7] == 5                       # as many as there are
+        expected = finetune_eval.segmentation_scores(pred[drawn], target[drawn])
+        assert {name: value[k] for name, value in samples.items()} == pytest.approx(expected)
+    assert np.array_equal(weights, finetune_eval.bootstrap_weights(groups, rounds=50, seed=3))
+    single = finetune_eval.bootstrap_weights(range(40), rounds=4000)
+    low, high = finetune_eval.interval(single @ np.arange(40) / 40)             # of a mean: close to the normal interval
+    spread = 1.96 * np.arange(40).std() / 40 ** .5
+    assert (low, high) == (pytest.approx(19.5 - spread, abs=.3), pytest.approx(19.5 + spread, abs=.3))
+    table = np.column_stack([counts, np.zeros(8)])
+    difference, (low, high) = finetune_eval.paired_difference([table, table], [table], groups)
+    assert difference == low == high == 0
+    worse = np.column_stack([finetune_eval.count_pixels(~pred, target), np.zeros(8)])
+    difference, (low, high) = finetune_eval.paired_difference([table], [worse], groups, "iou_image")
+    assert difference == pytest.approx(finetune_eval.segmentation_scores(pred, target)["iou_image"]
+                                       - finetune_eval.segmentation_scores(~pred, target)["iou_image"]) and low < difference < high
+
+
+def test_labelled_images_are_nested_and_by_group():
+    names = [dict(name=f"{i}", group=f"g{i // 4}" if i < 40 else "") for i in range(50)]
+    rows = {labels: finetune_eval.labelled_rows(names, labels, 5, 50) for labels in (.01, .1, .5, 1, 7, 50)}
+    assert [len(r) for r in rows.values()] == [1, 5, 25, 1, 7, 50] and len(finetune_eval.labelled_rows(names, 1.0, 5, 50)) == 50
+    for few, many in ((.01, .1), (.1, .5), (1, 7), (7, .5), (.5, 50)):
+        assert set(rows[few]) <= set(rows[many])
+    assert len({names[k]["group"] or k for k in rows[.5]}) < 13                 # whole groups but the last
+    assert rows[.5] == finetune_eval.labelled_rows(names, .5, 5, 50) != finetune_eval.labelled_rows(names, .5, 6, 50)
+    assert len(finetune_eval.labelled_rows(names[:8], 10, 5, 50)) == 2          # a part of 8 gives its like share
+
+
+def test_image_and_truth_are_augmented_alike(tmp_path):
+    masks = np.zeros((2, 48, 48), np.uint8)
+    masks[0, 5:20, 8:40], masks[1, 30:44, 3:20] = 1, 1
+    np.save(tmp_path / "train_masks.npy", masks)
+    np.save(tmp_path / "train_images.npy", np.repeat(masks[..., None] * 200 + 20, 3, axis=3).astype(np.uint8))
+    labelled = finetune_eval.Labelled(tmp_path, "train", [1, 0], pretrain.paper_augmentation(), seed=0)
+    moved = 0
+    for turn in range(30):
+        row, (view, mask) = labelled[turn, turn % 2]
+        assert row == 1 - turn % 2 and mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 1}
+        assert ((view[1] > 110) != mask[0].bool()).float().mean() < .04, turn   # edges are drawn bilinear and nearest
+        moved += not np.array_equal(mask[0].numpy(), masks[row])
+    assert moved > 20 and type(mask) is torch.Tensor
+
+
+def tune(data, out, *flags, epochs=1):
+    """Run finetune_eval.py with training, on the demo; returns the result and the folder of its training."""
+    path, result = score(data, out / "results", "--epochs", str(epochs), "--workers", "0", "--runs", str(out / "runs"), *flags)
+    found = [f.parent for f in [*out.rglob("config.json"), *data.parent.rglob("config.json")] if f.parent.name == path.stem]
+    return result, max(found, key=lambda f: f.stat().st_mtime_ns), path
+
+
+def weights_of(folder):
+    return torch.load(folder / "best.pt", weights_only=True)["model"]
+
+
+def test_protocols_train_what_they_say(data, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    source, own = weights_of(run), ["--run", str(tmp_path / "run")]
+    frozen, folder, path = tune(data, tmp_path, *own, "--protocol", "frozen", "--labels", "0.1")
+    changed = {name for name, value in weights_of(folder).items() if not torch.equal(value, source[name])}
+    assert changed and not any(name.startswith("encoder.") for name in changed)
+    assert path.name == "frozen-l0.1-e1.json" and (frozen["n_labels_train"], frozen["n_labels_val"]) == (6, 2)
+    tuned, folder, _ = tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "3")
+    assert json.loads((folder / "config.json").read_text())["settings"]["decoder"] == "pretrained" and (tuned["n_labels_train"], tuned["labels"]) == (3, 3)
+    assert any(name.startswith("encoder.") and not torch.equal(value, source[name]) for name, value in weights_of(folder).items())
+    from_scratch, _, path = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised")
+    assert (from_scratch["method"], from_scratch["n_labels_train"], from_scratch["n_labels_val"]) == ("supervised", 64, 16)
+    assert frozen["budget_steps"] == tuned["budget_steps"] == from_scratch["budget_steps"] == 4     # few labels, same steps
+    rows = list(csv.DictReader(open(path.with_suffix(".csv"))))
+    counts = np.array([[int(row[c]) for c in ("tp", "fp", "fn", "tn")] for row in rows])
+    assert len(rows) == 32 and {row["row"] for row in rows} == {""}
+    tp, fp, fn, _ = counts.sum(axis=0)
+    assert from_scratch["iou_global"] == pytest.approx(tp / (tp + fp + fn))
+    low, high = from_scratch["iou_global_ci"]
+    assert low < from_scratch["iou_global"] < high and from_scratch["hd95_image"] > 0
+    finetune_eval.main([*["--run", str(folder)], "--predict", str(HERE / ".github"), "--out", str(tmp_path / "masks"), "--device", "cpu"])
+    assert (tmp_path / "masks" / "demo.png").exists()           # a fine-tuned network draws masks like any other run
+    refused(lambda: tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "65"), "64 training images")
+    with pytest.raises(SystemExit):
+        finetune_eval.main([*own, "--protocol", "finetune", "--labels", "1.5"])
+
+
+def test_test_masks_are_never_seen_before_the_score(data, tmp_path):
+    noisy = tmp_path / "noisy"
+    shutil.copytree(data, noisy / "data")
+    np.save(noisy / "data/demo/test_masks.npy", rng.integers(0, 2, (32, 32, 32), np.uint8))
+    flags = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", "--labels", "8"]
+    clean, folder, _ = tune(data, tmp_path / "clean", *flags, epochs=2)
+    other, noisy_folder, _ = tune(noisy / "data", noisy, *flags, epochs=2)
+    assert contents(folder) == contents(noisy_folder) and clean["iou_global"] != other["iou_global"]
+
+
+def test_killed_training_on_labels_resumes_to_the_bit(data, tmp_path):
+    flags = ["--data", str(data), "--device", "cpu", "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised",
+             "--labels", "0.2", "--epochs", "2", "--workers", "0"]
+    out = {name: ["--out", str(tmp_path / name / "results"), "--runs", str(tmp_path / name)] for name in ("whole", "cut")}
+    finetune_eval.main([*flags, *out["whole"]])
+    killed(f"finetune_eval.main({[*flags, *out['cut']]})")
+    assert not list((tmp_path / "cut/results").rglob("*.json"))
+    finetune_eval.main([*flags, *out["cut"]])
+    where = "demo/resnet50/supervised/seed0/supervised-l0.2-e2"
+    assert contents(tmp_path / "whole" / where) == contents(tmp_path / "cut" / where)
+    read = [json.loads((tmp_path / name / "results" / f"{where}.json").read_text()) | dict(command="") for name in out]
+    assert read[0] == read[1]
+
+
+def test_linear_probe(tmp_path):
+    raw = write_folder(tmp_path / "raw", n=30)
+    for path in sorted((raw / "images").iterdir())[::2]:        # every other image is much brighter
+        Image.fromarray(np.minimum(np.asarray(Image.open(path)).astype(int) + 90, 255).astype(np.uint8)).save(path)
+    stems = sorted(path.stem for path in (raw / "images").iterdir())
+    (raw / "labels.csv").write_text("name,label\n" + "\n".join(f"{s},{('bright', 'dull')[k % 2]}" for k, s in enumerate(stems)
+                                                              if k != 7))
+    prepare(raw, tmp_path / "data", "--name", "demo")
+    encoder = tmp_path / "encoder.pth"
+    models.export_encoder(models.build_unet("resnet50"), encoder)
+    flags = ["--encoder", str(encoder), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "classify", "--lr", "0.05",
+             "--batch-size", "8"]
+    result, folder, path = tune(tmp_path / "data", tmp_path, *flags, epochs=6)
+    rows = list(csv.DictReader(open(path.with_suffix(".csv"))))
+    truth, pred = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    assert result["macro_recall"] == pytest.approx(sklearn.metrics.recall_score(truth, pred, average="macro"))
+    assert result["confusion"] == sklearn.metrics.confusion_matrix(truth, pred, labels=result["classes"]).tolist()
+    assert result["macro_recall"] > .8 and result["n_test"] == len(rows)
+    kept, start = weights_of(folder), torch.load(encoder, weights_only=True)
+    assert all(torch.equal(kept["encoder." + k], v) for k, v in start.items())
+    (raw / "labels.csv").unlink()
+    prepare(raw, tmp_path / "data", "--name", "bare")
+    refused(lambda: tune(tmp_path / "data", tmp_path, *flags, "--dataset", "bare"), "at least two labels")
+
+
+def test_focal_cross_entropy_equals_its_definition():
+    logits, target = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
+    p = torch.softmax(logits, dim=1).numpy()[range(6), target]
+    assert finetune_eval.focal_cross_entropy(logits, target).item() == pytest.approx((-(1 - p) ** 2 * np.log(p)).mean())
+    assert finetune_eval.focal_cross_entropy(logits, target, 0.0).item() == pytest.approx(F.cross_entropy(logits, target).item())
+
+
+def fake_result(out, variant, seed, quality, protocol="transfer", dataset="isic", **more):
+    """A result with its CSV, of 20 images in which a share `quality` of the foreground is found."""
+    names = [dict(name=f"i{k}", group="") for k in range(20)]
+    target = np.random.default_rng(1).random((20, 16, 16)) < .3
+    pred = target & (np.random.default_rng(seed).random((20, 16, 16)) < quality)
+    table = np.column_stack([finetune_eval.count_pixels(pred, target), finetune_eval.hausdorff95(pred, target)])
+    block = finetune_eval.summarise(table, [n["name"] for n in names])
+    folder = out / dataset / "resnet50" / variant / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    head = dict(dataset=dataset, backbone="resnet50", method=variant.split("-")[0], variant=variant, protocol=protocol, labels=0.0,
+                train="encoder" if "encoder" in variant else "end2end", seed=seed, n_test=20, threshold="otsu", loss="focal_tversky",
+                epochs=50, batch_size=16)
+    result = head | more | (dict(raw_threshold=block) if protocol == "reference" else block)
+    finetune_eval.write_csv(folder / f"{protocol}.csv", finetune_eval.per_image({"raw_threshold" if protocol == "reference" else "": table}, names))
+    (folder / f"{protocol}.json").write_text(json.dumps(result))
+    return block["iou_global"]
+
+
+def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "results"
+    iou = [fake_result(out, "medsass", seed, .8) for seed in range(3)]
+    fake_result(out, "medsass-encoder", 0, .3), fake_result(out, "byol", 0, .5, train="encoder")
+    fake_result(out, "reference", 0, .5, "reference", method="reference")
+    fake_result(out, "medsass", 0, .7, dataset="mine")
+    (out / "broken.json").write_text("{"), (out / "foreign.json").write_text('{"a": [1]}'), (out / "list.json").write_text("[3]")
+    alone = out / "isic/resnet50/medsass/seed1"
+    shutil.copytree(alone, out / "isic/resnet50/medsass/seed9")
+    (out / "isic/resnet50/medsass/seed9/transfer.csv").unlink()
+    finetune_eval.main(["--report", "--out", str(out)])
+    text, printed = (out / "README.md").read_text(), capsys.readouterr().out
+    assert "7 results, 4 warnings" in printed
+    for name in ("broken.json", "foreign.json", "list.json", "seed9/transfer.json"):
+        assert name in text and name in printed
+    mean = f"{np.mean(iou):.4f} ± {np.std(iou, ddof=1):.4f} (3)"
+    assert f"| transfer | medsass | 0 | {mean}" in text and "| reference | raw_threshold | 0 |" in text
+    section = text[text.index("### Table 1"):text.index("### Table 2")]
+    assert "| MedSASS (encoder) | - / 0.1742 | - / 0.3824 |" in section and "| DINO | - / 0.1399 | - / 0.2972 | - / 0.2426 |" in section
+    assert "isic: best here BYOL" in section and "in the paper MedSASS (encoder) (0.2445) among these: does not agree" in section
+    byol_line = next(line for line in text.splitlines() if line.startswith("| transfer | byol"))
+    assert "≈" in byol_line and "≈" not in next(line for line in text.splitlines() if line.startswith("| transfer | medsass |"))
+    assert "No reference rows here" in text[text.index("## mine"):]
+    for title in ("Table 1", "Table 2", "Figure 3", "Figure 4", "Table 3", "Table 4", "B.1", "Table 5", "Tables 7, 8", "Table 9",
+                  "Table 10", "Figure 10"):
+        assert f"{title}" in text[text.index("## The paper's tables"):]
+    assert Image.open(out / "isic-resnet50-bars.png").size[0] > 400 and "isic-resnet50-bars.png" in text
+    monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
+    finetune_eval.main(["--report", "--out", str(out)])
+    assert "matplotlib is not installed" in capsys.readouterr().out and ".png" not in (out / "README.md").read_text()
+
+
+def run_all(folder, *words, **environment):
+    """run_all.sh in `folder`; returns (exit code, standard output, standard error)."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "SEEDS", "METHODS", "BACKBONES", "EPOCHS", "SHARD")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    end = subprocess.run(["bash", str(folder / "run_all.sh"), *words], env=plain | {"PATH": path} | environment, cwd=folder,
+                         capture_output=True, text=True)
+    return end.returncode, end.stdout, end.stderr
+
+
+def test_dry_run_lists_every_run_once_and_shards_cover_it(tmp_path):
+    shutil.copy(HERE / "run_all.sh", tmp_path)
+    code, out, err = run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SEEDS="0 1")
+    lines = out.splitlines()
+    assert (code, err) == (0, "") and len(lines) == len(set(lines)) and all(re.match(r"python \w+\.py ", line) for line in lines)
+    expected = {f"python pretrain.py --dataset demo --backbone {backbone} {how}--seed {seed}" for seed in (0, 1)
+                for backbone, methods in (("resnet50", ("byol", "simsiam", "dino")), ("vit_small", ("dino", "mae", "simmim")))
+                for how in ("", "--train encoder ", *(f"--method {m} " for m in methods))}
+    assert {line for line in lines if "pretrain.py" in line} == expected
+    assert sum("--protocol reference" in line for line in lines) == 4 and sum("--protocol supervised" in line for line in lines) == 12
+    shards = [run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SEEDS="0 1", SHARD=f"{k}/3")[1].splitlines() for k in (1, 2, 3)]
+    assert sorted(sum(shards, [])) == sorted(lines) and all(shards)
+    for shard in shards:                                        # what is made of a run comes after it, in the same shard
+        for line in shard:
+            if run := re.search(r"--run (\S+)", line):
+                args, defaults = zip(*[(pretrain.parse_args(other.split()[2:])) for other in shard[:shard.index(line)] if "pretrain" in other])
+                folders = []
+                for a, d in zip(args, defaults):
+                    a.lr = a.weight_decay = a.patience = None
+                    d |= dict(foreground=None, lr=None, weight_decay=None, patience=None)
+                    folders.append(str(pretrain.run_folder(a, d)))
+                assert run[1] in folders
+    assert [f.name for f in tmp_path.iterdir()] == ["run_all.sh"]
+    assert run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SHARD="4/3")[0] == 2
+
+
+def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
+    for name in ("prepare_data.py", "pretrain.py", "finetune_eval.py", "models.py", "losses.py", "run_all.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "baselines", tmp_path / "baselines")
+    bad = tmp_path / "runs/demo/resnet50/byol-e1/seed0"
+    bad.mkdir(parents=True)
+    (bad / "config.json").write_text("nonsense")
+    flags = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam", EPOCHS="1", SIZE="32", LABELS="0.1",
+                 PROTOCOLS="transfer")
+    code, out, err = run_all(tmp_path, **flags)
+    assert code == 1 and "exit code 1: python pretrain.py" in err and "not tried: python finetune_eval.py --run runs/demo/resnet50/byol-e1" in err
+    log = re.search(r"log: (\S+)", err)[1]
+    assert "byol" in log and "is not a run's settings" in (tmp_path / log).read_text()
+    results = {str(f.relative_to(tmp_path / "results/demo/resnet50")) for f in tmp_path.rglob("results/**/*.json")}
+    assert results == {"reference/seed0/reference.json", "supervised/seed0/supervised-l0.1-e1.json", "simsiam-e1/seed0/transfer.json"}
+    assert "| transfer | simsiam-e1 |" in (tmp_path / "results/README.md").read_text()
+    shutil.rmtree(bad)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("results/**/*.json")}
+    assert run_all(tmp_path, **flags)[0] == 0                   # what was missing is made, what is there is left
+    assert before.items() <= {f: f.stat().st_mtime_ns for f in tmp_path.rglob("results/**/*.json")}.items()
+
+
+def test_two_processes_never_train_one_run(data, tmp_path):
+    folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
+    with pretrain.only_one(folder / ".lock"):
+        with pytest.raises(SystemExit) as end:
+            train(data, tmp_path, epochs=1)
+        assert end.value.code == 75
+    assert not (tmp_path / "demo").exists()                     # nothing was made, nothing is left
+    (folder / ".lock").parent.mkdir(parents=True)
+    (folder / ".lock").write_text("left by a crash")
+    assert (train(data, tmp_path, epochs=1) / "samples.png").exists() and not (folder / ".lock").exists()
+
+
 def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
