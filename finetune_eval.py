@@ -520,7 +520,7 @@ def evaluate(args, settings, meta, device):
             write_atomically(path.with_suffix(".png"), functools.partial(Image.fromarray(sheet).save, format="PNG"))
         text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
         write_atomically(path, lambda temporary: temporary.write_text(text))
-    print_scores([result])
+    print_scores(result)
     print(path)
 
 
@@ -535,22 +535,17 @@ def refuse_to_replace(path, result):
         sys.exit(f"{path} holds another evaluation (other {', '.join(differ)}): --overwrite replaces it")
 
 
-def print_scores(results):
-    """A table of results, a line a network or reference row: global IoU, mean IoU of an image, and the rest."""
-    print(f"{'test set, network':22}{'protocol, row':46}{'seed':>4}{'IoU':>9}{'95 % interval':>18}{'IoU/image':>11}"
-          f"{'precision':>11}{'recall':>8}{'hd95':>8}")
-    for r in results:
-        start = f"{r['dataset'] + ', ' + r['backbone']:22}"
-        if r["protocol"] == "classify":
-            print(f"{start}{'classify, ' + r['variant']:46}{r['seed']:4}  macro recall {r['macro_recall']:.4f} "
-                  f"({r['macro_recall_ci'][0]:.4f} - {r['macro_recall_ci'][1]:.4f}), accuracy {r['accuracy']:.4f}; always the "
-                  f"commonest class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
-            continue
-        for name, row in ({k: v for k, v in r.items() if k in REFERENCE} or {r["variant"]: r}).items():
-            low, high = row["iou_global_ci"]
-            print(f"{start}{r.get('name', r['protocol']) + ', ' + name:46}{r['seed']:4}{row['iou_global']:9.4f}"
-                  f"{low:10.4f}-{high:.4f} {row['iou_image']:11.4f}{row['precision_global']:11.4f}{row['recall_global']:8.4f}"
-                  f"{row['hd95_image']:8.1f}" + ("  (uses labels)" if row.get("uses_labels") else ""))
+def print_scores(r):
+    """The scores of one result on the screen, a line a reference row or network."""
+    if r["protocol"] == "classify":
+        print(f"macro recall {r['macro_recall']:.4f} {r['macro_recall_ci']}, accuracy {r['accuracy']:.4f}; always the commonest "
+              f"class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
+        return
+    for name, row in rows_of(r).items():
+        low, high = row["iou_global_ci"]
+        print(f"{name or r['variant']:24} IoU {row['iou_global']:.4f} [{low:.4f}, {high:.4f}], an image {row['iou_image']:.4f}; precision "
+              f"{row['precision_global']:.4f}, recall {row['recall_global']:.4f}, hd95 {row['hd95_image']:.1f} px"
+              + ("  (uses labels)" if row.get("uses_labels") else ""))
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -816,41 +811,50 @@ def curve_section(cells, dataset, backbone):
 
 
 def draw_charts(cells, dataset, backbone, out):
-    """PNG charts with 95 % intervals: a bar a cell, and score against labels. Returns their file names."""
+    """PNG charts: a bar a cell, and score against labels, with 95 % intervals. Returns their file names."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    bars = {key: cell for key, cell in cells.items() if key[:2] == (dataset, backbone) and key[2] not in ("classify", "reference")}
-    best, names = best_trivial(cells, dataset, backbone), []
-    if bars:
-        figure, axes = plt.subplots(figsize=(8, 1.5 + 0.28 * len(bars)), layout="constrained")
-        for y, (key, cell) in enumerate(sorted(bars.items(), reverse=True)):
-            value, ci = np.mean([rows_of(r)[row]["iou_global"] for r, row in cell]), cell_interval(cell)
-            axes.barh(y, value, color="0.75", edgecolor="black", xerr=[[max(0, value - ci[0])], [max(0, ci[1] - value)]] if ci else None)
-        axes.set_yticks(range(len(bars)), [f"{key[3]}: {key[4]}" for key in sorted(bars, reverse=True)], fontsize=7)
+    bars = {key: cell for key, cell in sorted(cells.items(), reverse=True)
+            if key[:2] == (dataset, backbone) and key[2] not in ("classify", "reference")}
+    best, curves, names = best_trivial(cells, dataset, backbone), curves_of(cells, dataset, backbone), []
+
+    def value_and_bar(cell):                                    # the mean, and how far the interval reaches down and up
+        value = np.mean([rows_of(r)[row]["iou_global"] for r, row in cell])
+        return value, np.maximum(0, np.array([[-1], [1]]) * (np.array([cell_interval(cell) or [value] * 2]).T - value))
+
+    def save(kind, height, draw):
+        figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+        draw(axes)
         if best:
-            line = np.mean([rows_of(r)[row]["iou_global"] for r, row in best[1]])
-            axes.axvline(line, color="black", linestyle="--", label=f"{best[0]}, costs nothing")
+            (axes.axvline if kind == "bars" else axes.axhline)(value_and_bar(best[1])[0], color="black", linestyle="--",
+                                                               label=f"{best[0]}, costs nothing")
+        axes.set_title(f"{dataset}, {backbone}; 95 % intervals over test images")
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-        axes.set(xlabel="test IoU (global, 0 to 1); bar: 95 % interval over images", title=f"{dataset}, {backbone}")
-        names.append(f"{dataset}-{backbone}-bars.png")
+        names.append(f"{dataset}-{backbone}-{kind}.png")
         write_atomically(Path(out) / names[-1], functools.partial(figure.savefig, format="png", dpi=110))
         plt.close(figure)
-    curves = curves_of(cells, dataset, backbone)
-    if curves:
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+
+    def draw_bars(axes):
+        for y, cell in enumerate(bars.values()):
+            value, reach = value_and_bar(cell)
+            axes.barh(y, value, color="0.75", edgecolor="black", xerr=reach, capsize=2)
+        axes.set_yticks(range(len(bars)), [f"{key[3]}: {key[4]}" for key in bars], fontsize=7)
+        axes.set_xlabel("test IoU (global, 0 to 1)")
+
+    def draw_curves(axes):
         for k, (name, curve) in enumerate(curves.items()):
-            x = sorted(curve)
-            y = [np.mean([r["iou_global"] for r, _ in curve[n]]) for n in x]
-            ci = np.array([cell_interval(curve[n]) or (v, v) for n, v in zip(x, y)]).T
-            axes.errorbar(x, y, yerr=np.maximum(0, [y - ci[0], ci[1] - y]), label=name, color=str(0.6 * (k % 3) / 2), capsize=2,
-                          marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
+            points = [value_and_bar(curve[n]) for n in sorted(curve)]
+            axes.errorbar(sorted(curve), [p[0] for p in points], yerr=np.hstack([p[1] for p in points]), label=name, capsize=2,
+                          color=str(0.3 * (k % 3)), marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
         axes.set_xscale("symlog", linthresh=1)
-        axes.set(xlabel="labelled training images", ylabel="test IoU (global, 0 to 1), 95 % interval", title=f"{dataset}, {backbone}")
-        axes.legend(fontsize=7)
-        names.append(f"{dataset}-{backbone}-labels.png")
-        write_atomically(Path(out) / names[-1], functools.partial(figure.savefig, format="png", dpi=110))
-        plt.close(figure)
+        axes.set(xlabel="labelled training images", ylabel="test IoU (global, 0 to 1)")
+
+    if bars:
+        save("bars", 1.5 + 0.28 * len(bars), draw_bars)
+    if curves:
+        save("labels", 4.5, draw_curves)
     return names
 
 
@@ -884,7 +888,7 @@ def report(out):
     lines += ["", "## The paper's tables", *paper_sections(results, cells)]
     text = "\n".join(lines) + "\n"
     write_atomically(Path(out) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print_scores(sorted(results, key=lambda r: (r["dataset"], r["backbone"], r["protocol"], r["variant"], r["seed"])))
+    print("\n".join(lines[:lines.index("## The paper's tables")]))
     print(f"{Path(out) / 'README.md'}: {len(results)} results, {len(bad)} warnings"
           + ("" if charts else "; no charts: matplotlib is not installed (pip install matplotlib)"))
 
