@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
 from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_checkpoint, normalise, only_one, open_run,
-                      paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically)
+                      paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
@@ -473,17 +474,6 @@ def class_scores(truth, pred, classes, groups):
     return confusion, recall, interval(recalls(bootstrap_weights(groups))[present].mean(axis=0))
 
 
-def write_csv(path, rows):
-    """A list of dicts as a CSV, whole or not at all."""
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
-
-
 def per_image(tables, names):
     """{row: table (N, 5)} -> a list of dicts, one an image and row: what the pictures scored, each by itself."""
     rows = []
@@ -503,9 +493,11 @@ def evaluate(args, settings, meta, device):
     with only_one(folder / f".{args.name}.lock"):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
-                    labels=args.labels if args.protocol in TRAINED else 0.0, seed=args.seed)
+                    labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
         head |= {key: settings[key] for key in ("threshold", "foreground", "loss", "epochs", "batch_size") if key in settings}
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
+        if "n_train" in settings:                               # a run of this script, that has seen labels
+            head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
         if args.protocol in TRAINED:
             head |= dict(name=args.name, decoder=args.decoder, tuning=dict(loss=args.loss, epochs=args.epochs))
         protocol = dict(reference=reference, classify=classify).get(args.protocol, segment)
@@ -687,6 +679,11 @@ def compare(cell, other):
     return paired_difference(first, second, cell[0][0]["groups"])
 
 
+def said(gap):
+    """A paired difference in words: "+0.0123 [-0.0045, +0.0291] ≈"; ≈ where the interval holds 0."""
+    return f"{gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}]" + (" ≈" if gap[1][0] <= 0 <= gap[1][1] else "")
+
+
 def best_trivial(cells, dataset, backbone):
     """The reference row of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
     rows = {key[5]: cell for key, cell in cells.items() if key[:3] == (dataset, backbone, "reference")}
@@ -713,8 +710,7 @@ def dataset_section(cells, dataset):
                       ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")}
             ci = cell_interval(cell)
             gap = compare(cell, best[1]) if best and cell is not best[1] else None
-            against = "" if gap is None else f"{gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}]" + (
-                " ≈" if gap[1][0] <= 0 <= gap[1][1] else "")
+            against = said(gap) if gap else ""
             r = cell[0][0]
             labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
                       "all" if r.get(key[5], {}).get("uses_labels") else "0")
@@ -753,8 +749,7 @@ def verdict(dataset, ours, paper, cells, score):
     trivial = best_trivial(cells, dataset, ours[best][0][0]["backbone"])
     gap = compare(ours[best], trivial[1]) if trivial and score == "iou_global" else None
     if gap:
-        text += (f"; {gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}] against `{trivial[0]}`, which costs nothing"
-                 + (": not separated" if gap[1][0] <= 0 <= gap[1][1] else ""))
+        text += f"; {said(gap)} against `{trivial[0]}`, which costs nothing"
     return text
 
 
@@ -772,41 +767,45 @@ def paper_sections(results, cells):
             body = [(mean_std(ours[label, d], score) if ours[label, d] else "-")
                     + (f" / {numbers[d]:.4f}" if d in numbers else "") for d in columns]
             lines.append(f"| {label} | " + " | ".join(body) + " |")
-        said = [verdict(d, {label: ours[label, d] for label, _, _ in rows if ours[label, d]},
+        verdicts = [verdict(d, {label: ours[label, d] for label, _, _ in rows if ours[label, d]},
                         {label: numbers[d] for label, _, numbers in rows if d in numbers}, cells, score) for d in columns]
-        lines += ["", *[f"- {text}" for text in said if text]] if any(said) else ["", "Nothing of this was run here."]
+        lines += ["", *[f"- {text}" for text in verdicts if text]] if any(verdicts) else ["", "Nothing of this was run here."]
     return lines
 
 
 def curves_of(cells, dataset, backbone):
-    """{network: {number of training labels: cell}} of transfer (0 labels), finetune and supervised."""
-    curves = collections.defaultdict(dict)
-    for key, cell in cells.items():
-        if key[:2] == (dataset, backbone) and key[2] in ("transfer", "finetune", "supervised"):
-            curves[key[3]][cell[0][0].get("n_labels_train", 0)] = cell
-    return {name: curve for name, curve in sorted(curves.items()) if max(curve) > 0}
+    """{network and how it was trained: {number of training labels: cell}}, transfer at 0, then finetune or supervised."""
+    curves, start = collections.defaultdict(dict), {}
+    for (*where, protocol, variant, name, _), cell in sorted(cells.items()):
+        if where == [dataset, backbone] and protocol in ("finetune", "supervised"):
+            curves[variant, re.sub("-l[^-]+", "", name)][cell[0][0]["n_labels_train"]] = cell
+        elif where == [dataset, backbone] and protocol == "transfer" and "n_labels_train" not in cell[0][0]:
+            start[variant] = {0: cell}
+    return {f"{variant}, {name}": start.get(variant, {}) | curve for (variant, name), curve in curves.items()}
 
 
 def curve_section(cells, dataset, backbone):
-    """Score against labels, and each network's paired difference to supervised training with as many labels and with
-    all."""
+    """Score against labels, and each network's paired difference to supervised training of the same budget, with as many
+    labels and with the most."""
     curves = curves_of(cells, dataset, backbone)
-    counts = sorted({n for curve in curves.values() for n in curve})
     if not curves:
         return []
-    lines = ["", f"**{backbone}**: IoU against labelled training images (fine-tuned; 0 is `transfer`).", "",
+    counts = sorted({n for curve in curves.values() for n in curve})
+    lines = ["", f"**{backbone}**: IoU against labelled training images (0: `transfer`).", "",
              "| network | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
     lines += [f"| {name} | " + " | ".join(mean_std(curve[n]) if n in curve else "-" for n in counts) + " |"
               for name, curve in curves.items()]
-    base = {n: cell for name, curve in curves.items() for n, cell in curve.items() if cell[0][0]["protocol"] == "supervised"}
     lines.append("")
+    scratch = {(n, cell[0][0]["budget_steps"]): cell for curve in curves.values() for n, cell in curve.items()
+               if cell[0][0]["protocol"] == "supervised"}
     for name, curve in curves.items():
-        for n, cell in curve.items():
-            for m in sorted({n, max(base, default=n)} & set(base)) if cell[0][0]["protocol"] == "finetune" else ():
-                gap = compare(cell, base[m])
+        for n, cell in ((n, cell) for n, cell in curve.items() if cell[0][0]["protocol"] == "finetune"):
+            budget = cell[0][0]["budget_steps"]
+            most = max((m for m, b in scratch if b == budget), default=n)
+            for m in sorted({n, most}):
+                gap = compare(cell, scratch[m, budget]) if (m, budget) in scratch else None
                 if gap:
-                    lines.append(f"- {name}, {n} labels, against supervised with {m}: {gap[0]:+.4f} [{gap[1][0]:+.4f}, "
-                                 f"{gap[1][1]:+.4f}]" + (": not separated" if gap[1][0] <= 0 <= gap[1][1] else ""))
+                    lines.append(f"- {name}, {n} labels, against supervised with {m}: {said(gap)}")
     return lines
 
 
@@ -926,13 +925,10 @@ def predict_folder(args, settings, device):
             image[mask] = (image[mask] * 0.6 + np.array([255, 0, 0]) * 0.4).astype(np.uint8)
             write_atomically(out / "overlay" / f"{stem}.png",
                              functools.partial(Image.fromarray(image).save, format="PNG"))
-        shares.append((path.name, f"{mask.mean():.6f}"))
+        shares.append(dict(name=path.name, foreground_share=f"{mask.mean():.6f}"))
 
-    def write_shares(path):
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([("name", "foreground_share"), *shares])
-
-    write_atomically(out / "foreground.csv", write_shares)
+    if shares:
+        write_csv(out / "foreground.csv", shares)
     print(f"{out}: {len(shares)} masks, and foreground.csv")
     if bad:
         sys.exit("\n".join(bad) + f"\n{len(bad)} bad file(s), listed above, have no mask")
@@ -942,13 +938,13 @@ def predict_folder(args, settings, device):
 
 def labels_of(text):
     """--labels: a number with a point is a share in (0, 1], one without a count from 1 up."""
-    value = float(text) if "." in text else int(text)
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = -1
     if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} is neither a share from 0.0 to 1.0 (with a point) nor a count from 1 (without)")
     return value
-
-
-labels_of.__name__ = "share with a point (0.1) or count without (20)"       # as argparse names it in an error
 
 
 def parse_args(argv):

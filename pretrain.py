@@ -236,12 +236,12 @@ def seeded(*key):
     """Inside, torch's CPU generator is seeded from `key` and one thread computes (as in a loader's worker, so that
     sums round alike); afterwards both are as before."""
     threads = torch.get_num_threads()
-    if threads > 1:
-        torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_from(*key))
-        yield
-    if threads > 1:
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_from(*key))
+            yield
+    finally:
         torch.set_num_threads(threads)
 
 
@@ -316,6 +316,17 @@ def write_atomically(path, write):
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def write_csv(path, rows):
+    """A list of dicts with the same keys as a CSV, whole or not at all."""
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path, device):
@@ -445,7 +456,7 @@ def train(method, sets, args, folder, device, draws=None):
         log.append({name: f"{value:.6g}" for name, value in row.items()})
         if warning := method.collapsed(figures):
             bar.write(f"epoch {state['epoch']}: {warning}")
-        write_atomically(folder / "log.csv", functools.partial(write_log, log))
+        write_csv(folder / "log.csv", log)
         if better:
             best = dict(model=module.state_dict(), epoch=state["epoch"], val_loss=val_loss)
             write_atomically(folder / "best.pt", functools.partial(torch.save, best))
@@ -468,14 +479,6 @@ def finished(state, args):
 def finished_run(folder):
     """Whether a run folder is complete: samples.png is the last file that a run writes."""
     return (folder / "samples.png").exists()
-
-
-def write_log(rows, path):
-    """log.csv: one row an epoch."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @torch.no_grad()
@@ -587,27 +590,28 @@ def open_run(settings, args, folder):
 def parse_args(argv):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=prepare_data.Help)
-    parser.add_argument("--dataset", required=True, help="name of a prepared data set, a folder under --data")
-    parser.add_argument("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
-    parser.add_argument("--method", default="medsass", choices=list(METHODS), help="MedSASS, or an encoder by a baseline")
-    parser.add_argument("--train", default="end2end", choices=["end2end", "encoder"],
-                        help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
-    parser.add_argument("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3)")
-    parser.add_argument("--loss", default="focal_tversky", choices=list(LOSSES), help="Table 4; bce is appendix B.1")
-    parser.add_argument("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
-    parser.add_argument("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
-    parser.add_argument("--patience", type=int, help="stop after so many epochs without a better validation loss; 0: "
-                        "never. Unset: 5; for byol, dino, simsiam, whose loss says nothing about quality, 0")
-    parser.add_argument("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
-    parser.add_argument("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
-                        help="processes that load and augment; any number gives the same bits")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where prepared data sets are")
-    parser.add_argument("--out", default="runs", metavar="DIR", help="where runs are kept")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
+    add = parser.add_argument
+    add("--dataset", required=True, help="name of a prepared data set, a folder under --data")
+    add("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
+    add("--method", default="medsass", choices=list(METHODS), help="MedSASS, or an encoder by a baseline")
+    add("--train", default="end2end", choices=["end2end", "encoder"],
+        help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3)")
+    add("--loss", default="focal_tversky", choices=list(LOSSES), help="Table 4; bce is appendix B.1")
+    add("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
+    add("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
+    add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
+    add("--patience", type=int, help="stop after so many epochs without a better validation loss; 0: "
+        "never. Unset: 5; for byol, dino, simsiam, whose loss says nothing about quality, 0")
+    add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
+    add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
+        help="processes that load and augment; any number gives the same bits")
+    add("--data", default="data", metavar="DIR", help="where prepared data sets are")
+    add("--out", default="runs", metavar="DIR", help="where runs are kept")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
