@@ -47,6 +47,7 @@ from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_c
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
+COLUMNS = ("tp", "fp", "fn", "tn", "hd95")                     # of a table: what one test image scored
 SCORES = [f"{name}_{kind}" for name in ("iou", "dice", "precision", "recall", "accuracy") for kind in ("global", "image")]
 
 
@@ -126,7 +127,7 @@ def interval(samples):
 
 
 def summarise(table, groups):
-    """float (N, 5), columns tp, fp, fn, tn, hd95 -> dict: all SCORES and hd95_image (pixels), each also with "_ci", its
+    """float (N, 5), the COLUMNS -> dict: all SCORES and hd95_image (pixels), each also with "_ci", its
     95 % bootstrap interval over groups."""
     once, weights = np.ones((1, len(table))), bootstrap_weights(groups)
     values, samples = (resampled_scores(table[:, :4], w) | dict(hd95_image=w @ table[:, 4] / w.sum(axis=1))
@@ -182,7 +183,7 @@ def predict_logits(unet, images, device):
 
 
 def score_images(predict, images, masks, batch=BATCH):
-    """float (N, 5) over a mapped test set: tp, fp, fn, tn, hd95. predict: uint8 (B, S, S, 3) -> bool (B, S, S). Memory:
+    """float (N, 5), the COLUMNS, over a mapped test set. predict: uint8 (B, S, S, 3) -> bool (B, S, S). Memory:
     one batch."""
     table = []
     for start in tqdm(range(0, len(images), batch), "score", unit=" batches", leave=False):
@@ -319,7 +320,8 @@ def fit(method, sets, args, settings, draws, device):
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
     method.lr, method.weight_decay = args.lr, args.weight_decay
-    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "seed")
+    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
+             "seed")
     own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
     with only_one(folder / ".lock"):
         open_run(settings | own, args, folder)
@@ -452,9 +454,9 @@ def classify(args, settings, meta, device):
             pred += probe.logits(batch).argmax(dim=1).tolist()
     groups = np.array(groups_of(names["test"]))[keep["test"]]
     confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
-    result |= dict(n_test=len(truth), **took, classes=labels, confusion=confusion.tolist(), macro_recall=float(np.nanmean(recall)),
-                   macro_recall_ci=ci, class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)},
-                   accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
+    result |= dict(n_test=len(truth), **took, classes=labels, confusion=confusion.tolist(),
+                   macro_recall=float(np.nanmean(recall)), macro_recall_ci=ci,
+                   class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)}, accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
     rows = [dict(name=names["test"][k]["name"], group=names["test"][k]["group"], label=labels[t], prediction=labels[p])
             for k, t, p in zip(keep["test"], truth, pred)]
     return result, rows, None
@@ -480,7 +482,7 @@ def per_image(tables, names):
     for row, table in tables.items():
         single = scores_from_counts(table[:, :4])
         for k, (image, values) in enumerate(zip(names, table)):
-            counts = dict(zip(("tp", "fp", "fn", "tn"), values[:4].astype(int).tolist()))
+            counts = dict(zip(COLUMNS, values[:4].astype(int).tolist()))
             rows.append(dict(row=row, name=image["name"], group=image["group"], **counts, hd95=f"{values[4]:.6g}",
                              **{name: f"{value[k]:.6g}" for name, value in single.items()}))
     return rows
@@ -530,13 +532,14 @@ def refuse_to_replace(path, result):
 def print_scores(r):
     """The scores of one result on the screen, a line a reference row or network."""
     if r["protocol"] == "classify":
-        print(f"macro recall {r['macro_recall']:.4f} {r['macro_recall_ci']}, accuracy {r['accuracy']:.4f}; always the commonest "
-              f"class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
+        low, high = r["macro_recall_ci"]
+        print(f"macro recall {r['macro_recall']:.4f} [{low:.4f}, {high:.4f}], accuracy {r['accuracy']:.4f}; always the "
+              f"commonest class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
         return
     for name, row in rows_of(r).items():
         low, high = row["iou_global_ci"]
-        print(f"{name or r['variant']:24} IoU {row['iou_global']:.4f} [{low:.4f}, {high:.4f}], an image {row['iou_image']:.4f}; precision "
-              f"{row['precision_global']:.4f}, recall {row['recall_global']:.4f}, hd95 {row['hd95_image']:.1f} px"
+        print(f"{name or r['variant']:24} IoU {row['iou_global']:.4f} [{low:.4f}, {high:.4f}], an image {row['iou_image']:.4f}; "
+              f"precision {row['precision_global']:.4f}, recall {row['recall_global']:.4f}, hd95 {row['hd95_image']:.1f} px"
               + ("  (uses labels)" if row.get("uses_labels") else ""))
 
 
@@ -620,18 +623,19 @@ def read_results(out):
     for path in sorted(Path(out).rglob("*.json")):
         try:
             r = json.loads(path.read_text())
-            {r[key] for key in ("dataset", "backbone", "method", "variant", "train", "protocol", "labels", "seed", "n_test")}
-            score = "macro_recall" if r["protocol"] == "classify" else "iou_global"
-            assert all(math.isfinite(row[score]) for row in rows_of(r).values())
-            rows = collections.defaultdict(list)
+            {r[key] for key in ("dataset", "backbone", "method", "variant", "train", "protocol", "labels", "seed")}
+            {r[key] for key in ("n_labels_train", "n_labels_val", "budget_steps") if r["protocol"] in TRAINED}
+            probe, rows = r["protocol"] == "classify", collections.defaultdict(list)
+            needed = ["macro_recall", "accuracy", "majority_accuracy"] if probe else [*SCORES, "hd95_image"]
             with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
                 for line in csv.DictReader(file):
                     rows[line.get("row", "")].append(line)
-            r["names"] = [line["name"] for line in next(iter(rows.values()))]
-            r["groups"] = groups_of(next(iter(rows.values())))
-            if r["protocol"] != "classify":
-                r["tables"] = {name: np.array([[float(line[c]) for c in ("tp", "fp", "fn", "tn", "hd95")] for line in lines])
-                               for name, lines in rows.items()}
+            assert rows.keys() == rows_of(r).keys() and {len(lines) for lines in rows.values()} == {r["n_test"]}
+            assert all(math.isfinite(block[score]) for block in rows_of(r).values() for score in needed)
+            first = next(iter(rows.values()))
+            r["names"], r["groups"] = [line["name"] for line in first], groups_of(first)
+            r["tables"] = {} if probe else {name: np.array([[float(line[c]) for c in COLUMNS] for line in lines])
+                                            for name, lines in rows.items()}
             results.append(r)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration) as error:
             bad.append(f"{path} is not a result of finetune_eval.py, or its CSV is missing or damaged: left out "
@@ -690,6 +694,11 @@ def best_trivial(cells, dataset, backbone):
     return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
 
 
+def markdown(header, rows):
+    """The lines of a table, a blank one before it."""
+    return ["", *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))]
+
+
 def dataset_section(cells, dataset):
     """All cells of a data set, a table a backbone; the reference rows first; "≈" where a cell is not separated from the
     best of them."""
@@ -701,22 +710,19 @@ def dataset_section(cells, dataset):
         best = best_trivial(cells, dataset, backbone)
         n_test = next(iter(mine.values()))[0][0]["n_test"]
         lines += ["", f"**{backbone}**, {n_test} test images. " + (f"Best of what costs nothing: `{best[0]}`." if best else
-                  "No reference rows here: run `--protocol reference`."), "",
-                  "| protocol | network | labels | IoU, mean ± std (seeds) | 95 % interval | vs best trivial row | IoU an image "
-                  "| Dice | precision | recall | hd95, px |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], str(k[4]), k[3], REFERENCE.index(k[5]) if k[5] else 0)):
+                  "No reference rows here: run `--protocol reference`.")]
+        rows = []
+        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], k[4], k[3], REFERENCE.index(k[5]) if k[5] else 0)):
             cell = mine[key]
-            values = {s: np.mean([rows_of(r)[row][s] for r, row in cell]) for s in
-                      ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")}
-            ci = cell_interval(cell)
-            gap = compare(cell, best[1]) if best and cell is not best[1] else None
-            against = said(gap) if gap else ""
-            r = cell[0][0]
+            r, ci, gap = cell[0][0], cell_interval(cell), compare(cell, best[1]) if best and cell is not best[1] else None
             labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
                       "all" if r.get(key[5], {}).get("uses_labels") else "0")
-            lines.append(f"| {key[4]} | {key[5] or key[3]} | {labels} | {mean_std(cell)} | "
-                         + (f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else "test images differ") + f" | {against} | "
-                         + " | ".join(f"{v:.4f}" for v in list(values.values())[:4]) + f" | {values['hd95_image']:.1f} |")
+            others = [np.mean([rows_of(r)[row][score] for r, row in cell]) for score in
+                      ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")]
+            rows.append([key[4], key[5] or key[3], labels, mean_std(cell), f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else
+                         "test images differ", said(gap) if gap else "", *(f"{v:.4f}" for v in others[:4]), f"{others[4]:.1f}"])
+        lines += markdown(["protocol", "network", "labels", "IoU, mean ± std (seeds)", "95 % interval", "vs best trivial row",
+                           "IoU an image", "Dice", "precision", "recall", "hd95, px"], rows)
     return lines
 
 
@@ -729,8 +735,9 @@ def pick(results, dataset, protocol, want):
         values = collections.Counter(r.get(key) for r in pool if key not in want)
         if values:
             pool = [r for r in pool if r.get(key) == (usual if usual in values else values.most_common(1)[0][0])]
-    name = min(((len(r["variant"]), r["variant"], r.get("name", "")) for r in pool), default=None)
-    return [(r, "") for r in sorted(pool, key=lambda r: r["seed"]) if (len(r["variant"]), r["variant"], r.get("name", "")) == name]
+    plainest = min(((len(r["variant"]), r["variant"], r.get("name")) for r in pool), default=None)
+    return [(r, "") for r in sorted(pool, key=lambda r: r["seed"])
+            if (len(r["variant"]), r["variant"], r.get("name")) == plainest]
 
 
 def verdict(dataset, ours, paper, cells, score):
@@ -761,12 +768,9 @@ def paper_sections(results, cells):
         ours = {(label, d): pick(results, d, protocol or ("supervised" if want["method"] == "supervised" else "transfer"), want)
                 for label, want, _ in rows for d in columns}
         columns = [d for d in columns if d in PAPER_SETS + ("drone",) or any(ours[label, d] for label, _, _ in rows)]
-        lines += ["", f"### {title}", "", f"{score.replace('_', ' ')}: ours, mean ± std (seeds) / the paper's; - is missing.", "",
-                  "| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-        for label, want, numbers in rows:
-            body = [(mean_std(ours[label, d], score) if ours[label, d] else "-")
-                    + (f" / {numbers[d]:.4f}" if d in numbers else "") for d in columns]
-            lines.append(f"| {label} | " + " | ".join(body) + " |")
+        lines += ["", f"### {title}", "", f"{score.replace('_', ' ')}: ours, mean ± std (seeds) / the paper's; - is missing."]
+        lines += markdown(["", *columns], [[label, *((mean_std(ours[label, d], score) if ours[label, d] else "-") + (
+            f" / {numbers[d]:.4f}" if d in numbers else "") for d in columns)] for label, want, numbers in rows])
         verdicts = [verdict(d, {label: ours[label, d] for label, _, _ in rows if ours[label, d]},
                         {label: numbers[d] for label, _, numbers in rows if d in numbers}, cells, score) for d in columns]
         lines += ["", *[f"- {text}" for text in verdicts if text]] if any(verdicts) else ["", "Nothing of this was run here."]
@@ -778,7 +782,7 @@ def curves_of(cells, dataset, backbone):
     curves, start = collections.defaultdict(dict), {}
     for (*where, protocol, variant, name, _), cell in sorted(cells.items()):
         if where == [dataset, backbone] and protocol in ("finetune", "supervised"):
-            curves[variant, re.sub("-l[^-]+", "", name)][cell[0][0]["n_labels_train"]] = cell
+            curves[variant, re.sub(r"-l\d[^-]*", "", name)][cell[0][0]["n_labels_train"]] = cell
         elif where == [dataset, backbone] and protocol == "transfer" and "n_labels_train" not in cell[0][0]:
             start[variant] = {0: cell}
     return {f"{variant}, {name}": start.get(variant, {}) | curve for (variant, name), curve in curves.items()}
@@ -791,11 +795,9 @@ def curve_section(cells, dataset, backbone):
     if not curves:
         return []
     counts = sorted({n for curve in curves.values() for n in curve})
-    lines = ["", f"**{backbone}**: IoU against labelled training images (0: `transfer`).", "",
-             "| network | " + " | ".join(map(str, counts)) + " |", "|---|" + "---|" * len(counts)]
-    lines += [f"| {name} | " + " | ".join(mean_std(curve[n]) if n in curve else "-" for n in counts) + " |"
-              for name, curve in curves.items()]
-    lines.append("")
+    lines = ["", f"**{backbone}**: IoU against labelled training images (0: `transfer`)."]
+    lines += markdown(["network", *counts], [[name, *(mean_std(curve[n]) if n in curve else "-" for n in counts)]
+                                             for name, curve in curves.items()]) + [""]
     scratch = {(n, cell[0][0]["budget_steps"]): cell for curve in curves.values() for n, cell in curve.items()
                if cell[0][0]["protocol"] == "supervised"}
     for name, curve in curves.items():
@@ -864,10 +866,10 @@ def report(out):
     if not results:
         sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")
     cells = cells_of(results)
-    lines = ["# Results", "", f"Written by `python finetune_eval.py --report` from {len(results)} results. IoU is over the whole test "
-             "part (counts summed), intervals are 95 % bootstrap over test images or their groups. Labels: training + validation "
-             "images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: the interval of the paired difference to "
-             "the best row that costs nothing holds 0, so no more is shown than can be had for free.", *[f"\n- {b}" for b in bad]]
+    lines = ["# Results", "", f"Written by `python finetune_eval.py --report` from {len(results)} results. IoU is over the whole "
+             "test part (counts summed), intervals are 95 % bootstrap over test images or their groups. Labels: training + "
+             "validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: the interval of the paired "
+             "difference holds 0, so the two are not separated.", *[f"\n- {line}" for line in bad]]
     charts = True
     for dataset in sorted({r["dataset"] for r in results}):
         lines += ["", f"## {dataset}", *dataset_section(cells, dataset)]
@@ -879,11 +881,10 @@ def report(out):
                 charts = False
         probes = {key: cell for key, cell in cells.items() if key[0] == dataset and key[2] == "classify"}
         if probes:
-            lines += ["", "Linear probe: mean recall of the classes; always the commonest class scores 1 / classes.", "",
-                      "| backbone | network | labels | macro recall | accuracy | commonest class, accuracy |", "|---|---|---|---|---|---|"]
-            lines += [f"| {key[1]} | {key[3]} | {cell[0][0]['n_labels_train']} + {cell[0][0]['n_labels_val']} | "
-                      f"{mean_std(cell, 'macro_recall')} | {mean_std(cell, 'accuracy')} | {cell[0][0]['majority_accuracy']:.4f} |"
-                      for key, cell in sorted(probes.items(), key=lambda item: str(item[0]))]
+            lines += ["", "Linear probe: mean recall of the classes; always the commonest class scores 1 / classes."]
+            lines += markdown(["backbone", "network", "labels", "macro recall", "accuracy", "commonest class, accuracy"], [
+                [key[1], key[3], f"{cell[0][0]['n_labels_train']} + {cell[0][0]['n_labels_val']}", mean_std(cell, "macro_recall"),
+                 mean_std(cell, "accuracy"), f"{cell[0][0]['majority_accuracy']:.4f}"] for key, cell in sorted(probes.items())])
     lines += ["", "## The paper's tables", *paper_sections(results, cells)]
     text = "\n".join(lines) + "\n"
     write_atomically(Path(out) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -1060,8 +1061,10 @@ def main(argv=None):
     if asked == "auto":
         args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune") else "fresh"
     short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd")
-    args.name = "-".join([args.protocol, *[f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)],
-                          *[args.decoder] * (asked != "auto"), *[f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))])
+    words = [f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)]
+    words += [args.decoder] * (asked != "auto")
+    words += [f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))
+    args.name = "-".join([args.protocol, *words])               # of the result and of the folder that training is kept in
     evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"]), meta, device)
 
 

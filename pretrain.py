@@ -521,11 +521,12 @@ def build_method(args, meta, defaults):
     and in `defaults`; those that only MedSASS uses are named and ignored for a baseline."""
     defaults |= dict(foreground=meta["foreground"])
     if args.method != "medsass":
-        given = [name for name in ("train", "threshold", "loss", "foreground") if getattr(args, name) not in (None, defaults[name])]
+        unused = ("train", "threshold", "loss", "foreground")
+        given = [name for name in unused if getattr(args, name) not in (None, defaults[name])]
         if given:
             print(f"not used by {args.method} and ignored: {', '.join('--' + name for name in given)}")
         defaults |= dict(train="encoder")
-        vars(args).update({name: defaults[name] for name in ("train", "threshold", "loss", "foreground")})
+        vars(args).update({name: defaults[name] for name in unused})
     args.foreground = args.foreground or defaults["foreground"]
     own = (args.threshold, args.foreground, args.loss, args.train) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
