@@ -22,6 +22,7 @@ BACKBONES  "resnet50 vit_small"                     EPOCHS     50, of pre-traini
 PROTOCOLS  "transfer frozen finetune"               LABELS     "0.01 0.1 1.0", for frozen, finetune and supervised
 SIZE       side of the demo's pictures; other data sets must have been prepared at it
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
+JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
 DRY_RUN    1: print every command, a line each, and do nothing
 
 What is finished is skipped, what was cut goes on where it stopped. Several of these may run at once: no run is trained by
@@ -196,12 +197,9 @@ plan() (
     "plan_$1"
 )
 
-# jobs: a plan's lines by job, each once, the job's number before them; only the jobs of this shard.
-jobs_of_shard() {
-    local shard=${SHARD:-1/1}
-    [[ $shard =~ ^([0-9]+)/([0-9]+)$ ]] && ((BASH_REMATCH[1] >= 1 && BASH_REMATCH[1] <= BASH_REMATCH[2])) ||
-        { echo "SHARD=$shard is not of the form 2/8" >&2; exit 2; }
-    awk -F'\t' -v k="${BASH_REMATCH[1]}" -v n="${BASH_REMATCH[2]}" '
+# shard K N: a plan's lines by job, each once, the job's number before them; only jobs K, K + N, K + 2N, ...
+shard() {
+    awk -F'\t' -v k="$1" -v n="$2" '
         seen[$0]++ { next }
         !($1 in number) { number[$1] = ++jobs }
         { lines[number[$1]] = lines[number[$1]] number[$1] "\t" $2 "\t" $3 "\n" }
@@ -214,7 +212,9 @@ jobs_of_shard() {
 attempt() {
     local log=results/logs/${1//\//_}.log code=0
     mkdir -p results/logs
-    $PYTHON ${2#python } >"$log.$$" 2>&1 || code=$?             # the plan's words hold no blanks
+    $PYTHON ${2#python } >"$log.$$" 2>&1 &                      # the plan's words hold no blanks
+    child=$!
+    wait "$child" || code=$?
     [[ $code == 75 ]] && rm -f "$log.$$" || mv "$log.$$" "$log"
     return $code
 }
@@ -224,7 +224,7 @@ drive() {
     local lines later failed='' bad=' ' busy number product command done=0 worked=0 total start=$SECONDS left code
     lines=$(cat)
     total=$(grep -c . <<<"$lines" || true)
-    trap 'exit 130' INT TERM
+    trap 'kill "$child" 2>/dev/null; exit 143' TERM
     while [[ -n $lines ]]; do
         later='' busy=' '
         while IFS=$'\t' read -r number product command; do
@@ -282,15 +282,26 @@ right_size() {
 
 # benchmark PARTS...: plan them, run what is missing, write the report.
 benchmark() {
-    local code=0 part
+    local code=0 part lines drivers=() driver k n jobs=${JOBS:-1}
+    [[ ${SHARD:-1/1} =~ ^([0-9]+)/([0-9]+)$ ]] && k=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && ((1 <= k && k <= n)) ||
+        { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
     if [[ -n ${DRY_RUN:-} ]]; then
-        for part in "$@"; do plan "$part"; done | jobs_of_shard | cut -f3
+        for part in "$@"; do plan "$part"; done | shard "$k" "$n" | cut -f3
         return
     fi
     [[ " ${DATASETS:-} " != *' demo '* ]] || draw_demo
     right_size ${DATASETS:-}
-    for part in "$@"; do plan "$part"; done | jobs_of_shard | drive || code=$?
-    [[ $code != 130 ]] || exit 130
+    lines=$(for part in "$@"; do plan "$part"; done)
+    if ((jobs > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then      # cores are shared, not fought over
+        OMP_NUM_THREADS=$(("$("$PYTHON" -c 'import os; print(os.cpu_count())')" / jobs)) && ((OMP_NUM_THREADS)) || OMP_NUM_THREADS=1
+        export OMP_NUM_THREADS
+    fi
+    trap 'kill "${drivers[@]}" 2>/dev/null; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
+    for ((driver = 0; driver < jobs; driver++)); do
+        shard $((k + driver * n)) $((n * jobs)) <<<"$lines" | drive &
+        drivers+=($!)
+    done
+    for driver in "${drivers[@]}"; do wait "$driver" || code=$?; done
     ! ls results/*/*/*/*/*.json >/dev/null 2>&1 || "$PYTHON" finetune_eval.py --report || code=1
     return "$code"
 }
@@ -298,8 +309,8 @@ benchmark() {
 demo() {
     # One run long enough to see the method work, then all of main in miniature.
     export DATASETS=demo SEEDS=${SEEDS:-0 1} PROTOCOLS=${PROTOCOLS:-transfer finetune} LABELS=${LABELS:-0.1}
-    plan_shown() { METHODS=medsass EPOCHS=30 PROTOCOLS=transfer pretrained demo resnet50 0 transfer; }
-    EPOCHS=${EPOCHS:-2} benchmark shown main
+    plan_shown() { METHODS=medsass EPOCHS=30 pretrained demo resnet50 0 transfer; }
+    JOBS=${JOBS:-2} EPOCHS=${EPOCHS:-1} benchmark shown main
     [[ -n ${DRY_RUN:-} ]] || printf '\n%s\n' 'Next: your own images.  python prepare_data.py --dataset folder --raw my_images && DATASETS=my_images bash run_all.sh'
 }
 
