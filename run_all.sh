@@ -219,35 +219,36 @@ attempt() {
     return $code
 }
 
-# drive: run the plan on standard input; what another process is at is tried again until it is done.
+# drive CLAIMS: run the plan on standard input, by jobs that no other driver of this call has claimed (a folder in CLAIMS);
+# what another process is at is tried again until it is done.
 drive() {
-    local lines later failed='' bad=' ' busy number product command done=0 worked=0 total start=$SECONDS left code
-    lines=$(cat)
-    total=$(grep -c . <<<"$lines" || true)
+    local lines all later failed='' mine=' ' bad=' ' busy number product command code total first start=$SECONDS child=''
+    all=$(cat) lines=$all
+    total=$(grep -c . <<<"$all" || true) first=$(count_done "$all")
     trap 'kill "$child" 2>/dev/null; exit 143' TERM
     while [[ -n $lines ]]; do
         later='' busy=' '
         while IFS=$'\t' read -r number product command; do
+            if [[ $mine != *" $number "* ]]; then
+                mkdir "$1/$number" 2>/dev/null || continue      # the other driver's
+                mine+="$number "
+            fi
             if [[ -f $product ]]; then
-                done=$((done + 1))
+                continue
             elif [[ $bad == *" $number "* ]]; then              # it builds on a run that failed
-                done=$((done + 1)) failed+=$'\n'"  not tried: $command"
+                failed+=$'\n'"  not tried: $command"
             elif [[ $busy == *" $number "* ]]; then             # it builds on a run that another process is at
                 later+=$number$'\t'$product$'\t'$command$'\n'
             else
-                left=''
-                ((worked == 0)) || left=", about $(((SECONDS - start) * (total - done) / worked / 60 + 1)) min left"
-                printf '[%d/%d%s] %s\n' "$((done + 1))" "$total" "$left" "$command"
+                progress "$(count_done "$all")" "$first" "$total" $((SECONDS - start))
+                echo "$command"
                 code=0
                 attempt "$product" "$command" </dev/null || code=$?
                 if [[ $code == 75 ]]; then
                     echo '    another process is at work on this: later'
                     later+=$number$'\t'$product$'\t'$command$'\n'
                     [[ $command != *pretrain.py* ]] || busy+="$number "
-                    continue
-                fi
-                done=$((done + 1)) worked=$((worked + 1))
-                if [[ $code != 0 ]]; then
+                elif [[ $code != 0 ]]; then
                     echo "    failed with exit code $code"
                     failed+=$'\n'"  exit code $code: $command"$'\n'"    log: results/logs/${product//\//_}.log"
                     [[ $command != *pretrain.py* ]] || bad+="$number "
@@ -258,6 +259,22 @@ drive() {
         [[ -z $lines ]] || sleep 5
     done
     [[ -z $failed ]] || { printf '\nfailed:%s\n' "$failed" >&2; return 1; }
+}
+
+# count_done LINES: how many of a plan's products are there.
+count_done() {
+    local number product command done=0
+    while IFS=$'\t' read -r number product command; do
+        [[ ! -f $product ]] || done=$((done + 1))
+    done <<<"$1"
+    echo "$done"
+}
+
+# progress DONE FIRST TOTAL SECONDS: "[3/70, about 9 min left] "; FIRST were done before these SECONDS.
+progress() {
+    local left=''
+    (($1 == $2)) || left=", about $(($4 * ($3 - $1) / ($1 - $2) / 60 + 1)) min left"
+    printf '[%d/%d%s] ' "$1" "$3" "$left"
 }
 
 # The demo's pictures, unless they are there; another process may be drawing them.
@@ -282,7 +299,7 @@ right_size() {
 
 # benchmark PARTS...: plan them, run what is missing, write the report.
 benchmark() {
-    local code=0 part lines drivers=() driver k n jobs=${JOBS:-1}
+    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1}
     [[ ${SHARD:-1/1} =~ ^([0-9]+)/([0-9]+)$ ]] && k=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && ((1 <= k && k <= n)) ||
         { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
     if [[ -n ${DRY_RUN:-} ]]; then
@@ -297,11 +314,13 @@ benchmark() {
         export OMP_NUM_THREADS
     fi
     trap 'kill "${drivers[@]}" 2>/dev/null; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
+    lines=$(shard "$k" "$n" <<<"$lines") claims=$(mktemp -d)
     for ((driver = 0; driver < jobs; driver++)); do
-        shard $((k + driver * n)) $((n * jobs)) <<<"$lines" | drive &
+        drive "$claims" <<<"$lines" &
         drivers+=($!)
     done
     for driver in "${drivers[@]}"; do wait "$driver" || code=$?; done
+    rm -r "$claims"
     ! ls results/*/*/*/*/*.json >/dev/null 2>&1 || "$PYTHON" finetune_eval.py --report || code=1
     return "$code"
 }
