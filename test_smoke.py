@@ -1,5 +1,6 @@
 """Every stage through its command line, every formula against an independent source.   bash run_all.sh test"""
 
+import copy
 import csv
 import json
 import math
@@ -702,6 +703,16 @@ def test_mae_encoder_is_timm_s_where_nothing_is_hidden():
     patches = torch.gather(latent[:, 1:], 1, restore[..., None].expand(-1, -1, 384))
     expected = method.encoder.forward_features(images)
     assert torch.allclose(torch.cat([latent[:, :1], patches], dim=1), expected, atol=1e-5)
+
+
+def test_mae_masked_encoding_equals_lightly():
+    from lightly.models.modules import MaskedVisionTransformerTIMM
+    method, (images,) = build("mae", "vit_small", size=64)
+    theirs = MaskedVisionTransformerTIMM(vit=copy.deepcopy(method.encoder))
+    theirs.vit.load_state_dict(method.encoder.state_dict())     # lightly draws weights of its own
+    latent, _, restore = method.encode(images)
+    kept = torch.cat([torch.zeros(4, 1, dtype=torch.long), restore.argsort(dim=1)[:, :16] + 1], dim=1)
+    assert torch.allclose(latent, theirs.encode(images, idx_keep=kept), atol=1e-5)
 
 
 def test_mae_positions_are_the_direct_formula():
