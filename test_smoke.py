@@ -408,7 +408,9 @@ def test_killed_run_resumes_to_the_bit(data, tmp_path):
     assert (folder / "last.pt").stat().st_mtime_ns == before
 
 
-def test_vit_resumes_to_the_bit(data, tmp_path, monkeypatch):
+def test_vit_resumes_to_the_bit(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    prepare(write_folder(tmp_path / "raw"), data, "--name", "demo")
     whole = train(data, tmp_path / "whole", "--backbone", "vit_small", epochs=2)
     save, calls = torch.save, []
 
@@ -1153,7 +1155,7 @@ def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
     bad.mkdir(parents=True)
     (bad / "config.json").write_text("nonsense")
     flags = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam", EPOCHS="1", SIZE="32", LABELS="0.1",
-                 PROTOCOLS="transfer")
+                 PROTOCOLS="transfer", JOBS="2")
     code, out, err = run_all(tmp_path, **flags)
     assert code == 1 and "exit code 1: python pretrain.py" in err and "not tried: python finetune_eval.py --run runs/demo/resnet50/byol-e1" in err
     log = re.search(r"log: (\S+)", err)[1]
