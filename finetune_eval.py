@@ -456,7 +456,8 @@ def classify(args, settings, meta, device):
     confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
     result |= dict(n_test=len(truth), **took, classes=labels, confusion=confusion.tolist(),
                    macro_recall=float(np.nanmean(recall)), macro_recall_ci=ci,
-                   class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)}, accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
+                   class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)},
+                   accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
     rows = [dict(name=names["test"][k]["name"], group=names["test"][k]["group"], label=labels[t], prediction=labels[p])
             for k, t, p in zip(keep["test"], truth, pred)]
     return result, rows, None

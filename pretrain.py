@@ -560,7 +560,7 @@ def only_one(path):
     try:
         yield
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
         file.close()
         for folder in made:
             if not any(folder.iterdir()):
