@@ -114,11 +114,16 @@ def hausdorff95(pred, target):
 
 
 def bootstrap_weights(groups, rounds=2000, seed=0):
-    """The group of each image (N,) -> int (rounds, N): how often it is drawn when as many groups as there are are drawn
-    with replacement (Efron 1979). Images without a group of their own are groups of one."""
+    """The group of each image (N,) -> float (rounds, N), whole: how often it is drawn when as many groups as there are are
+    drawn with replacement (Efron 1979). Images without a group of their own are groups of one."""
+    return drawn(tuple(groups), rounds, seed)
+
+
+@functools.lru_cache(maxsize=2)                                 # the report needs them for every cell
+def drawn(groups, rounds, seed):
     _, index = np.unique(groups, return_inverse=True)
     n = index.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)[:, index]
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)[:, index].astype(np.float64)
 
 
 def interval(samples):
@@ -135,15 +140,20 @@ def summarise(table, groups):
     return {name: float(value[0]) for name, value in values.items()} | {f"{n}_ci": interval(v) for n, v in samples.items()}
 
 
-def paired_difference(first, second, groups, score="iou_global"):
-    """Two lists of tables (N, 5) over the same images, one a seed -> (difference of their means over seeds, [low, high]).
+def resampled_iou(tables, groups):
+    """A list of tables (N, 5) over the same images, one a seed -> their mean global IoU, and that of each resampling (R,)."""
+    counts = np.stack(tables)[..., :4]
+    value, samples = (scores_from_counts(weights @ counts)["iou"].mean(axis=0)
+                      for weights in (np.ones((1, len(groups))), bootstrap_weights(groups)))
+    return float(value[0]), samples
+
+
+def paired_difference(first, second, groups):
+    """Two lists of tables (N, 5) over the same images -> (difference of their mean global IoU, [low, high]).
 
     The same resampled images are scored for both: what is hard for all cancels (Efron & Tibshirani 1993)."""
-    def mean(tables, weights):
-        return np.mean([resampled_scores(table[:, :4], weights)[score] for table in tables], axis=0)
-
-    once, weights = np.ones((1, len(groups))), bootstrap_weights(groups)
-    return float((mean(first, once) - mean(second, once))[0]), interval(mean(first, weights) - mean(second, weights))
+    (one, ones), (other, others) = resampled_iou(first, groups), resampled_iou(second, groups)
+    return one - other, interval(ones - others)
 
 
 # ------------------------------------------------------------------------------------------------ networks and batches
@@ -502,7 +512,7 @@ def evaluate(args, settings, meta, device):
         if "n_train" in settings:                               # a run of this script, that has seen labels
             head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
         if args.protocol in TRAINED:
-            head |= dict(name=args.name, decoder=args.decoder, tuning=dict(loss=args.loss, epochs=args.epochs))
+            head |= dict(name=args.name, decoder=args.decoder)
         protocol = dict(reference=reference, classify=classify).get(args.protocol, segment)
         result, tables, sheet = protocol(args, settings, meta, device)
         result = head | result
@@ -672,8 +682,7 @@ def tables_of(cell):
 def cell_interval(cell):
     """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]; None where test images differ."""
     tables = tables_of(cell)
-    weights = bootstrap_weights(cell[0][0]["groups"])
-    return tables and interval(np.mean([resampled_scores(t[:, :4], weights)["iou_global"] for t in tables], axis=0))
+    return tables and interval(resampled_iou(tables, cell[0][0]["groups"])[1])
 
 
 def compare(cell, other):

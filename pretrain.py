@@ -434,7 +434,8 @@ def train(method, sets, args, folder, device, draws=None):
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt", device)
         module.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if "optimizer" in saved:                                # not after the last epoch
+            optimizer.load_state_dict(saved["optimizer"])
         for parameter, old in optimizer.state.items():          # as a run left alone names them: equal files, to the byte
             optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
         state = {key: saved[key] for key in state}
@@ -460,7 +461,9 @@ def train(method, sets, args, folder, device, draws=None):
         if better:
             best = dict(model=module.state_dict(), epoch=state["epoch"], val_loss=val_loss)
             write_atomically(folder / "best.pt", functools.partial(torch.save, best))
-        last = state | dict(model=module.state_dict(), optimizer=optimizer.state_dict())
+        last = state | dict(model=module.state_dict())
+        if not finished(state, args):                           # two thirds of the file, and after the last nothing goes on
+            last |= dict(optimizer=optimizer.state_dict())
         write_atomically(folder / "last.pt", functools.partial(torch.save, last))
     bar.close()
     # Where the loss says nothing about quality, the last weights are as good as any; else the best.

@@ -335,7 +335,7 @@ demo() {
 
 tests() {
     run "$PYTHON" -m pip install --quiet pytest segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
-    run "$PYTHON" -m pytest -q -o markers=bench -m 'not bench' test_smoke.py
+    run "$PYTHON" -m pytest -q -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
 }
 
 what=${1:-demo}

@@ -923,7 +923,7 @@ def test_bootstrap_equals_a_loop_over_drawn_images():
     counts, weights = finetune_eval.count_pixels(pred, target), finetune_eval.bootstrap_weights(groups, rounds=50, seed=3)
     samples = finetune_eval.resampled_scores(counts, weights)
     for k, weight in enumerate(weights):
-        drawn = [i for i in range(8) for _ in range(weight[i])]
+        drawn = [i for i in range(8) for _ in range(int(weight[i]))]
         assert len({weight[i] for i in (0, 1)}) == len({weight[i] for i in (3, 4, 5)}) == 1         # groups stay whole
         assert weight[0] + weight[2] + weight[3] + weight[6] + weight[7] == 5                       # as many as there are
         expected = finetune_eval.segmentation_scores(pred[drawn], target[drawn])
@@ -937,9 +937,9 @@ def test_bootstrap_equals_a_loop_over_drawn_images():
     difference, (low, high) = finetune_eval.paired_difference([table, table], [table], groups)
     assert difference == low == high == 0
     worse = np.column_stack([finetune_eval.count_pixels(~pred, target), np.zeros(8)])
-    difference, (low, high) = finetune_eval.paired_difference([table], [worse], groups, "iou_image")
-    assert difference == pytest.approx(finetune_eval.segmentation_scores(pred, target)["iou_image"]
-                                       - finetune_eval.segmentation_scores(~pred, target)["iou_image"]) and low < difference < high
+    difference, (low, high) = finetune_eval.paired_difference([table], [worse], groups)
+    assert difference == pytest.approx(finetune_eval.segmentation_scores(pred, target)["iou_global"]
+                                       - finetune_eval.segmentation_scores(~pred, target)["iou_global"]) and low < difference < high
 
 
 def test_labelled_images_are_nested_and_by_group():
