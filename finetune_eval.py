@@ -41,7 +41,7 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_checkpoint, normalise, only_one, open_run,
+from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_checkpoint, normalise, open_run,
                       paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
@@ -333,7 +333,7 @@ def fit(method, sets, args, settings, draws, device):
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
              "seed")
     own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
-    with only_one(folder / ".lock"):
+    with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, args, folder)
         if not finished_run(folder):
             train(method.to(device, memory_format=torch.channels_last), sets, args, folder, device, draws)
@@ -503,7 +503,7 @@ def evaluate(args, settings, meta, device):
     """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its picture."""
     folder = Path(args.out) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
     path = folder / f"{args.name}.json"
-    with only_one(folder / f".{args.name}.lock"):
+    with prepare_data.only_one(folder / f".{args.name}.lock"):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)

@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -286,13 +287,37 @@ def read_names(folder, part):
 # ------------------------------------------------------------------------------------------------------------ writing
 
 @contextlib.contextmanager
+def only_one(path):
+    """Hold a lock, on the file `path`, that ends with the block or with this process, however it ends. Ends the program
+    (exit code 75: try again later) where another process has it. Leaves no file, and no folder made for nothing."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path.parent}: another process is at work on this", file=sys.stderr)
+            sys.exit(75)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break                                               # else its last holder has just removed it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def new_folder(final):
     """A temporary folder that takes the place of `final` when the block ends well, and is removed when it does not."""
     partial = final.with_name(f".{final.name}.partial")
-    fresh_parent = not final.parent.exists()
     shutil.rmtree(partial, ignore_errors=True)                  # of a run that was killed
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         yield partial
         if final.exists():
             old = final.with_name(f".{final.name}.old")
@@ -304,8 +329,6 @@ def new_folder(final):
             partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if fresh_parent and final.parent.exists() and not any(final.parent.iterdir()):
-            final.parent.rmdir()
 
 
 def write_npy(path, shape, rows, digest):
@@ -524,9 +547,10 @@ def main(argv=None):
     except re.error as error:
         sys.exit(f"--group-regex {args.group_regex!r} is not a regular expression: {error}")
     final = Path(args.out) / args.name
-    if final.exists() and not args.overwrite:
-        sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-    (prepare_demo if args.dataset == "demo" else prepare_folder)(args, final)
+    with only_one(final.with_name(f".{args.name}.lock")):
+        if final.exists() and not args.overwrite:
+            sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
+        (prepare_demo if args.dataset == "demo" else prepare_folder)(args, final)
     meta = json.loads((final / "meta.json").read_text(encoding="utf-8"))
     print(f"{final}: " + ", ".join(f"{n} {part}" for part, n in meta["counts"].items())
           + f", {meta['size']} px, foreground {meta['foreground']}; look at {final / 'preview.png'}")

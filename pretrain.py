@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import fcntl
 import functools
 import json
 import math
@@ -545,31 +544,6 @@ def build_method(args, meta, defaults):
     return method
 
 
-@contextlib.contextmanager
-def only_one(path):
-    """Hold a lock, on the file `path`, that ends with the block or with this process, however it ends. Ends the program
-    (exit code 75: try again later) where another process has it. Leaves no file, and no folder made for nothing."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{path.parent}: another process is at work on this", file=sys.stderr)
-            sys.exit(75)
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break                                               # else its last holder has just removed it
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
 def open_run(settings, args, folder):
     """Make the run's folder with its config.json, or check that the one there is of the same settings."""
     path = folder / "config.json"
@@ -631,7 +605,7 @@ def main(argv=None):
     args.device = device.type
     method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
     folder = run_folder(args, defaults)
-    with only_one(folder / ".lock"):
+    with prepare_data.only_one(folder / ".lock"):
         open_run(run_settings(args, meta), args, folder)
         if finished_run(folder):
             print(f"{folder} is finished: nothing to do")

@@ -1171,7 +1171,7 @@ def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
 
 def test_two_processes_never_train_one_run(data, tmp_path):
     folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
-    with pretrain.only_one(folder / ".lock"):
+    with prepare_data.only_one(folder / ".lock"):
         with pytest.raises(SystemExit) as end:
             train(data, tmp_path, epochs=1)
         assert end.value.code == 75
