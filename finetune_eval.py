@@ -905,6 +905,31 @@ def report(out):
 
 # ------------------------------------------------------------------------------------------------------------- predict
 
+def predict_tiled(unet, image, tile, size, device):
+    """uint8 (H, W, 3), however large -> bool (H, W). Windows of tile x tile pixels, each resized to the `size` that the network
+    was trained at, overlap by half; their logits are weighted by sin ** 2 towards the middle and summed: the mask is where
+    the sum is positive. Memory beyond picture and mask: one row of windows."""
+    def starts(length):
+        return [*range(0, max(length - tile, 0), tile // 2), max(length - tile, 0)]
+
+    height, width = image.shape[:2]
+    ramp = np.sin(np.pi * (np.arange(tile) + 0.5) / tile).astype(np.float32) ** 2
+    weight, mask = np.outer(ramp, ramp), np.zeros((height, width), bool)
+    band, rows, columns = np.zeros((tile, width), np.float32), starts(height), starts(width)
+    for y, following in zip(rows, [*rows[1:], height]):
+        for k in range(0, len(columns), BATCH):
+            windows = [image[y:y + tile, x:x + tile] for x in columns[k:k + BATCH]]
+            windows = [cv2.copyMakeBorder(w, 0, tile - w.shape[0], 0, tile - w.shape[1], cv2.BORDER_REFLECT_101) for w in windows]
+            batch = np.stack([prepare_data.resize(window, size) for window in windows])
+            for x, logits in zip(columns[k:], predict_logits(unet, batch, device)):
+                logits = cv2.resize(logits, (tile, tile), interpolation=cv2.INTER_LINEAR) * weight
+                band[:, x:x + tile] += logits[:, :width - x]
+        done = following - y
+        mask[y:following] = band[:done] > 0
+        band = np.concatenate([band[done:], np.zeros((min(done, tile), width), np.float32)])
+    return mask
+
+
 def predict_folder(args, settings, device):
     """Draw a mask, PNG 0 / 255, for every image of a folder, at the image's own size and under its stem; a CSV with
     each foreground share; with --overlay also pictures. A bad file is named, the others are done, the exit code is 1."""
@@ -924,12 +949,15 @@ def predict_folder(args, settings, device):
     shares = []
     for stem, path in tqdm(files.items(), "predict", unit=" images"):
         try:
-            image = prepare_data.read_image(path)
+            image = prepare_data.read_image(path, page=args.page)
         except ValueError as error:
             bad.append(f"{path}: {error}")
             continue
-        logits = predict_logits(unet, prepare_data.resize(image, settings["img_size"])[None], device)[0]
-        mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
+        if args.tile is not None:
+            mask = predict_tiled(unet, image, args.tile or settings["img_size"], settings["img_size"], device)
+        else:
+            logits = predict_logits(unet, prepare_data.resize(image, settings["img_size"])[None], device)[0]
+            mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
         picture = Image.fromarray(mask.astype(np.uint8) * 255)
         write_atomically(out / f"{stem}.png", functools.partial(picture.save, format="PNG"))
         if args.overlay:
@@ -983,6 +1011,9 @@ def parse_args(argv):
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
     add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
+    add("--tile", type=int, nargs="?", const=0, metavar="PX", help="with --predict, for large pictures: in overlapping windows of so "
+        "many pixels a side (no number: the training size) instead of resized as a whole")
+    add("--page", type=int, default=0, help="with --predict: the page of files that have several; 0 is the first")
     add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
     add("--report", action="store_true", help="write README.md and charts from all results under --out")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
@@ -996,6 +1027,8 @@ def parse_args(argv):
     for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
+    if args.tile is not None and args.tile < 16 and args.tile != 0 or args.page < 0:
+        parser.error("--tile is at least 16 pixels, and --page counts from 0")
     if args.predict and not (args.run and args.out):
         parser.error("--predict needs --run RUN_DIR and --out DIR")
     if args.run and args.encoder:
@@ -1016,9 +1049,9 @@ def name_unused(args, parser):
                "reference": {"threshold", "foreground"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
     used -= {"loss"} if args.protocol == "classify" else set()
-    used = {"overlay"} if args.predict else used | {"dataset", "protocol"}
+    used = {"overlay", "tile", "page"} if args.predict else used | {"dataset", "protocol"}
     used |= set() if args.run else {"backbone"}
-    every = training | {"decoder", "threshold", "foreground", "overlay", "dataset", "protocol", "backbone"}
+    every = training | {"decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import http.server
+import io
 import json
 import math
 import os
@@ -10,7 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -1171,14 +1177,19 @@ def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
 
 def test_two_processes_never_train_one_run(data, tmp_path):
     folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
-    with prepare_data.only_one(folder / ".lock"):
-        with pytest.raises(SystemExit) as end:
-            train(data, tmp_path, epochs=1)
-        assert end.value.code == 75
-    assert not (tmp_path / "demo").exists()                     # nothing was made, nothing is left
-    (folder / ".lock").parent.mkdir(parents=True)
-    (folder / ".lock").write_text("left by a crash")
+    other = subprocess.Popen([sys.executable, "-c", f"""if True:
+        import os, pathlib, time, prepare_data
+        with prepare_data.only_one(pathlib.Path({str(folder / ".lock")!r})):
+            child = os.fork()                                   # a worker that outlives its parent
+            print(child, flush=True) if child else None
+            time.sleep(60)"""], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    child = int(other.stdout.readline())
+    with pytest.raises(SystemExit) as end:
+        train(data, tmp_path, epochs=1)
+    assert end.value.code == 75 and {f.name for f in folder.iterdir()} == {".lock"}
+    other.kill(), other.wait()                                  # a crash leaves the file, and does not leave the lock
     assert (train(data, tmp_path, epochs=1) / "samples.png").exists() and not (folder / ".lock").exists()
+    os.kill(child, signal.SIGKILL)
 
 
 def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
@@ -1199,6 +1210,49 @@ def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
     (source / "bad.png").write_text("text")
     refused(lambda: finetune_eval.main([*flags, "--overwrite"]), source / "bad.png", "not an image")
     assert not (out / "bad.png").exists() and (out / "c.png").exists()
+
+
+class Local(torch.nn.Module):
+    """A network that sees 5 pixels around: what it says of a pixel does not depend on a window that holds those."""
+
+    def forward(self, x):
+        return F.avg_pool2d(x.mean(dim=1, keepdim=True), 11, stride=1, padding=5, count_include_pad=False)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 90), (70, 33), (131, 97), (1, 1)])
+def test_tiles_have_no_seams(shape):
+    image = cv2.GaussianBlur(rng.integers(0, 256, (*shape, 3)).astype(np.uint8), (0, 0), 3).reshape(*shape, 3)
+    image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
+    whole = finetune_eval.predict_logits(Local(), image[None], "cpu")[0]
+    mask = finetune_eval.predict_tiled(Local(), image, 32, 32, "cpu")
+    assert mask.shape == shape and mask.dtype == bool
+    inside = np.abs(whole) > .1                                 # a window's own border counts, by less than 3 % of a window
+    assert ((mask == (whole > 0)) | ~inside).mean() > .99
+
+
+def test_tiles_of_a_trained_network_agree_with_the_whole_picture(run, tmp_path):
+    unet = models.build_unet("resnet50", 32).eval()
+    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
+    image = np.vstack([np.hstack([prepare_data.draw_nuclei(32, np.random.default_rng([y, x]))[0] for x in range(3)]) for y in range(4)])
+    whole = finetune_eval.predict_logits(unet, image[None], "cpu")[0] > 0
+    tiled = finetune_eval.predict_tiled(unet, image, 32, 32, "cpu")
+    assert (whole == tiled)[16:-16, 16:-16].mean() > .8         # scSE looks at the mean of all that it is given
+    pages = [Image.fromarray(page.astype(np.uint16) * 200) for page in (image[..., 0] * 0, image[..., 0])]
+    (tmp_path / "in").mkdir()
+    pages[0].save(tmp_path / "in/slide.tif", save_all=True, append_images=pages[1:])
+    flags = ["--run", str(run), "--predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu", "--tile"]
+    finetune_eval.main([*flags, "--page", "1"])
+    expected = finetune_eval.predict_tiled(unet, prepare_data.read_image(tmp_path / "in/slide.tif", page=1), 32, 32, "cpu")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/slide.png")) > 0, expected)
+    refused(lambda: finetune_eval.main([*flags, "--page", "2", "--overwrite"]), "slide.tif", "no page 2")
+    peaks = []
+    for times in (1, 8):
+        tall = np.vstack([image] * times)
+        tracemalloc.start()
+        finetune_eval.predict_tiled(Local(), tall, 32, 32, "cpu")
+        peaks.append(tracemalloc.get_traced_memory()[1] - tall[..., 0].size)
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.2                            # but for the mask itself
 
 
 def test_unused_flags_are_named(data, run, tmp_path, capsys):
@@ -1342,6 +1396,260 @@ def test_every_bad_file_is_found_in_one_pass(tmp_path, capsys):
     out = prepare(raw, tmp_path / "out", "--skip-bad")
     meta = prepare_data.read_meta(out)
     assert sum(meta["counts"].values()) == 12 - 5 and len(meta["skipped"]) == 6
+
+
+# ----------------------------------------------------------------------------------------------------- published data
+
+def spot(height, width, bright=True):
+    """A picture with one disc on noise, gray uint8 (H, W), and its mask {0, 1}."""
+    centre = (int(width * rng.uniform(.3, .7)), int(height * rng.uniform(.3, .7)))
+    mask = cv2.circle(np.zeros((height, width), np.uint8), centre, min(height, width) // 5, 1, -1)
+    return (rng.normal(100, 8, mask.shape) + mask * (90. if bright else -90.)).clip(0, 255).astype(np.uint8), mask
+
+
+def miniature(dataset, raw):
+    """Some files of a published data set, in its layout (design section 6); {name: true foreground share}."""
+    share = {}
+
+    def save(path, picture, **how):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path, **how)
+
+    if dataset == "isic":
+        for part, n in (("Training", 6), ("Validation", 2), ("Test_v2", 3)):
+            labels = "image_id,melanoma,seborrheic_keratosis\n"
+            for i in range(n):
+                (gray, mask), name = spot(76, 102, False), f"ISIC_{len(part):03d}{i:04d}"
+                save(raw / f"ISIC-2017_{part}_Data/{name}.jpg", np.dstack([gray] * 3), quality=95)
+                save(raw / f"ISIC-2017_{part}_Data/{name}_superpixels.png", gray)
+                save(raw / f"ISIC-2017_{part}_Part1_GroundTruth/{name}_segmentation.png", mask * 255)
+                labels += f"{name},{float(i == 0)},{float(i == 1)}\n"
+                share[name] = mask.mean()
+            (raw / f"ISIC-2017_{part}_Part3_GroundTruth.csv").write_text(labels)
+    elif dataset == "xray":
+        for label, n in (("COVID", 5), ("Lung_Opacity", 7), ("Normal", 12), ("Viral Pneumonia", 2)):
+            for i in range(1, n + 1):
+                gray, mask = spot(299, 299, False)
+                save(raw / f"COVID-19_Radiography_Dataset/{label}/images/{label}-{i}.png", gray)
+                save(raw / f"COVID-19_Radiography_Dataset/{label}/masks/{label}-{i}.png",
+                     np.dstack([cv2.resize(mask * 255, (256, 256))] * 3))
+                share[f"{label}-{i}"] = mask.mean()
+    elif dataset == "drone":
+        for i in range(10):
+            gray, mask = spot(200, 300)
+            save(raw / f"original_images/{i:03d}.jpg", np.dstack([gray] * 3), quality=95)
+            save(raw / f"label_images_semantic/{i:03d}.png", mask * np.uint8(i + 1))
+            share[f"{i:03d}"] = mask.mean()
+    elif dataset == "dsb2018":
+        for i in range(10):
+            gray, mask = spot(64, 80)
+            save(raw / f"stage1_train/id{i}/images/id{i}.png", np.dstack([gray, gray, gray, gray * 0 + 255]))
+            for k, half in enumerate((slice(None, 32), slice(32, None))):
+                part = np.zeros_like(mask)
+                part[half] = mask[half] * 255
+                save(raw / f"stage1_train/id{i}/masks/{i}{k}.png", part)
+            share[f"id{i}"] = mask.mean()
+    elif dataset == "dm":
+        for i in range(10):
+            (gray, mask), name = spot(1408, 1876), f"1219{i % 4:02d}_Myo{i % 4}_[{i},7]_component"
+            pages = [Image.fromarray(page.astype(np.float32) * 9) for page in (gray, 255 - gray)]
+            (raw / "CD27_Panel_Component").mkdir(parents=True, exist_ok=True)
+            pages[0].save(raw / f"CD27_Panel_Component/{name}_data.tif", save_all=True, append_images=pages[1:])
+            save(raw / f"Labels/{name}_mask_labels.tiff", mask.astype(np.uint16) * 7)
+            share[name.removesuffix("_component")] = mask.mean()
+    else:
+        for part, n, size in (("train", 6, 64), ("val", 2, 32), ("test", 3, 32)):
+            pairs = [spot(size, size) for _ in range(n)]
+            x, y = np.zeros((n, size, size, 2), np.float32), np.zeros((n, size, size, 2), np.int32)
+            for i, (gray, mask) in enumerate(pairs):
+                x[i, ..., 0], x[i, ..., 1], y[i, ..., 0], y[i, ..., 1] = gray, gray // 2, mask * (i + 300.), 1 - mask
+                share[f"{part}_{i:05d}"] = mask.mean()
+            raw.mkdir(exist_ok=True)
+            np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz", X=x, y=y)
+    return share
+
+
+def prepare_published(dataset, raw, out, *flags):
+    prepare_data.main(["--dataset", dataset, "--raw", str(raw), "--size", "32", "--out", str(out), *flags])
+    return out / dataset
+
+
+@pytest.mark.parametrize("dataset, counts", [("isic", (6, 2, 3)), ("tissuenet", (6, 2, 3)), ("xray", (17, 3, 6)),
+                                             ("drone", (7, 1, 2)), ("dsb2018", (7, 1, 2)), ("dm", (84, 12, 24))])
+def test_published_layouts_become_right_arrays(dataset, counts, tmp_path, capsys):
+    share = miniature(dataset, tmp_path / "raw")
+    out = prepare_published(dataset, tmp_path / "raw", tmp_path / "out")
+    said, meta = capsys.readouterr().out, prepare_data.read_meta(out)
+    assert tuple(meta["counts"].values()) == counts and "not the published ones" in said and meta["licence"] and meta["page"]
+    assert meta["foreground"] == ("dark" if dataset in ("isic", "xray") else "bright")
+    found = {}
+    for part in prepare_data.PARTS:
+        images, masks = prepare_data.open_part(out, part)
+        for k, row in enumerate(prepare_data.read_names(out, part)):
+            name = row["group"] if dataset == "dm" else row["name"]
+            found[name] = found.get(name, 0) + masks[k].mean() * (480 * 480 / (1408 * 1876) if dataset == "dm" else 1)
+            gray = cv2.cvtColor(images[k], cv2.COLOR_RGB2GRAY).astype(float)
+            if masks[k].mean() > .05:                           # the picture and its mask belong together
+                assert (gray[masks[k] == 1].mean() > gray[masks[k] == 0].mean()) == (meta["foreground"] == "bright")
+            assert row["label"] == (re.sub(r"-\d+$", "", name) if dataset == "xray" else
+                                    ["melanoma", "seborrheic_keratosis", "nevus"][min(int(name[-4:]), 2)] if dataset == "isic" else "")
+    assert found == pytest.approx(share, abs=.02)
+    prepare_data.main(["--dataset", dataset, "--out", str(tmp_path / "out"), "--check"])
+    if dataset == "dm":
+        assert all(list(r["group"] for r in prepare_data.read_names(out, part)).count(name) == 12 for part in prepare_data.PARTS
+                   for name in {r["group"] for r in prepare_data.read_names(out, part)})
+        first = np.array(prepare_data.open_part(out, "test")[0])
+        prepare_published(dataset, tmp_path / "raw", tmp_path / "out", "--page", "1", "--split-by", "patient", "--overwrite")
+        parts = [{r["group"] for r in prepare_data.read_names(out, part)} for part in prepare_data.PARTS]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 4 and all(re.fullmatch(r"\d+_Myo\d", g) for g in set.union(*parts))
+        assert prepare_data.open_part(out, "test")[0][:2].mean() > 128 > first[:2].mean()       # the other stain
+    if dataset == "drone":                                      # the same by the published colours
+        for path in (tmp_path / "raw/label_images_semantic").iterdir():
+            colours = np.asarray(Image.open(path))[..., None] * np.array([[[5, 0, 11]]], np.uint8)
+            (tmp_path / "raw/RGB_color_image_masks").mkdir(exist_ok=True)
+            Image.fromarray(colours).save(tmp_path / "raw/RGB_color_image_masks" / path.name)
+        shutil.rmtree(tmp_path / "raw/label_images_semantic")
+        prepare_published(dataset, tmp_path / "raw", tmp_path / "out", "--overwrite")
+        assert prepare_data.read_meta(out)["fingerprint"] == meta["fingerprint"]
+
+
+def test_published_splits_at_their_full_size():
+    sizes = dict(COVID=3616, Lung_Opacity=6012, Normal=10192, Viral=1345)
+    pairs = [dict(name=f"{label}-{i}", label=label) for label, n in sizes.items() for i in range(n)]
+    prepare_data.stratify(pairs, 0)
+    counts = [sum(p["part"] == part for p in pairs) for part in prepare_data.PARTS]
+    assert counts == [14730, 2202, 4233]
+    for label, n in sizes.items():
+        assert abs(sum(p["part"] == "test" and p["label"] == label for p in pairs) - .2 * n) <= 1
+    slides = [dict(name=f"{i}_{k}", slide=f"{i}", group=f"{i}") for i in range(198) for k in range(12)]
+    prepare_data.split(slides, 3)
+    assert [sum(p["part"] == part for p in slides) for part in prepare_data.PARTS] == [1656, 240, 480]
+
+
+def test_archives_are_unpacked_once_and_never_outside(tmp_path):
+    miniature("isic", tmp_path / "raw/x")
+    out = prepare_published("isic", tmp_path / "raw", tmp_path / "out")         # one level above
+    expected = prepare_data.read_meta(out)["fingerprint"]
+    zips = tmp_path / "zips"
+    zips.mkdir()
+    for folder in (tmp_path / "raw/x").iterdir():
+        if folder.is_dir():
+            shutil.make_archive(zips / folder.name, "zip" if "Data" in folder.name else "gztar", folder.parent, folder.name)
+        else:
+            shutil.copy(folder, zips)
+    for turn in (1, 2):                                         # the second finds what the first has extracted
+        prepare_published("isic", zips, tmp_path / "out", "--overwrite")
+        assert prepare_data.read_meta(out)["fingerprint"] == expected
+        for path in [*zips.glob("*.zip"), *zips.glob("*.tar.gz")]:
+            path.write_bytes(b"never read again")
+    shutil.rmtree(zips / "ISIC-2017_Training_Data")
+    refused(lambda: prepare_published("isic", zips, tmp_path / "out", "--overwrite"), "ISIC-2017_Training_Data.zip", "get it again")
+    (zips / "ISIC-2017_Training_Data.zip").unlink()
+    refused(lambda: prepare_published("isic", zips, tmp_path / "out", "--overwrite"), "not enough")
+    refused(lambda: prepare_published("isic", tmp_path / "nowhere", tmp_path / "new"), "challenge.isic-archive.com")
+    refused(lambda: prepare_data.main(["--dataset", "xray"]), "--raw", "kaggle")
+    for name in ("../evil", "/evil", "link"):
+        evil = tmp_path / "evil"
+        shutil.rmtree(evil, ignore_errors=True)
+        evil.mkdir()
+        with zipfile.ZipFile(evil / "a.zip", "w") as file:
+            member = zipfile.ZipInfo(name)
+            member.external_attr = 0o120777 << 16 if name == "link" else 0
+            file.writestr(member, "/etc")
+        refused(lambda: prepare_published("isic", evil, tmp_path / "out", "--overwrite"), "a.zip", name)
+        (evil / "a.zip").unlink()
+        with tarfile.open(evil / "a.tar", "w") as file:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.SYMTYPE, "/etc") if name == "link" else (tarfile.REGTYPE, "")
+            file.addfile(member, io.BytesIO())
+        if name == "/evil":                                     # taken as a name inside: nothing to refuse
+            refused(lambda: prepare_published("isic", evil, tmp_path / "out", "--overwrite"), "not enough")
+        else:
+            refused(lambda: prepare_published("isic", evil, tmp_path / "out", "--overwrite"), "a.tar", "cannot be extracted")
+            assert sorted(f.name for f in evil.iterdir()) == ["a.tar"]
+        assert not (tmp_path / "evil.txt").exists() and prepare_data.read_meta(out)["fingerprint"] == expected
+
+
+def test_check_finds_what_is_off(tmp_path, data):
+    out = tmp_path / "demo"
+
+    def planted(change, *words):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(data / "demo", out)
+        change()
+        refused(lambda: prepare_data.main(["--dataset", "demo", "--out", str(tmp_path), "--check"]), *words)
+
+    def edit(name, index, value):
+        array = np.load(out / name)
+        array[index] = value(array)
+        np.save(out / name, array)
+
+    planted(lambda: edit("test_images.npy", 3, lambda a: np.load(out / "train_images.npy")[5]),
+            "same picture in two parts: train_005 of train and test_003 of test", "fingerprint")
+    planted(lambda: edit("val_images.npy", (2, 9, 9, 1), lambda a: a[2, 9, 9, 1] ^ 1), "fingerprint")
+    planted(lambda: edit("train_masks.npy", [0, 1], lambda a: a[[1, 0]]), "fingerprint")
+    planted(lambda: edit("train_masks.npy", 7, lambda a: a[7] * 255), "train_007 holds 255")
+    planted(lambda: (out / "test.csv").write_text((out / "test.csv").read_text().replace("test_000", "train_000")), "same name")
+    planted(lambda: (out / "val.csv").write_text("name,group,label\n"), "val.csv has 0 rows")
+
+
+def test_download_survives_bad_servers(tmp_path, monkeypatch):
+    payload, calls = rng.bytes(300_000), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            calls.append((self.path, self.headers["Range"]))
+            start = int(re.match(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
+            tries = sum(path == self.path for path, _ in calls)
+            if self.path in ("/404", "/500") or (self.path == "/flaky" and tries == 1):
+                return self.send_error(404 if self.path == "/404" else 503)
+            if start >= len(payload):
+                return self.send_error(416)
+            start = 0 if self.path == "/norange" else start
+            self.send_response(206 if start else 200)
+            if self.path != "/nolength":
+                self.send_header("Content-Length", str(len(payload) - start))
+            self.end_headers()
+            end = start + 120_000 if self.path in ("/cut", "/stall") and tries < 3 else len(payload)
+            end = 200_000 if self.path == "/norange" and tries == 1 else end
+            self.wfile.write(payload[start:end])
+            if self.path == "/stall" and tries < 3:
+                time.sleep(1)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, real_sleep = f"http://127.0.0.1:{server.server_port}", time.sleep
+    monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: real_sleep(min(seconds, 1) if seconds == 1 else 0))
+    for name in ("plain", "cut", "stall", "flaky", "norange", "nolength"):
+        prepare_data.download(f"{url}/{name}", tmp_path / name, timeout=.5)
+        assert (tmp_path / name).read_bytes() == payload, name
+    assert [begin for path, begin in calls if path == "/cut"] == [None, "bytes=120000-", "bytes=240000-"]
+    (tmp_path / "late.part").write_bytes(payload[:777])         # of an earlier call
+    prepare_data.download(f"{url}/late", tmp_path / "late")
+    (tmp_path / "long.part").write_bytes(payload + b"more")     # of another file
+    prepare_data.download(f"{url}/long", tmp_path / "long")
+    assert (tmp_path / "late").read_bytes() == (tmp_path / "long").read_bytes() == payload
+    refused(lambda: prepare_data.download(f"{url}/404", tmp_path / "x"), "404", "moved")
+    refused(lambda: prepare_data.download(f"{url}/500", tmp_path / "x"), "503", "given up")
+    server.shutdown()
+    refused(lambda: prepare_data.main(["--dataset", "xray", "--download", "--raw", str(tmp_path)]), "account", "kaggle")
+    assert not (tmp_path / "x").exists()
+
+
+def test_jpgs_are_decoded_smaller_within_a_bound(tmp_path):
+    small = rng.integers(0, 256, (90, 120, 3)).astype(np.uint8)     # harder than any photograph: random, saturated colours
+    for width, height in ((1022, 767), (1023, 769), (2689, 2681)):
+        Image.fromarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)).save(tmp_path / "a.jpg", quality=92)
+        reduced, shape = prepare_data.read_image(tmp_path / "a.jpg", least=3 * 224 // 2)
+        full = prepare_data.read_image(tmp_path / "a.jpg")
+        assert shape == full.shape[:2] == (height, width) and reduced.shape[0] in (384, 385, 671)
+        apart = np.abs(prepare_data.resize(reduced, 224, shape).astype(int) - prepare_data.resize(full, 224))
+        assert apart.shape == (224, 224, 3) and apart.mean() < 2 and np.percentile(apart, 99) <= 6
+    skewed = prepare_data.resize(reduced, 224).astype(int) - prepare_data.resize(full, 224)
+    assert np.abs(skewed).mean() > apart.mean()                 # what that costs where the last row counts as a whole one
 
 
 # ------------------------------------------------------------------------------------------------- a user's mistakes
@@ -1501,6 +1809,33 @@ def lightly_method(name, size):
         return F.mse_loss(predicted, utils.normalize_mean_var(target, dim=-1))
 
     return transforms.MAETransform(**norm), torch.nn.ModuleList([encoder, decoder]), loss, lambda: None
+
+
+@pytest.mark.bench
+def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, capsys):
+    """2000 jpgs of 1022x767 to arrays of 224 px, the whole script against a loop with Pillow in one process; interleaved,
+    median of 3 rounds."""
+    (tmp_path / "raw").mkdir()
+    for i in range(2000):
+        if i < 20:
+            picture = cv2.resize(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8), (1022, 767), interpolation=cv2.INTER_CUBIC)
+            picture = (picture + rng.normal(0, 4, picture.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"raw/{i:04d}.jpg", quality=92)
+        else:
+            shutil.copy(tmp_path / f"raw/{i % 20:04d}.jpg", tmp_path / f"raw/{i:04d}.jpg")
+    files, times = sorted((tmp_path / "raw").iterdir()), ([], [])
+    command = [sys.executable, str(HERE / "prepare_data.py"), "--dataset", "folder", "--raw", str(tmp_path / "raw"),
+               "--out", str(tmp_path / "out"), "--overwrite"]
+    for _ in range(3):
+        start = time.time()
+        np.stack([np.asarray(Image.open(file).convert("RGB").resize((224, 224))) for file in files])
+        middle = time.time()
+        subprocess.run(command, check=True, capture_output=True)
+        times[0].append(middle - start), times[1].append(time.time() - middle)
+    plain, ours = (float(np.median(t)) for t in times)
+    with capsys.disabled():
+        print(f"\n2000 jpgs: a plain loop {plain:.1f} s, prepare_data.py {ours:.1f} s, {plain / ours:.2f} x")
+    assert plain / ours >= 3
 
 
 @pytest.mark.bench
