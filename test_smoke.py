@@ -1337,6 +1337,44 @@ def test_image_files_as_they_are(tmp_path):
         assert np.array_equal(prepare_data.read_image(tmp_path / name)[..., 1], expected), name
     cv2.imwrite(str(tmp_path / "deep.png"), np.dstack([wide, wide // 2, wide]))         # 16-bit colour
     assert len(np.unique(prepare_data.read_image(tmp_path / "deep.png"))) > 40
+    for name, how in (("lzw.tif", dict(compression="tiff_lzw")), ("deflate.tif", dict(compression="tiff_deflate")),
+                      ("big.tif", dict(big_tiff=True)), ("pages.tif", dict(save_all=True, append_images=[Image.fromarray(255 - colour)])),
+                      ("1 x 1, ünïcode.png", {})):
+        picture = colour[:1, :1] if name.startswith("1") else colour
+        Image.fromarray(picture).save(tmp_path / name, **how)
+        assert np.array_equal(prepare_data.read_image(tmp_path / name), picture), name
+    assert np.array_equal(prepare_data.read_image(tmp_path / "pages.tif", page=1), 255 - colour)
+    deep = [np.dstack([wide, wide, wide]), np.dstack([wide, wide, wide])[::-1]]
+    cv2.imwritemulti(str(tmp_path / "deep.tif"), deep)
+    assert np.array_equal(prepare_data.read_image(tmp_path / "deep.tif", page=1), prepare_data.read_image(tmp_path / "deep.tif")[::-1])
+    with pytest.raises(ValueError, match="no page 2"):
+        prepare_data.read_image(tmp_path / "pages.tif", page=2)
+    Image.fromarray(np.full((8, 8, 3), (200, 100, 50), np.uint8)).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(prepare_data.read_image(tmp_path / "cmyk.jpg").astype(int) - (200, 100, 50)).max() <= 3
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="bomb"):
+        prepare_data.read_image(tmp_path / "bomb.png")
+
+
+def test_image_and_mask_are_turned_alike(tmp_path):
+    """jpgs of a camera held on its side, decoded smaller; some masks with the tag, some drawn upright; linked files."""
+    tag, upright = Image.Exif(), write_folder(tmp_path / "upright", n=12, size=96)
+    tag[274] = 6
+    for folder in ("turned/images", "turned/masks", "linked"):
+        (tmp_path / folder).mkdir(parents=True)
+    for k, path in enumerate(sorted((upright / "images").iterdir())):
+        gray, mask = spot(90, 150)
+        Image.fromarray(gray).save(path), Image.fromarray(mask * 255).save(upright / "masks" / path.name)
+        Image.fromarray(np.rot90(gray)).save(tmp_path / "turned/images" / f"{path.stem}.JPG", exif=tag, quality=98)
+        Image.fromarray(np.rot90(mask * 255) if k % 2 else mask * 255).save(tmp_path / "turned/masks" / path.name,
+                                                                            **(dict(exif=tag) if k % 2 else {}))
+    for kind in ("images", "masks"):
+        (tmp_path / "linked" / kind).symlink_to(tmp_path / "turned" / kind)
+    parts = [prepare(tmp_path / name, tmp_path / "out") for name in ("upright", "turned", "linked")]
+    for part in prepare_data.PARTS:
+        (image, mask), (image2, mask2), linked = (prepare_data.open_part(out, part) for out in parts)
+        assert np.array_equal(mask, mask2) and np.abs(image.astype(int) - image2).mean() < 2
+        assert np.array_equal(image2, linked[0]) and np.array_equal(mask2, linked[1])
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -1836,6 +1874,27 @@ def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n2000 jpgs: a plain loop {plain:.1f} s, prepare_data.py {ours:.1f} s, {plain / ours:.2f} x")
     assert plain / ours >= 3
+
+
+@pytest.mark.bench
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, capsys):
+    """Peak memory of the main process for 200 and for 20000 images with masks (VmHWM, Linux)."""
+    peak = {}
+    for n in (200, 20000):
+        for kind in ("images", "masks"):
+            (tmp_path / f"{n}/{kind}").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (80, 96, 3)).astype(np.uint8)).save(tmp_path / "a.jpg")
+        Image.fromarray((rng.random((80, 96)) < .3).astype(np.uint8) * 255).save(tmp_path / "a.png")
+        for i in range(n):
+            shutil.copy(tmp_path / "a.jpg", tmp_path / f"{n}/images/patient_number_{i:06d}.jpg")
+            shutil.copy(tmp_path / "a.png", tmp_path / f"{n}/masks/patient_number_{i:06d}.png")
+        code = (f"import prepare_data; prepare_data.main(['--dataset', 'folder', '--size', '64', '--raw', {str(tmp_path / str(n))!r}, "
+                f"'--out', {str(tmp_path / 'out')!r}]); print(open('/proc/self/status').read())")
+        out = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True, text=True).stdout
+        peak[n] = int(re.search(r"VmHWM:\s+(\d+) kB", out)[1]) / 1024
+    with capsys.disabled():
+        print(f"\npeak memory: {peak[200]:.0f} MB for 200 images, {peak[20000]:.0f} MB for 20000")
+    assert peak[20000] - peak[200] < 50
 
 
 @pytest.mark.bench
