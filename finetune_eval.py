@@ -116,11 +116,12 @@ def hausdorff95(pred, target):
 def bootstrap_weights(groups, rounds=2000, seed=0):
     """The group of each image (N,) -> float (rounds, N), whole: how often it is drawn when as many groups as there are are
     drawn with replacement (Efron 1979). Images without a group of their own are groups of one."""
-    return drawn(tuple(groups), rounds, seed)
+    return draw_groups(tuple(groups), rounds, seed)
 
 
-@functools.lru_cache(maxsize=2)                                 # the report needs them for every cell
-def drawn(groups, rounds, seed):
+@functools.lru_cache(maxsize=2)
+def draw_groups(groups, rounds, seed):
+    """bootstrap_weights of a tuple; kept, because the report needs the same ones for every cell."""
     _, index = np.unique(groups, return_inverse=True)
     n = index.max() + 1
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)[:, index].astype(np.float64)

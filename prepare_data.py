@@ -1027,6 +1027,17 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def name_unused(args):
+    """Say in one line which flags were given that this data set does not use."""
+    used = dict(raw=args.dataset != "demo", mask_foreground=args.dataset == "folder", group_regex=args.dataset == "folder",
+                split_by=args.dataset == "dm", page=args.dataset == "dm", download=args.dataset in PUBLISHED,
+                skip_bad=args.dataset != "demo")
+    usual = dict(mask_foreground="auto", group_regex=".+", split_by="slide", page=0)
+    given = ["--" + name.replace("_", "-") for name in used if not used[name] and getattr(args, name) not in (usual.get(name), None, False)]
+    if given:
+        print(f"not used by {args.dataset} and ignored: {', '.join(given)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     args.command = shlex.join(["python", "prepare_data.py", *(sys.argv[1:] if argv is None else argv)])
@@ -1046,6 +1057,7 @@ def main(argv=None):
     final = Path(args.out) / args.name
     if args.check:
         return check(final)
+    name_unused(args)
     args.foreground = args.foreground or PUBLISHED.get(args.dataset, {}).get("foreground", "auto")
     args.raw = args.raw or (f"raw/{args.dataset}" if args.download else None)
     if args.dataset != "demo" and not args.raw:
