@@ -334,8 +334,9 @@ demo() {
 }
 
 tests() {
-    run "$PYTHON" -m pip install --quiet pytest segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
-    run "$PYTHON" -m pytest -q -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
+    run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
+    export OMP_NUM_THREADS=1                                    # two tests at a time, a core each; no folder is kept
+    run "$PYTHON" -m pytest -q -n 2 -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
 }
 
 what=${1:-demo}
