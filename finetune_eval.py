@@ -368,7 +368,7 @@ def sheet_of_three(unet, images, masks, table, settings, names, device):
     rows, captions = [], []
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         image = np.array(images[k])
-        pseudo = pseudo_mask(image[None], settings["threshold"], settings["foreground"])[0]
+        pseudo = pseudo_mask(image[None], settings["threshold"], settings["foreground"], settings.get("drawn_from", "gray"))[0]
         rows.append([image, pseudo, masks[k], predict_logits(unet, image[None], device)[0] > 0])
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}"[:64])
     return prepare_data.contact_sheet(rows, ["image", settings["threshold"], "truth", "prediction"], captions)
@@ -508,7 +508,8 @@ def evaluate(args, settings, meta, device):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
-        head |= {key: settings[key] for key in ("threshold", "foreground", "loss", "epochs", "batch_size") if key in settings}
+        head |= {key: settings[key] for key in ("threshold", "foreground", "channel", "fov", "drawn_from", "loss", "epochs", "batch_size")
+                 if key in settings}
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
         if "n_train" in settings:                               # a run of this script, that has seen labels
             head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
@@ -626,7 +627,7 @@ TABLES = [
         for m, v in dict(simsiam=.9932, byol=.9910, medsass=.9744, dino=.9459).items()]),
     *[(f"Figure 10: every label and none, {backbone}", None, "iou_global",
        by_method("end2end", backbone, dict(supervised=(), medsass=()))) for backbone in BACKBONES]]
-USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16)
+USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, channel=None, fov=None)
 
 
 def read_results(out):

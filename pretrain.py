@@ -14,6 +14,7 @@ import collections
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -49,10 +50,17 @@ cv2.setNumThreads(0)                                            # the loader's w
 
 # ---------------------------------------------------------------------------------------------- pseudo-masks (3.3.2)
 
-THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
+THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed", "enclosed")
+CHANNELS = ("gray", "red", "green", "blue")
 # Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa are pixel counts, tuned on pages of about
 # 2 ** 20 pixels; pseudo_mask scales them to the image, or a 224 x 224 image would be all prior.
 GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA, GHT_PIXELS = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25, 2 ** 20
+
+
+def one_channel(image, channel="gray"):
+    """uint8 (H, W, 3) RGB -> uint8 (H, W): gray as OpenCV weighs the colours, or one colour."""
+    return (cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY) if channel == "gray" else
+            np.ascontiguousarray(image[..., CHANNELS.index(channel) - 1]))
 
 
 def otsu_threshold(gray):
@@ -82,29 +90,94 @@ def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA
     return int(np.flatnonzero(score == score.max()).mean())
 
 
-def pseudo_mask(images, method="otsu", foreground="bright"):
+def border_level(gray):
+    """uint8 (H, W) -> uint8 (H, W): the lowest level at which a pixel is connected to the border, 4-connected, through
+    pixels no brighter than it (morphological reconstruction by erosion, Vincent 1993)."""
+    level = np.full_like(gray, 255)
+    level[[0, -1]], level[:, [0, -1]] = gray[[0, -1]], gray[:, [0, -1]]
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    while True:
+        before = level
+        for _ in range(16):                                     # so that the comparison costs little
+            level = cv2.max(gray, cv2.erode(level, cross))
+        if np.array_equal(level, before):
+            return level
+
+
+def enclosed_mask(gray, foreground="dark", fov=None):
+    """uint8 (H, W) -> bool (H, W): objects that lie inside the picture. At every threshold, what is darker falls into
+    components; the threshold is the one at which those that do not touch the border (or what is outside `fov`) have the
+    largest area, on a locally equalised, lightly smoothed picture. Not in the paper.
+
+    A pixel is in such a component at threshold t where gray <= t < border_level, so that all thresholds are one histogram.
+    """
+    gray = 255 - gray if foreground == "bright" else gray
+    gray = cv2.GaussianBlur(cv2.createCLAHE(4.0, (8, 8)).apply(gray), (0, 0), max(gray.shape) / 120)
+    if fov is not None:
+        gray[~fov] = 0
+    level = border_level(gray)
+    t = np.cumsum(np.bincount(gray.ravel(), minlength=256) - np.bincount(level.ravel(), minlength=256)).argmax()
+    return (gray <= t) & (t < level)
+
+
+def pseudo_mask(images, method="otsu", foreground="bright", channel="gray", fov=None):
     """uint8 (B, H, W, 3) RGB -> uint8 {0, 1} (B, H, W): the label that an image gives itself (Algorithm 1).
 
     method: one of THRESHOLDS. "dark" is the complement of "bright" at the same threshold. An image of one gray value
-    has no foreground. GHT's pixel-count constants are scaled to the image's size.
+    has no foreground. GHT's pixel-count constants are scaled to the image's size. Beyond the paper: channel, one of
+    CHANNELS; fov, bool (B, H, W), the field of view: what is outside is neither counted nor foreground.
     """
     if method not in THRESHOLDS or foreground not in ("bright", "dark"):
         raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}: {', '.join(THRESHOLDS)}; bright, dark")
     masks = np.zeros(images.shape[:3], np.uint8)
-    for image, mask in zip(images, masks):
-        gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
-        if gray.min() == gray.max():
+    for image, mask, inside in zip(images, masks, itertools.repeat(None) if fov is None else fov):
+        gray = one_channel(image, channel)
+        seen = gray if inside is None else gray[inside][:, None]        # (H, W) or (pixels, 1)
+        if not seen.size or seen.min() == seen.max():
+            continue
+        if method == "enclosed":
+            mask[:] = enclosed_mask(gray, foreground, inside)
             continue
         if method.startswith("adaptive"):                       # gray > local mean - C, block 11, C 2
             kind = cv2.ADAPTIVE_THRESH_MEAN_C if method == "adaptive_mean" else cv2.ADAPTIVE_THRESH_GAUSSIAN_C
             bright = cv2.adaptiveThreshold(gray, 1, kind, cv2.THRESH_BINARY, 11, 2) == 1
         elif method == "ght":
-            scale = gray.size / GHT_PIXELS
-            bright = gray > ght_threshold(gray, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
+            scale = seen.size / GHT_PIXELS
+            bright = gray > ght_threshold(seen, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
         else:
-            bright = gray > (otsu_threshold(gray) if method == "otsu" else 127)
-        mask[:] = bright if foreground == "bright" else ~bright
+            bright = gray > (otsu_threshold(seen) if method == "otsu" else 127)
+        mask[:] = (bright == (foreground == "bright")) & (True if inside is None else inside)
     return masks
+
+
+def separability(gray):
+    """uint8, any shape -> float in [0, 1]: between-class over total variance at Otsu's threshold (Otsu 1979, eq. 12)."""
+    n, x = np.bincount(gray.ravel(), minlength=256) / gray.size, np.arange(256.0)
+    dark = x <= otsu_threshold(gray.reshape(-1, 1))
+    w, total = n[dark].sum(), (n * x ** 2).sum() - (n * x).sum() ** 2
+    if not 0 < w < 1:
+        return 0.0
+    return float(w * (1 - w) * ((n * x)[dark].sum() / w - (n * x)[~dark].sum() / (1 - w)) ** 2 / total)
+
+
+def choose_channel(images):
+    """uint8 (N, H, W, 3), may be mapped -> (one of CHANNELS, its evidence): the one that Otsu's threshold separates best, in
+    the mean over images; gray wins ties. Not in the paper."""
+    mean = {c: np.mean([separability(one_channel(image, c)) for image in images]) for c in CHANNELS}
+    best = max(CHANNELS, key=lambda c: round(mean[c], 6))       # the first of equals
+    return best, "mean separability " + ", ".join(f"{c} {value:.4f}" for c, value in mean.items())
+
+
+def field_of_view(images, method, foreground, channel="gray"):
+    """uint8 (N, H, W, 3), may be mapped -> bool (H, W), False where it is frame, or None where nothing is: a position that
+    the threshold calls foreground in more than 70 % of the images and that such positions connect to the border is a lens
+    corner or letterbox, not an object. One map a data set: what is frame in fewer images stays. Not in the paper."""
+    often = (sum(pseudo_mask(image[None], method, foreground, channel)[0].astype(np.int64) for image in images)
+             > 0.7 * len(images)).astype(np.uint8)
+    ringed = cv2.copyMakeBorder(often, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    cv2.floodFill(ringed, None, (0, 0), 2)                      # 4-connected, from the ring inwards
+    frame = ringed[1:-1, 1:-1] == 2
+    return ~frame if frame.any() else None
 
 
 # ----------------------------------------------------------------------------------------- augmentation (appendix D)
@@ -160,15 +233,16 @@ class MedSASS(nn.Module):
     stops_early = True
 
     def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu", foreground="bright",
-                 loss="focal_tversky", train_part="end2end"):
+                 loss="focal_tversky", train_part="end2end", channel="gray", fov=None):
         super().__init__()
-        self.unet = build_unet(backbone, img_size)
+        self.unet, self.fov = build_unet(backbone, img_size), fov
         self.loss, self.train_part = LOSSES[loss], train_part
         self.lr, self.weight_decay = 3.6e-4, 1e-5               # not in the paper: the authors' sibling code
         if train_part != "end2end":
             self.unet.requires_grad_(train_part == "decoder").encoder.requires_grad_(train_part == "encoder")
-        self.plain = functools.partial(view_and_mask, v2.Identity(), threshold, foreground)
-        self.augment = functools.partial(view_and_mask, paper_augmentation(), threshold, foreground)
+        draw = functools.partial(pseudo_mask, method=threshold, foreground=foreground, channel=channel)
+        self.plain = functools.partial(view_and_mask, v2.Identity(), draw, fov)
+        self.augment = functools.partial(view_and_mask, paper_augmentation(), draw, fov)
 
     @property
     def encoder(self):
@@ -205,16 +279,21 @@ class MedSASS(nn.Module):
                     "if it stays so, try --loss focal_tversky (bce does this in appendix B.1) or a smaller --lr")
 
     def samples(self, views):
-        return {"image": views[0], "pseudo-mask": views[1], "prediction": self.unet(normalise(views[0])) > 0}
+        fov = {} if self.fov is None else {"field of view": torch.from_numpy(self.fov).expand(len(views[0]), 1, -1, -1)}
+        return {"image": views[0]} | fov | {"pseudo-mask": views[1], "prediction": self.unet(normalise(views[0])) > 0}
 
 
 METHODS = dict(medsass=MedSASS, byol=BYOL, dino=DINO, simsiam=SimSiam, mae=MAE, simmim=SimMIM)
 
 
-def view_and_mask(transform, threshold, foreground, image):
-    """uint8 (3, H, W) -> [transform(image), its pseudo-mask uint8 {0, 1} (1, H, W)]."""
-    view = transform(image)
-    return [view, torch.from_numpy(pseudo_mask(view.permute(1, 2, 0).numpy()[None], threshold, foreground))]
+def view_and_mask(transform, draw, fov, image):
+    """uint8 (3, H, W) -> [transform(image), its pseudo-mask uint8 {0, 1} (1, H, W)]; fov, bool (H, W), moves with it."""
+    if fov is None:
+        view, moved = transform(image), None
+    else:
+        view, moved = transform(image, tv_tensors.Mask(fov[None].astype(np.uint8)))
+        moved = moved.numpy() > 0                               # (1, H, W)
+    return [view, torch.from_numpy(draw(view.permute(1, 2, 0).numpy()[None], fov=moved))]
 
 
 def normalise(images):
@@ -507,12 +586,13 @@ def run_settings(args, meta):
     """All that decides what a run computes; equal settings, equal bits (on one machine)."""
     names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs", "batch_size",
              "patience", "lr", "weight_decay", "seed")
-    return {name: getattr(args, name) for name in names} | dict(img_size=meta["size"], data=meta["fingerprint"])
+    beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov, drawn_from=args.drawn_from)
+    return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
 
 
 def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
-    short = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b", patience="p", lr="lr",
+    short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", epochs="e", batch_size="b", patience="p", lr="lr",
                  weight_decay="wd")
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
@@ -523,14 +603,22 @@ def build_method(args, meta, defaults):
     and in `defaults`; those that only MedSASS uses are named and ignored for a baseline."""
     defaults |= dict(foreground=meta["foreground"])
     if args.method != "medsass":
-        unused = ("train", "threshold", "loss", "foreground")
+        unused = ("train", "threshold", "loss", "foreground", "channel", "fov")
         given = [name for name in unused if getattr(args, name) not in (None, defaults[name])]
         if given:
             print(f"not used by {args.method} and ignored: {', '.join('--' + name for name in given)}")
         defaults |= dict(train="encoder")
         vars(args).update({name: defaults[name] for name in unused})
     args.foreground = args.foreground or defaults["foreground"]
-    own = (args.threshold, args.foreground, args.loss, args.train) if args.method == "medsass" else ()
+    fov, args.drawn_from = None, "gray" if args.channel == "auto" else args.channel
+    if "auto" in (args.channel, args.fov):                      # decided once a data set, on its training images
+        images, said = prepare_data.open_part(Path(args.data) / args.dataset, "train")[0], "as asked"
+        if args.channel == "auto":
+            args.drawn_from, said = choose_channel(images)
+        if args.fov == "auto":                                  # what is enclosed touches no border: Otsu finds the frame
+            fov = field_of_view(images, "otsu" if args.threshold == "enclosed" else args.threshold, args.foreground, args.drawn_from)
+        print(f"pseudo-masks are drawn from {args.drawn_from} ({said}); frame: {0 if fov is None else 1 - fov.mean():.1%} of a picture")
+    own = (args.threshold, args.foreground, args.loss, args.train, args.drawn_from, fov) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
     try:
         method = METHODS[args.method](args.backbone, meta["size"], args.batch_size, *own)
@@ -574,9 +662,14 @@ def parse_args(argv):
     add("--method", default="medsass", choices=list(METHODS), help="MedSASS, or an encoder by a baseline")
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
-    add("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3)")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="who draws the pseudo-masks (Table 3); enclosed, for dark or "
+        "bright objects inside the picture, is beyond the paper")
     add("--loss", default="focal_tversky", choices=list(LOSSES), help="Table 4; bce is appendix B.1")
     add("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
+    add("--channel", default="gray", choices=[*CHANNELS, "auto"], help="what the pseudo-masks are drawn from; auto: the channel "
+        "that Otsu's threshold separates best. Beyond the paper")
+    add("--fov", default="off", choices=["off", "auto"], help="auto: leave out what is frame in most images (lens corners, "
+        "letterbox). Beyond the paper")
     add("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
     add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
     add("--patience", type=int, help="stop after so many epochs without a better validation loss; 0: "

@@ -336,6 +336,64 @@ def test_warps_are_torchvisions_inside_and_mirror_outside():
         assert (warp(white) == 255).all()                       # torchvision would leave black corners
 
 
+def test_channel_is_the_most_separable():
+    gray = spot(40, 50)[0]
+    t, x = pretrain.otsu_threshold(gray), gray.astype(float)
+    between = sum((x[part].mean() - x.mean()) ** 2 * part.mean() for part in (gray <= t, gray > t))
+    assert pretrain.separability(gray) == pytest.approx(between / x.var(), rel=1e-9)
+    assert pretrain.separability(np.full((5, 5), 7, np.uint8)) == 0
+    images = np.stack([np.dstack([rng.integers(0, 256, (40, 50)), spot(40, 50)[0], rng.integers(0, 256, (40, 50))]) for _ in range(5)])
+    assert pretrain.choose_channel(images.astype(np.uint8))[0] == "green"
+    assert pretrain.choose_channel(np.repeat(gray[None, ..., None], 3, axis=3))[0] == "gray"        # all alike: gray wins
+    for channel, k in (("red", 0), ("green", 1), ("blue", 2)):
+        expected = pretrain.pseudo_mask(np.repeat(images[:1, ..., k:k + 1], 3, axis=3).astype(np.uint8))
+        assert np.array_equal(pretrain.pseudo_mask(images[:1].astype(np.uint8), channel=channel), expected)
+
+
+def test_enclosed_mask_equals_a_loop_over_thresholds():
+    for seed in range(3):
+        noise = np.random.default_rng(seed).integers(0, 256, (9, 11)).astype(np.uint8)
+        gray = cv2.resize(noise, (61, 47), interpolation=cv2.INTER_CUBIC)
+        level = pretrain.border_level(gray)
+        seen = cv2.GaussianBlur(cv2.createCLAHE(4., (8, 8)).apply(gray), (0, 0), 61 / 120)
+        best, expected = -1, None
+        for t in range(256):
+            for picture, check in ((gray, True), (seen, False)):
+                dark = picture <= t
+                labels = cv2.connectedComponents(dark.astype(np.uint8), connectivity=4)[1]
+                border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+                inside = dark & ~np.isin(labels, border[border > 0])
+                if check:
+                    assert np.array_equal(inside, dark & (level > t))
+                elif inside.sum() > best:
+                    best, expected = inside.sum(), inside
+        assert np.array_equal(pretrain.enclosed_mask(gray), expected)
+        assert np.array_equal(pretrain.enclosed_mask(255 - gray, "bright"), expected)
+
+
+def test_field_of_view_leaves_the_frame_out():
+    images = np.stack([np.repeat(spot(64, 64, bright=False)[0][..., None], 3, axis=2) for _ in range(10)])
+    assert pretrain.field_of_view(images, "otsu", "dark") is None
+    corner = np.add.outer(np.arange(64), np.arange(64)) < 20
+    images = np.maximum(images, 40)                             # darker than that is the corner alone
+    images[:, corner] = 3
+    fov = pretrain.field_of_view(images, "otsu", "dark")
+    assert np.array_equal(~fov, corner)
+    with_corner = pretrain.pseudo_mask(images, foreground="dark")
+    masks = pretrain.pseudo_mask(images, foreground="dark", fov=np.repeat(fov[None], 10, axis=0))
+    assert with_corner[:, corner].all() and not masks[:, corner].any()
+    for image, mask in zip(images, masks):
+        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        assert np.array_equal(mask == 1, (gray <= skimage.filters.threshold_otsu(gray[fov])) & fov)
+    image, views = torch.from_numpy(images[0]).permute(2, 0, 1), []
+    for method in (pretrain.MedSASS("resnet50", 64, foreground="dark", fov=fov), pretrain.MedSASS("resnet50", 64, foreground="dark")):
+        torch.manual_seed(3)
+        views.append(method.augment(image))
+    (view, mask), (plain, whole) = views
+    frame = view[0] < 10                                        # the corner, wherever it went; the map went with it
+    assert torch.equal(view, plain) and frame.sum() > 100 and whole[0][frame].all() and mask[0][frame].float().mean() < .1
+
+
 def test_pseudo_mask_is_of_the_very_view():
     method = pretrain.MedSASS("resnet50", foreground="dark")
     image = torch.from_numpy(rng.integers(0, 256, (3, 48, 48), np.uint8))
@@ -483,6 +541,16 @@ def test_every_threshold_and_loss_trains(data, tmp_path):
     for threshold, loss in zip(pretrain.THRESHOLDS, losses.LOSSES):
         folder = train(small, tmp_path / "runs", "--threshold", threshold, "--loss", loss, epochs=1)
         assert math.isfinite(float(list(csv.DictReader(open(folder / "log.csv")))[0]["train_loss"]))
+
+
+def test_channel_and_field_of_view_by_flags(data, tmp_path, capsys):
+    run = train(data, tmp_path, "--channel", "auto", "--fov", "auto", "--threshold", "enclosed", epochs=1)
+    assert run.parent.name == "medsass-enclosed-chauto-fovauto-e1" and "drawn from gray" in capsys.readouterr().out
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert (settings["channel"], settings["fov"], settings["drawn_from"]) == ("auto", "auto", "gray")
+    assert {f.name for f in run.iterdir()} >= {"best.pt", "encoder.pth", "samples.png"}
+    r = score(data, tmp_path, "--run", str(run))[1]
+    assert r["variant"] == "medsass-enclosed-chauto-fovauto-e1" and r["channel"] == r["fov"] == "auto"
 
 
 def test_other_settings_in_a_run_folder_are_refused(data, run):
