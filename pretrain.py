@@ -235,7 +235,7 @@ class MedSASS(nn.Module):
     def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu", foreground="bright",
                  loss="focal_tversky", train_part="end2end", channel="gray", fov=None):
         super().__init__()
-        self.unet, self.fov = build_unet(backbone, img_size), fov
+        self.unet, self.img_size, self.fov = build_unet(backbone, img_size), img_size, fov
         self.loss, self.train_part = LOSSES[loss], train_part
         self.lr, self.weight_decay = 3.6e-4, 1e-5               # not in the paper: the authors' sibling code
         if train_part != "end2end":
@@ -339,6 +339,22 @@ class Images(torch.utils.data.Dataset):
         image = np.array(np.load(self.path, mmap_mode="r")[index])      # mapped afresh: nothing to send to a worker
         with seeded(self.seed, epoch, index):
             return index, self.transform(torch.from_numpy(image).permute(2, 0, 1))
+
+
+class Drawn(Images):
+    """One part of a data set with masks that were drawn before, an .npy, uint8 {0, 1} (N, S, S). Key (epoch, index) ->
+    (index, [view, mask (1, S, S)]), moved together."""
+
+    def __init__(self, folder, part, transform, seed, masks):
+        super().__init__(folder, part, transform, seed)
+        self.masks = masks
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, mask = (np.array(np.load(path, mmap_mode="r")[index]) for path in (self.path, self.masks))
+        with seeded(self.seed, epoch, index):
+            view, mask = self.transform(torch.from_numpy(image).permute(2, 0, 1), tv_tensors.Mask(mask[None]))
+            return index, [view, mask.as_subclass(torch.Tensor)]
 
 
 class Batches:
@@ -488,9 +504,34 @@ def train_one_epoch(method, loader, optimizer, device, step, args, bar):
     return {name: total / n for name, total in sums.items()} | dict(waiting_share=waited / (time.time() - start))
 
 
-def image_sets(method, args):
-    """The training images, the same un-augmented, and the validation images, all without labels."""
+@torch.no_grad()
+def draw_masks(unet, images, path, device, batch=16):
+    """Write the masks that a network draws, its probability averaged over the four flips: uint8 (N, S, S, 3), may be mapped ->
+    an .npy, uint8 {0, 1} (N, S, S)."""
+    def write(temporary):
+        masks = np.lib.format.open_memmap(temporary, "w+", np.uint8, images.shape[:3])
+        for start in range(0, len(images), batch):
+            view = torch.from_numpy(np.array(images[start:start + batch])).permute(0, 3, 1, 2)
+            flips = [(), (2,), (3,), (2, 3)]
+            mean = sum(unet(normalise(to_device([view.flip(axes)], device)[0])).sigmoid().flip(axes) for axes in flips) / 4
+            masks[start:start + batch] = (mean[:, 0] > 0.5).cpu().numpy()
+        masks.flush()
+
+    write_atomically(path, write)
+
+
+def image_sets(method, args, folder, device):
+    """The training images, the same un-augmented, and the validation images, all without labels. From round 2 on, the masks
+    are those that the round before draws."""
     data = Path(args.data) / args.dataset
+    if args.round > 1:
+        unet = build_unet(args.backbone, method.img_size).to(device, memory_format=torch.channels_last).eval()
+        unet.load_state_dict(load_checkpoint(args.before / "best.pt", device)["model"])
+        for part in ("train", "val"):
+            draw_masks(unet, prepare_data.open_part(data, part)[0], folder / f"{part}_drawn.npy", device)
+        return (Drawn(data, "train", paper_augmentation(), args.seed, folder / "train_drawn.npy"),
+                Images(data, "train", v2.Identity(), args.seed),
+                Drawn(data, "val", v2.Identity(), args.seed, folder / "val_drawn.npy"))
     return (Images(data, "train", method.augment, args.seed), Images(data, "train", v2.Identity(), args.seed),
             Images(data, "val", getattr(method, "plain", method.augment), args.seed))
 
@@ -587,12 +628,13 @@ def run_settings(args, meta):
     names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs", "batch_size",
              "patience", "lr", "weight_decay", "seed")
     beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov, drawn_from=args.drawn_from)
+    beyond |= {} if args.round == 1 else dict(round=args.round)
     return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
 
 
 def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
-    short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", epochs="e", batch_size="b", patience="p", lr="lr",
+    short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", round="r", epochs="e", batch_size="b", patience="p", lr="lr",
                  weight_decay="wd")
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
@@ -670,6 +712,8 @@ def parse_args(argv):
         "that Otsu's threshold separates best. Beyond the paper")
     add("--fov", default="off", choices=["off", "auto"], help="auto: leave out what is frame in most images (lens corners, "
         "letterbox). Beyond the paper")
+    add("--rounds", type=int, default=1, metavar="N", help="self-training: after the first round the student of the round before, "
+        "averaged over flips, draws the pseudo-masks; end2end only. Beyond the paper")
     add("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
     add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
     add("--patience", type=int, help="stop after so many epochs without a better validation loss; 0: "
@@ -684,10 +728,13 @@ def parse_args(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
-    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
+    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0, rounds=1).items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
-    return args, {action.dest: action.default for action in parser._actions}
+    if args.rounds > 1 and (args.method != "medsass" or args.train == "encoder"):
+        parser.error("--rounds needs a student that draws masks: medsass, trained end2end")
+    args.round, args.before = 1, None                           # main counts them up
+    return args, {action.dest: action.default for action in parser._actions} | dict(round=1)
 
 
 def main(argv=None):
@@ -696,14 +743,16 @@ def main(argv=None):
     meta = prepare_data.read_meta(Path(args.data) / args.dataset)
     device = pick_device(args.device)
     args.device = device.type
-    method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
-    folder = run_folder(args, defaults)
-    with prepare_data.only_one(folder / ".lock"):
-        open_run(run_settings(args, meta), args, folder)
-        if finished_run(folder):
-            print(f"{folder} is finished: nothing to do")
-        else:
-            train(method, image_sets(method, args), args, folder, device)
+    for args.round in range(1, args.rounds + 1):                # each round is a run of its own, from fresh weights
+        method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
+        folder = run_folder(args, defaults)
+        with prepare_data.only_one(folder / ".lock"):
+            open_run(run_settings(args, meta), args, folder)
+            if finished_run(folder):
+                print(f"{folder} is finished: nothing to do")
+            else:
+                train(method, image_sets(method, args, folder, device), args, folder, device)
+        args.before = folder
 
 
 if __name__ == "__main__":

@@ -553,6 +553,26 @@ def test_channel_and_field_of_view_by_flags(data, tmp_path, capsys):
     assert r["variant"] == "medsass-enclosed-chauto-fovauto-e1" and r["channel"] == r["fov"] == "auto"
 
 
+def test_rounds_learn_from_the_round_before(data, run, tmp_path):
+    shutil.copytree(run.parents[2], tmp_path / "demo")          # round 1 is there: not trained again
+    before = (tmp_path / "demo/resnet50/medsass-e2/seed0/best.pt").stat().st_mtime_ns
+    second = train(data, tmp_path, "--rounds", "2")
+    assert second.parent.name == "medsass-r2-e2"
+    assert (tmp_path / "demo/resnet50/medsass-e2/seed0/best.pt").stat().st_mtime_ns == before
+    unet = models.build_unet("resnet50").eval()
+    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
+    images = torch.from_numpy(np.array(prepare_data.open_part(data / "demo", "val")[0])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        turned = [unet(pretrain.normalise(images.flip(axes))).sigmoid().flip(axes) for axes in ((), (2,), (3,), (2, 3))]
+    drawn = np.load(second / "val_drawn.npy")
+    assert (drawn == (torch.stack(turned).mean(dim=0)[:, 0] > .5).numpy()).mean() > .999        # but for rounding
+    kept = contents(second)
+    shutil.rmtree(second)
+    train(data, tmp_path, "--rounds", "2")
+    assert contents(second) == kept
+    refused(lambda: train(data, tmp_path, "--rounds", "2", "--train", "encoder"), 2)
+
+
 def test_other_settings_in_a_run_folder_are_refused(data, run):
     flags = ["--dataset", "demo", "--data", str(data), "--out", str(run.parents[3]), "--epochs", "2"]
     config = json.loads((run / "config.json").read_text())
