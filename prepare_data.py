@@ -171,13 +171,12 @@ slide = functools.lru_cache(maxsize=1)(read_image)              # its twelve til
 slide_mask = functools.lru_cache(maxsize=1)(read_mask)
 
 
-def load_pair(job):
-    """(pair, size) -> (image uint8 (S, S, 3), mask uint8 {0, 1} (S, S) or None, {mask value: pixels}, error or None).
+def load_pair(pair, size):
+    """-> (image uint8 (S, S, 3), mask uint8 {0, 1} (S, S) or None, {mask value: pixels}, error or None).
 
     The mask is made here only where `above` is known, the value above which a pixel is foreground; else values are
     counted. Several masks of one image are joined.
     """
-    pair, size = job
     values, mask = {}, None
     try:
         if "arrays" in pair:                                    # TissueNet's
@@ -259,11 +258,11 @@ def enclosed_areas(image):
     return tuple(areas)
 
 
-def decide_foreground(asked, images, pool):
-    """"bright" or "dark" for the whole data set, and the evidence. images: the training images, uint8 (S, S, 3)."""
+def decide_foreground(asked, areas):
+    """"bright" or "dark" for the whole data set, and the evidence. areas: enclosed_areas of the training images, (N, 2)."""
     if asked != "auto":
         return asked, "set by --foreground, or as published"
-    areas = np.array(list(pool.imap(enclosed_areas, images, chunksize=8)))             # (N, 2)
+    areas = np.array(areas)
     bright, dark = areas.mean(axis=0)
     decision = "bright" if bright >= dark else "dark"
     agree = float(((areas[:, 0] > areas[:, 1]) if decision == "bright" else (areas[:, 1] > areas[:, 0])).mean())
@@ -725,7 +724,7 @@ def check(folder):
     if digest.hexdigest() != meta["fingerprint"]:
         wrong.append(f"the arrays are not those that were written: fingerprint {digest.hexdigest()}, meta.json has {meta['fingerprint']}")
     if wrong:
-        sys.exit("\n".join(f"{folder}: {line}" for line in wrong))
+        sys.exit("\n".join(f"{folder}: {line}" for line in wrong[:20] + [f"and {len(wrong) - 20} more"] * (len(wrong) > 20)))
     print(f"{folder}: all is well; fingerprint {meta['fingerprint']}")
 
 
@@ -883,20 +882,33 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+def load_row(job):
+    """(pair, row, size, folder) -> ({mask value: pixels}, enclosed_areas, error or None). The image, and the mask where it can
+    be made already, go to that row of folder/scratch and folder/scratch_masks: arrays would be slow to send."""
+    pair, row, size, folder = job
+    image, mask, values, error = load_pair(pair, size)
+    if error:
+        return {}, None, error
+    for name, array in (("scratch", image), ("scratch_masks", mask)):
+        if array is not None:
+            with open(folder / name, "r+b") as file:
+                file.seek(row * array.size)
+                file.write(array.tobytes())
+    return values, enclosed_areas(image), None
+
+
 def read_all(pairs, size, folder, pool, bad):
-    """Decode every image once into folder/scratch, row after row, and masks where they can be made already into
-    folder/scratch_masks; set each pair's row. Returns {mask value: pixels}."""
-    values, good = collections.Counter(), 0
-    jobs = ((pair, size) for pair in with_arrays(pairs))
-    with open(folder / "scratch", "wb") as images, open(folder / "scratch_masks", "wb") as masks:
-        for pair, (image, mask, found, error) in zip(pairs, tqdm(pool.imap(load_pair, jobs, chunksize=4), "read", len(pairs),
-                                                                 unit=" images")):
-            if error:
-                bad.append(error)
-                continue
-            images.write(image.tobytes())
-            masks.write(b"" if mask is None else mask.tobytes())
-            pair["row"], good = good, good + 1
+    """Decode every image once (load_row); set each pair's row and areas. Returns {mask value: pixels}."""
+    values = collections.Counter()
+    for name in ("scratch", "scratch_masks"):
+        (folder / name).touch()
+    jobs = ((pair, row, size, folder) for row, pair in enumerate(with_arrays(pairs)))
+    done = tqdm(pool.imap(load_row, jobs, chunksize=4), "read", len(pairs), unit=" images")
+    for row, (pair, (found, areas, error)) in enumerate(zip(pairs, done)):
+        if error:
+            bad.append(error)
+        else:
+            pair["row"], pair["areas"] = row, areas
             values.update(found)
     return values
 
@@ -942,7 +954,7 @@ def write_parts(folder, args, size, pairs, pool, values):
             write_npy(folder / f"{part}_masks.npy", (n, size, size), masks(part), digest)
             if empty[part]:
                 print(f"{part}: {empty[part]} of {n} masks are empty at {size} px")
-    foreground, evidence = decide_foreground(args.foreground, scratch_rows(folder / "scratch", parts["train"], (size, size, 3)), pool)
+    foreground, evidence = decide_foreground(args.foreground, [pair["areas"] for pair in parts["train"]])
     print(f"foreground: {foreground} ({evidence})")
     meta = dict(dataset=args.dataset, name=args.name, foreground=foreground, foreground_evidence=evidence, size=size,
                 seed=args.seed, source=str(args.raw), has_masks=has_masks, mask_foreground=mask_evidence, empty_masks=empty)
