@@ -47,8 +47,6 @@ from tqdm import tqdm
 PARTS = ("train", "val", "test")
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # twice that large is an error, in one line
-
 TILE = 480                                                      # of a dm slide (section 3.1)
 # What the paper or the authors say of each published data set. counts: train, val, test; mask: the value above which a
 # mask pixel is foreground; files: what --download fetches, for those that need no account.
@@ -69,6 +67,8 @@ PUBLISHED = dict(
     dsb2018=dict(foreground="auto", mask=0, counts=(469, 67, 134), licence="CC0",
                  page="https://bbbc.broadinstitute.org/BBBC038",
                  files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]))
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # twice that large is an error, in one line
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -183,8 +183,8 @@ def load_pair(pair, size):
             image, masks = two_channels(pair["arrays"][0]), [pair["arrays"][1]]
             shape = image.shape[:2]
         elif "tile" in pair:                                    # scaled as a whole slide, then cut
-            image = cut(named(slide, pair["image"], page=pair["page"]), pair["tile"])
-            masks, shape = [cut(named(slide_mask, path), pair["tile"]) for path in pair["masks"]], image.shape[:2]
+            image = named(slide, pair["image"], page=pair["page"])
+            masks, shape = (named(slide_mask, path) for path in pair["masks"]), image.shape[:2]
         else:
             image, shape = named(read_image, pair["image"], least=3 * size // 2)      # what is left is averaged by resize
             masks = (named(read_mask, path) for path in pair["masks"] or ())
@@ -193,6 +193,8 @@ def load_pair(pair, size):
                 raise ValueError(f"{pair['masks'][k]}: the mask is {one.shape[1]}x{one.shape[0]}, its image "
                                  f"{shape[1]}x{shape[0]}")
             mask = one if mask is None else np.maximum(mask, one)
+        if "tile" in pair:
+            image, mask, shape = cut(image, pair["tile"]), cut(mask, pair["tile"]), None
         if mask is not None and pair.get("above") is None:
             values, mask = dict(zip(*(a.tolist() for a in np.unique(mask, return_counts=True)))), None
         elif mask is not None:
