@@ -41,8 +41,8 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (THRESHOLDS, Batches, Images, MedSASS, finished_run, load_checkpoint, normalise, open_run,
-                      paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically, write_csv)
+from pretrain import (CHANNELS, THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise,
+                      open_run, paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
@@ -421,10 +421,17 @@ def reference(args, settings, meta, device):
     except ValueError as error:
         sys.exit(str(error))
     other = "dark" if settings["foreground"] == "bright" else "bright"
+    args.foreground = settings["foreground"]
+    channel, fov = decide_teacher(args)
+
+    def drawn(batch, foreground):
+        inside = None if fov is None else np.broadcast_to(fov, batch.shape[:3])
+        return pseudo_mask(batch, settings["threshold"], foreground, channel, inside) > 0
+
     rows = dict(all_foreground=lambda batch: np.ones(batch.shape[:3], bool),
                 all_background=lambda batch: np.zeros(batch.shape[:3], bool),
-                raw_threshold=lambda batch: pseudo_mask(batch, settings["threshold"], settings["foreground"]) > 0,
-                raw_threshold_inverted=lambda batch: pseudo_mask(batch, settings["threshold"], other) > 0,
+                raw_threshold=lambda batch: drawn(batch, settings["foreground"]),
+                raw_threshold_inverted=lambda batch: drawn(batch, other),
                 random_init=lambda batch: predict_logits(unet, batch, device) > 0)
     constant = best_constant(Path(args.data) / args.dataset)
     if constant is None:
@@ -702,7 +709,7 @@ def said(gap):
 
 def best_trivial(cells, dataset, backbone):
     """The reference row of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
-    rows = {key[5]: cell for key, cell in cells.items() if key[:3] == (dataset, backbone, "reference")}
+    rows = {key[5]: cell for key, cell in cells.items() if key[:4] == (dataset, backbone, "reference", "reference")}
     return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
 
 
@@ -1009,6 +1016,8 @@ def parse_args(argv):
     add("--lr", type=float, default=3.6e-4, help="of Adam, as in pretraining")
     add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
+    add("--channel", default="gray", choices=[*CHANNELS, "auto"], help="reference: what raw_threshold is drawn from")
+    add("--fov", default="off", choices=["off", "auto"], help="reference: auto leaves out what is frame in most images")
     add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
@@ -1048,12 +1057,12 @@ def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
     training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers"}
     network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
-               "reference": {"threshold", "foreground"}}
+               "reference": {"threshold", "foreground", "channel", "fov"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
     used -= {"loss"} if args.protocol == "classify" else set()
     used = {"overlay", "tile", "page"} if args.predict else used | {"dataset", "protocol"}
     used |= set() if args.run else {"backbone"}
-    every = training | {"decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
+    every = training | {"decoder", "threshold", "foreground", "channel", "fov", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
@@ -1067,8 +1076,10 @@ def describe(args, settings, meta):
     if args.protocol == "reference":
         foreground = args.foreground or meta["foreground"]
         variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
-                            *[foreground] * (foreground != meta["foreground"])])
-        return common | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
+                            *[foreground] * (foreground != meta["foreground"]), *[f"ch{args.channel}"] * (args.channel != "gray"),
+                            *[f"fov{args.fov}"] * (args.fov != "off")])
+        beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov)
+        return common | beyond | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
     if args.protocol == "supervised":
         return common | dict(method="supervised", train="end2end", variant="supervised", loss=args.loss, epochs=args.epochs,
                              batch_size=args.batch_size)

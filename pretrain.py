@@ -640,6 +640,19 @@ def run_folder(args, defaults):
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
 
 
+def decide_teacher(args):
+    """--channel and --fov, decided once a data set on its training images: (one of CHANNELS, bool (S, S) or None)."""
+    channel, fov, said = "gray" if args.channel == "auto" else args.channel, None, "as asked"
+    if "auto" in (args.channel, args.fov):
+        images = prepare_data.open_part(Path(args.data) / args.dataset, "train")[0]
+        if args.channel == "auto":
+            channel, said = choose_channel(images)
+        if args.fov == "auto":                                  # what is enclosed touches no border: Otsu finds the frame
+            fov = field_of_view(images, "otsu" if args.threshold == "enclosed" else args.threshold, args.foreground, channel)
+        print(f"pseudo-masks are drawn from {channel} ({said}); frame: {0 if fov is None else 1 - fov.mean():.1%} of a picture")
+    return channel, fov
+
+
 def build_method(args, meta, defaults):
     """The method with its weights drawn from --seed. Flags that were left unset get the method's own values, in `args`
     and in `defaults`; those that only MedSASS uses are named and ignored for a baseline."""
@@ -652,14 +665,7 @@ def build_method(args, meta, defaults):
         defaults |= dict(train="encoder")
         vars(args).update({name: defaults[name] for name in unused})
     args.foreground = args.foreground or defaults["foreground"]
-    fov, args.drawn_from = None, "gray" if args.channel == "auto" else args.channel
-    if "auto" in (args.channel, args.fov):                      # decided once a data set, on its training images
-        images, said = prepare_data.open_part(Path(args.data) / args.dataset, "train")[0], "as asked"
-        if args.channel == "auto":
-            args.drawn_from, said = choose_channel(images)
-        if args.fov == "auto":                                  # what is enclosed touches no border: Otsu finds the frame
-            fov = field_of_view(images, "otsu" if args.threshold == "enclosed" else args.threshold, args.foreground, args.drawn_from)
-        print(f"pseudo-masks are drawn from {args.drawn_from} ({said}); frame: {0 if fov is None else 1 - fov.mean():.1%} of a picture")
+    args.drawn_from, fov = decide_teacher(args)
     own = (args.threshold, args.foreground, args.loss, args.train, args.drawn_from, fov) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
     try:

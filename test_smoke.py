@@ -551,6 +551,12 @@ def test_channel_and_field_of_view_by_flags(data, tmp_path, capsys):
     assert {f.name for f in run.iterdir()} >= {"best.pt", "encoder.pth", "samples.png"}
     r = score(data, tmp_path, "--run", str(run))[1]
     assert r["variant"] == "medsass-enclosed-chauto-fovauto-e1" and r["channel"] == r["fov"] == "auto"
+    path, r = score(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "reference", "--threshold", "enclosed",
+                    "--channel", "blue")
+    images, masks = prepare_data.open_part(data / "demo", "test")
+    drawn = pretrain.pseudo_mask(np.array(images), "enclosed", channel="blue") > 0
+    assert path.parents[1].name == "reference-enclosed-chblue" and r["raw_threshold"]["iou_global"] == pytest.approx(
+        finetune_eval.segmentation_scores(drawn, masks > 0)["iou_global"])
 
 
 def test_rounds_learn_from_the_round_before(data, run, tmp_path):
