@@ -361,14 +361,17 @@ def labelled_sets(args, transform, keep=None, classes=None):
     return sets, of
 
 
-def sheet_of_three(unet, images, masks, table, settings, names, device):
+def sheet_of_three(unet, images, masks, table, settings, names, device, data):
     """As the paper's Table 6: image, pseudo-mask, truth, prediction; the images of best, median and worst IoU."""
+    teacher = argparse.Namespace(data=data.parent, dataset=data.name, channel=settings.get("drawn_from", "gray"),
+                                 fov=settings.get("fov", "off"), threshold=settings["threshold"], foreground=settings["foreground"])
+    channel, fov = decide_teacher(teacher)
     iou = scores_from_counts(table[:, :4])["iou"]
     order = np.argsort(-iou, kind="stable")
     rows, captions = [], []
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         image = np.array(images[k])
-        pseudo = pseudo_mask(image[None], settings["threshold"], settings["foreground"], settings.get("drawn_from", "gray"))[0]
+        pseudo = pseudo_mask(image[None], settings["threshold"], settings["foreground"], channel, None if fov is None else fov[None])[0]
         rows.append([image, pseudo, masks[k], predict_logits(unet, image[None], device)[0] > 0])
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}"[:64])
     return prepare_data.contact_sheet(rows, ["image", settings["threshold"], "truth", "prediction"], captions)
@@ -399,7 +402,7 @@ def segment(args, settings, meta, device):
         result |= took
     unet = method.unet.to(device, memory_format=torch.channels_last).eval()
     table = score_images(lambda batch: predict_logits(unet, batch, device) > 0, images, masks)
-    sheet = sheet_of_three(unet, images, masks, table, settings, names, device)
+    sheet = sheet_of_three(unet, images, masks, table, settings, names, device, Path(args.data) / args.dataset)
     return dict(n_test=len(images), **result, **summarise(table, groups_of(names))), {"": table}, sheet
 
 
