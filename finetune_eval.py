@@ -34,19 +34,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (CHANNELS, THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise,
-                      open_run, paper_augmentation, pick_device, pseudo_mask, seed_from, seeded, train, write_atomically, write_csv)
+from pretrain import (THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise, one_channel,
+                      open_run, paper_augmentation, pick_device, pseudo_mask, seed_from, separability, train, write_atomically,
+                      write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
+TEACHERS = {**{threshold: (threshold, "gray", "off") for threshold in THRESHOLDS}, "otsu-chauto": ("otsu", "auto", "off"),
+            "otsu-fovauto": ("otsu", "gray", "auto"), "otsu-chauto-fovauto": ("otsu", "auto", "auto")}  # --threshold --channel --fov
+ROWS = (*REFERENCE, *(f"teacher-{name}" for name in TEACHERS))
 COLUMNS = ("tp", "fp", "fn", "tn", "hd95")                     # of a table: what one test image scored
 SCORES = [f"{name}_{kind}" for name in ("iou", "dice", "precision", "recall", "accuracy") for kind in ("global", "image")]
 
@@ -236,28 +239,16 @@ def labelled_rows(names, labels, seed, of):
     return [k for group in order for k in groups[group]][:n]
 
 
-class Labelled(Images):
-    """The labelled images of one part. Key (pass, k) -> (row, [view, truth]), the same in whatever process; the truth is
-    a mask, uint8 {0, 1} (1, S, S), or with `classes` (a number a row) int64 (). Without transform: (row, image)."""
+class WithClass(Images):
+    """Images, and to each view its class: `classes`, an int a row of the part. Key (pass, k) -> (row, [view, int64 ()])."""
 
-    def __init__(self, folder, part, rows, transform, seed, classes=None):
-        super().__init__(folder, part, transform, seed)
-        self.rows, self.classes, self.masks = rows, classes, Path(folder) / f"{part}_masks.npy"
-
-    def __len__(self):
-        return len(self.rows)
+    def __init__(self, *args, classes, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.classes = classes
 
     def __getitem__(self, key):
-        turn, row = key[0], self.rows[key[1]]
-        image = torch.from_numpy(np.array(np.load(self.path, mmap_mode="r")[row])).permute(2, 0, 1)
-        if self.transform is None:
-            return row, image
-        with seeded(self.seed, turn, row):
-            if self.classes is not None:
-                return row, [self.transform(image), torch.tensor(self.classes[row])]
-            mask = tv_tensors.Mask(np.load(self.masks, mmap_mode="r")[row][None].copy())
-            view, mask = self.transform(image, mask)
-            return row, [view, mask.as_subclass(torch.Tensor)]
+        row, view = super().__getitem__(key)
+        return row, [view, torch.tensor(self.classes[row])]
 
 
 class FineTuning(MedSASS):
@@ -343,38 +334,42 @@ def fit(method, sets, args, settings, draws, device):
                         steps=epochs * steps, epochs_run=epochs, kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
 
-def labelled_sets(args, transform, keep=None, classes=None):
+def labelled_sets(args, keep=None, classes=None):
     """Training, plain training and validation data of the labelled images, and the number of all training images. keep:
-    rows that can be taken, a list a part (unset: all)."""
-    data, sets = Path(args.data) / args.dataset, []
+    rows that can be taken, a list a part (unset: all). classes: a number a row of each part, instead of the masks."""
+    data, seed = Path(args.data) / args.dataset, args.seed
     names = {part: prepare_data.read_names(data, part) for part in ("train", "val")}
     keep = keep or {part: list(range(len(rows))) for part, rows in names.items()}
     of = len(keep["train"])
     if not isinstance(args.labels, float) and args.labels > of:
         sys.exit(f"--labels {args.labels}: {data} has {of} training images")
-    rows = {part: [keep[part][k] for k in labelled_rows([names[part][i] for i in keep[part]], args.labels, args.seed, of)]
-            for part in keep}
-    for part, change in (("train", transform), ("train", None), ("val", v2.Identity())):
-        sets.append(Labelled(data, part, rows[part], change, args.seed, classes and classes[part]))
+    rows = {part: [keep[part][k] for k in labelled_rows([names[part][i] for i in keep[part]], args.labels, seed, of)] for part in keep}
     print(f"labels: {len(rows['train'])} of {of} training images, and {len(rows['val'])} of {len(keep['val'])} validation "
           "images to stop by")
-    return sets, of
+
+    def true(part, transform):
+        return (Images(data, part, transform, seed, rows[part], masks=data / f"{part}_masks.npy") if classes is None else
+                WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
+
+    return (true("train", paper_augmentation()), Images(data, "train", v2.Identity(), seed, rows["train"]), true("val", v2.Identity())), of
 
 
-def sheet_of_three(unet, images, masks, table, settings, names, device, data):
+def teacher_of(data, threshold, foreground, channel="gray", fov="off"):
+    """A teacher of a data set: a dict draw (uint8 (B, S, S, 3) -> bool (B, S, S)), channel and fov as decided."""
+    channel, seen, _ = decide_teacher(data, threshold, foreground, channel, fov)
+    return dict(draw=lambda batch: pseudo_mask(batch, threshold, foreground, channel, seen) > 0, channel=channel, fov=seen)
+
+
+def sheet_of_three(unet, images, masks, table, teacher, names, device):
     """As the paper's Table 6: image, pseudo-mask, truth, prediction; the images of best, median and worst IoU."""
-    teacher = argparse.Namespace(data=data.parent, dataset=data.name, channel=settings.get("drawn_from", "gray"),
-                                 fov=settings.get("fov", "off"), threshold=settings["threshold"], foreground=settings["foreground"])
-    channel, fov = decide_teacher(teacher)
     iou = scores_from_counts(table[:, :4])["iou"]
     order = np.argsort(-iou, kind="stable")
     rows, captions = [], []
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         image = np.array(images[k])
-        pseudo = pseudo_mask(image[None], settings["threshold"], settings["foreground"], channel, None if fov is None else fov[None])[0]
-        rows.append([image, pseudo, masks[k], predict_logits(unet, image[None], device)[0] > 0])
+        rows.append([image, teacher(image[None])[0], masks[k], predict_logits(unet, image[None], device)[0] > 0])
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}"[:64])
-    return prepare_data.contact_sheet(rows, ["image", settings["threshold"], "truth", "prediction"], captions)
+    return prepare_data.contact_sheet(rows, ["image", "pseudo-mask", "truth", "prediction"], captions)
 
 
 def segment(args, settings, meta, device):
@@ -396,13 +391,24 @@ def segment(args, settings, meta, device):
         for part in ("train", "val"):
             if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
                 sys.exit(f"{Path(args.data) / args.dataset} has no {part} masks: {args.protocol} needs them")
-        sets, of = labelled_sets(args, paper_augmentation())
+        sets, of = labelled_sets(args)
         folder, took = fit(method, sets, args, settings | result, of, device)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
         result |= took
     unet = method.unet.to(device, memory_format=torch.channels_last).eval()
-    table = score_images(lambda batch: predict_logits(unet, batch, device) > 0, images, masks)
-    sheet = sheet_of_three(unet, images, masks, table, settings, names, device, Path(args.data) / args.dataset)
+    draw = teacher_of(Path(args.data) / args.dataset, settings["threshold"], settings["foreground"],
+                      settings.get("drawn_from", "gray"), settings.get("fov", "off"))["draw"]
+    agreed = np.zeros(4, np.int64)                              # with the teacher, on images that neither has seen
+
+    def predict(batch):
+        pred = predict_logits(unet, batch, device) > 0
+        agreed[:] += count_pixels(pred, draw(batch)).sum(axis=0)
+        return pred
+
+    table = score_images(predict, images, masks)
+    if args.protocol == "transfer" and settings["method"] == "medsass" and "protocol" not in settings:
+        result["teacher_agreement"] = float(scores_from_counts(agreed)["iou"])
+    sheet = sheet_of_three(unet, images, masks, table, draw, names, device)
     return dict(n_test=len(images), **result, **summarise(table, groups_of(names))), {"": table}, sheet
 
 
@@ -415,37 +421,66 @@ def best_constant(data):
     return sum(mask.astype(np.int64) for mask in masks) * 2 >= len(masks)
 
 
+def label_free(images, teacher):
+    """What can be said of a teacher without a label, over at most 200 images (N, S, S, 3): a dict of means, each in [0, 1].
+    separability: of its two classes (Otsu 1979, eq. 12); foreground_share; stability: the IoU of its masks with those of the
+    same image blurred by a pixel, under Gaussian noise of 5 levels, and under a gamma of 1.2."""
+    gamma = np.rint(255 * (np.arange(256) / 255) ** 1.2).astype(np.uint8)
+    separable, shares, stable, generator = [], [], [], np.random.default_rng(0)
+    for image in images[::-(-len(images) // 200)]:
+        mask, gray = teacher["draw"](image[None])[0], one_channel(image, teacher["channel"])
+        seen = np.ones_like(mask) if teacher["fov"] is None else teacher["fov"]
+        noisy = np.clip(np.rint(image + generator.normal(0, 5, image.shape)), 0, 255).astype(np.uint8)
+        changed = teacher["draw"](np.stack([cv2.GaussianBlur(image, (0, 0), 1), noisy, gamma[image]]))
+        separable.append(separability(gray[seen], mask[seen]))
+        shares.append(mask.mean())
+        stable += scores_from_counts(count_pixels(changed, np.broadcast_to(mask, changed.shape)))["iou"].tolist()
+    return dict(separability=float(np.mean(separable)), foreground_share=float(np.mean(shares)), stability=float(np.mean(stable)))
+
+
 def reference(args, settings, meta, device):
-    """Score what costs nothing on the same test images. Only best_constant uses labels."""
+    """Score what costs nothing on the same test images: trivial masks, the threshold, an untrained network, and each of
+    TEACHERS, with its label-free numbers and a picture of all on training images. Only best_constant uses labels. Without
+    test masks the tables are empty."""
+    data, foreground = Path(args.data) / args.dataset, settings["foreground"]
+    teachers = {name: teacher_of(data, how[0], foreground, *how[1:]) for name, how in TEACHERS.items()}
+    train_images = prepare_data.open_part(data, "train")[0]
+    numbers = {}
+    for name, teacher in teachers.items():
+        frame = 0.0 if teacher["fov"] is None else float(1 - teacher["fov"].mean())
+        numbers[name] = n = label_free(train_images, teacher) | dict(drawn_from=teacher["channel"], frame=frame)
+        print(f"teacher {name:20} separability {n['separability']:.4f}, foreground {n['foreground_share']:.3f}, stability "
+              f"{n['stability']:.4f}; drawn from {n['drawn_from']}, frame {frame:.1%}")
+    shown = [np.array(train_images[k]) for k in range(min(6, len(train_images)))]
+    sheet = prepare_data.contact_sheet([[image, *(teacher["draw"](image[None])[0] for teacher in teachers.values())] for image in shown],
+                                       ["image", *teachers], cell=144)
+    if prepare_data.open_part(data, "test")[1] is None:
+        return {}, {}, sheet
     images, masks, names = open_test(args)
     torch.manual_seed(seed_from(args.seed))                     # the very weights that pre-training starts from
     try:
         unet = build_unet(args.backbone, meta["size"]).to(device, memory_format=torch.channels_last).eval()
     except ValueError as error:
         sys.exit(str(error))
-    other = "dark" if settings["foreground"] == "bright" else "bright"
-    args.foreground = settings["foreground"]
-    channel, fov = decide_teacher(args)
-
-    def drawn(batch, foreground):
-        inside = None if fov is None else np.broadcast_to(fov, batch.shape[:3])
-        return pseudo_mask(batch, settings["threshold"], foreground, channel, inside) > 0
-
+    other = "dark" if foreground == "bright" else "bright"
     rows = dict(all_foreground=lambda batch: np.ones(batch.shape[:3], bool),
                 all_background=lambda batch: np.zeros(batch.shape[:3], bool),
-                raw_threshold=lambda batch: drawn(batch, settings["foreground"]),
-                raw_threshold_inverted=lambda batch: drawn(batch, other),
+                raw_threshold=lambda batch: pseudo_mask(batch, settings["threshold"], foreground) > 0,
+                raw_threshold_inverted=lambda batch: pseudo_mask(batch, settings["threshold"], other) > 0,
                 random_init=lambda batch: predict_logits(unet, batch, device) > 0)
-    constant = best_constant(Path(args.data) / args.dataset)
+    constant = best_constant(data)
     if constant is None:
         print(f"{args.dataset} has no training masks: no row best_constant")
     else:
         rows["best_constant"] = lambda batch: np.repeat(constant[None], len(batch), axis=0)
+    rows |= {f"teacher-{name}": teacher["draw"] for name, teacher in teachers.items()}
     tables = {name: score_images(predict, images, masks) for name, predict in rows.items()}
     result = {name: summarise(table, groups_of(names)) for name, table in tables.items()}
+    for name, values in numbers.items():
+        result[f"teacher-{name}"] |= values
     if constant is not None:
         result["best_constant"]["uses_labels"] = True
-    return dict(n_test=len(images), **result), tables, None
+    return dict(n_test=len(images), **result), tables, sheet
 
 
 def classify(args, settings, meta, device):
@@ -462,7 +497,7 @@ def classify(args, settings, meta, device):
     number = {part: [labels.index(row["label"]) if row["label"] else -1 for row in rows] for part, rows in names.items()}
     unet, weights = load_network(args, settings, "fresh")
     result = dict(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
-    sets, of = labelled_sets(args, paper_augmentation(), {part: keep[part] for part in ("train", "val")}, number)
+    sets, of = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
     torch.manual_seed(seed_from(args.seed, 3))
     probe = Probe(unet.encoder, len(labels))
     folder, took = fit(probe, sets, args, settings | result, of, device)
@@ -518,7 +553,7 @@ def evaluate(args, settings, meta, device):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
-        head |= {key: settings[key] for key in ("threshold", "foreground", "channel", "fov", "drawn_from", "loss", "epochs", "batch_size")
+        head |= {key: settings[key] for key in ("threshold", "foreground", "channel", "fov", "drawn_from", "round", "loss", "epochs", "batch_size")
                  if key in settings}
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
         if "n_train" in settings:                               # a run of this script, that has seen labels
@@ -527,14 +562,17 @@ def evaluate(args, settings, meta, device):
             head |= dict(name=args.name, decoder=args.decoder)
         protocol = dict(reference=reference, classify=classify).get(args.protocol, segment)
         result, tables, sheet = protocol(args, settings, meta, device)
-        result = head | result
+        result, picture = head | result, folder / "teachers.png" if args.protocol == "reference" else path.with_suffix(".png")
         if path.exists() and not args.overwrite:
             refuse_to_replace(path, result)
+        if sheet is not None:
+            write_atomically(picture, functools.partial(Image.fromarray(sheet).save, format="PNG"))
+        if not tables:
+            print(f"{Path(args.data) / args.dataset} has no test masks: no scores; {picture} shows what each teacher draws")
+            return
         if isinstance(tables, dict):
             tables = per_image(tables, prepare_data.read_names(Path(args.data) / args.dataset, "test"))
         write_csv(path.with_suffix(".csv"), tables)
-        if sheet is not None:
-            write_atomically(path.with_suffix(".png"), functools.partial(Image.fromarray(sheet).save, format="PNG"))
         text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
         write_atomically(path, lambda temporary: temporary.write_text(text))
     print_scores(result)
@@ -637,7 +675,7 @@ TABLES = [
         for m, v in dict(simsiam=.9932, byol=.9910, medsass=.9744, dino=.9459).items()]),
     *[(f"Figure 10: every label and none, {backbone}", None, "iou_global",
        by_method("end2end", backbone, dict(supervised=(), medsass=()))) for backbone in BACKBONES]]
-USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, channel=None, fov=None)
+USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, channel=None, fov=None, round=None)
 
 
 def read_results(out):
@@ -668,7 +706,12 @@ def read_results(out):
 
 def rows_of(r):
     """The blocks of scores of a result: {reference row: block}, or {"": the result itself}."""
-    return {name: r[name] for name in REFERENCE if name in r} if r["protocol"] == "reference" else {"": r}
+    return {name: r[name] for name in ROWS if name in r} if r["protocol"] == "reference" else {"": r}
+
+
+def shown(variant):
+    """A variant's name in reports: what is beyond the paper is medsass+."""
+    return re.sub(r"^medsass(?=(-[^-]+)*-(enclosed|ch(auto|red|green|blue)|fovauto|r\d+)(-|$))", "medsass+", variant)
 
 
 def cells_of(results):
@@ -676,7 +719,7 @@ def cells_of(results):
     cells = collections.defaultdict(list)
     for r in sorted(results, key=lambda r: r["seed"]):
         for row in rows_of(r):
-            cells[r["dataset"], r["backbone"], r["protocol"], r["variant"], r.get("name", r["protocol"]), row].append((r, row))
+            cells[r["dataset"], r["backbone"], r["protocol"], shown(r["variant"]), r.get("name", r["protocol"]), row].append((r, row))
     return cells
 
 
@@ -711,9 +754,52 @@ def said(gap):
 
 
 def best_trivial(cells, dataset, backbone):
-    """The reference row of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
-    rows = {key[5]: cell for key, cell in cells.items() if key[:4] == (dataset, backbone, "reference", "reference")}
+    """The row of REFERENCE of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
+    rows = {key[5]: cell for key, cell in cells.items()
+            if key[:4] == (dataset, backbone, "reference", "reference") and key[5] in REFERENCE}
     return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
+
+
+def teacher_section(cells, dataset, backbone):
+    """Each teacher: what its masks score, what can be said without a label, and the students that learned from it; then how
+    far each label-free number ranks the teachers as the truth does."""
+    rows, points = [], []
+    for name, how in TEACHERS.items():
+        alone = cells.get((dataset, backbone, "reference", "reference", "reference", f"teacher-{name}"))
+        students = {key[3]: cell for key, cell in cells.items() if key[:3] == (dataset, backbone, "transfer") and
+                    "teacher_agreement" in (r := cell[0][0]) and r["train"] == "end2end" and
+                    (r["threshold"], r.get("channel", "gray"), r.get("fov", "off")) == how}
+        if not alone:
+            continue
+        block, low_high = alone[0][0][f"teacher-{name}"], cell_interval(alone)
+        numbers = [block[key] for key in ("separability", "foreground_share", "stability")]
+        agreements = [r["teacher_agreement"] for cell in students.values() for r, _ in cell if r.get("round", 1) == 1]
+        points.append([block["iou_global"], *numbers, np.mean(agreements) if agreements else np.nan])
+        about = [name, f"{block['iou_global']:.4f}", f"{low_high[0]:.4f} - {low_high[1]:.4f}", block["drawn_from"],
+                 f"{block['frame']:.1%}", *(f"{value:.3f}" for value in numbers)]
+        for student, cell in sorted(students.items()) or [("-", None)]:
+            ci = cell and cell_interval(cell)
+            gap = cell and compare(cell, alone)
+            rows.append(about + ([student, mean_std(cell), f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else "test images differ", said(gap) if gap else
+                                  "", f"{np.mean([r['teacher_agreement'] for r, _ in cell]):.3f}"] if cell else ["-", "", "", "", ""]))
+            about = [""] * len(about)
+    if not rows:
+        return []
+    lines = ["", f"**Teachers, {backbone}**: the threshold alone on test images; without a label on training images: separability, foreground "
+             "share, stability; then its students, and how much they agree with it (IoU) on test images. " + ranking(points)]
+    return lines + markdown(["teacher", "IoU alone", "95 % interval", "from", "frame", "separability", "share", "stability", "student",
+                             "IoU, mean ± std (seeds)", "95 % interval", "vs teacher", "agreement"], rows)
+
+
+def ranking(points):
+    """A sentence: Spearman's rank correlation with IoU, the first of five columns, of each other one, over different teachers."""
+    parts = []
+    for k, name in enumerate(("separability", "share", "stability", "agreement"), start=1):
+        known = np.unique([(point[0], point[k]) for point in points if not math.isnan(point[k])], axis=0)
+        if len(known) > 2:
+            ranks = known.argsort(axis=0).argsort(axis=0)
+            parts.append(f"{name} {np.corrcoef(ranks.T)[0, 1]:+.2f} ({len(known)})")
+    return "Rank correlation with IoU (number of different teachers): " + (", ".join(parts) or "too few") + "."
 
 
 def markdown(header, rows):
@@ -723,7 +809,7 @@ def markdown(header, rows):
 
 def dataset_section(cells, dataset):
     """All cells of a data set, a table a backbone; the reference rows first; "≈" where a cell is not separated from the
-    best of them."""
+    best of the paper's."""
     lines = []
     for backbone in BACKBONES:
         mine = {key: cell for key, cell in cells.items() if key[:2] == (dataset, backbone) and key[2] != "classify"}
@@ -734,7 +820,7 @@ def dataset_section(cells, dataset):
         lines += ["", f"**{backbone}**, {n_test} test images. " + (f"Best of what costs nothing: `{best[0]}`." if best else
                   "No reference rows here: run `--protocol reference`.")]
         rows = []
-        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], k[4], k[3], REFERENCE.index(k[5]) if k[5] else 0)):
+        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], k[4], k[3], ROWS.index(k[5]) if k[5] else 0)):
             cell = mine[key]
             r, ci, gap = cell[0][0], cell_interval(cell), compare(cell, best[1]) if best and cell is not best[1] else None
             labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
@@ -896,7 +982,7 @@ def report(out):
     for dataset in sorted({r["dataset"] for r in results}):
         lines += ["", f"## {dataset}", *dataset_section(cells, dataset)]
         for backbone in BACKBONES:
-            lines += curve_section(cells, dataset, backbone)
+            lines += teacher_section(cells, dataset, backbone) + curve_section(cells, dataset, backbone)
             try:
                 lines += [line for name in draw_charts(cells, dataset, backbone, out) for line in ("", f"![{name}]({name})")]
             except ImportError:
@@ -1019,8 +1105,6 @@ def parse_args(argv):
     add("--lr", type=float, default=3.6e-4, help="of Adam, as in pretraining")
     add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
-    add("--channel", default="gray", choices=[*CHANNELS, "auto"], help="reference: what raw_threshold is drawn from")
-    add("--fov", default="off", choices=["off", "auto"], help="reference: auto leaves out what is frame in most images")
     add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
@@ -1060,12 +1144,12 @@ def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
     training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers"}
     network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
-               "reference": {"threshold", "foreground", "channel", "fov"}}
+               "reference": {"threshold", "foreground"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
     used -= {"loss"} if args.protocol == "classify" else set()
     used = {"overlay", "tile", "page"} if args.predict else used | {"dataset", "protocol"}
     used |= set() if args.run else {"backbone"}
-    every = training | {"decoder", "threshold", "foreground", "channel", "fov", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
+    every = training | {"decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
@@ -1079,10 +1163,8 @@ def describe(args, settings, meta):
     if args.protocol == "reference":
         foreground = args.foreground or meta["foreground"]
         variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
-                            *[foreground] * (foreground != meta["foreground"]), *[f"ch{args.channel}"] * (args.channel != "gray"),
-                            *[f"fov{args.fov}"] * (args.fov != "off")])
-        beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov)
-        return common | beyond | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
+                            *[foreground] * (foreground != meta["foreground"])])
+        return common | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
     if args.protocol == "supervised":
         return common | dict(method="supervised", train="end2end", variant="supervised", loss=args.loss, epochs=args.epochs,
                              batch_size=args.batch_size)

@@ -125,12 +125,13 @@ def pseudo_mask(images, method="otsu", foreground="bright", channel="gray", fov=
 
     method: one of THRESHOLDS. "dark" is the complement of "bright" at the same threshold. An image of one gray value
     has no foreground. GHT's pixel-count constants are scaled to the image's size. Beyond the paper: channel, one of
-    CHANNELS; fov, bool (B, H, W), the field of view: what is outside is neither counted nor foreground.
+    CHANNELS; fov, bool (H, W) or (B, H, W), the field of view: what is outside is neither counted nor foreground.
     """
     if method not in THRESHOLDS or foreground not in ("bright", "dark"):
         raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}: {', '.join(THRESHOLDS)}; bright, dark")
     masks = np.zeros(images.shape[:3], np.uint8)
-    for image, mask, inside in zip(images, masks, itertools.repeat(None) if fov is None else fov):
+    fov = itertools.repeat(None) if fov is None else np.broadcast_to(fov, masks.shape)
+    for image, mask, inside in zip(images, masks, fov):
         gray = one_channel(image, channel)
         seen = gray if inside is None else gray[inside][:, None]        # (H, W) or (pixels, 1)
         if not seen.size or seen.min() == seen.max():
@@ -150,34 +151,48 @@ def pseudo_mask(images, method="otsu", foreground="bright", channel="gray", fov=
     return masks
 
 
-def separability(gray):
-    """uint8, any shape -> float in [0, 1]: between-class over total variance at Otsu's threshold (Otsu 1979, eq. 12)."""
-    n, x = np.bincount(gray.ravel(), minlength=256) / gray.size, np.arange(256.0)
-    dark = x <= otsu_threshold(gray.reshape(-1, 1))
-    w, total = n[dark].sum(), (n * x ** 2).sum() - (n * x).sum() ** 2
-    if not 0 < w < 1:
+def separability(gray, foreground):
+    """uint8 and bool, both of any one shape -> float in [0, 1]: between-class over total variance (Otsu 1979, eq. 12)."""
+    w = foreground.mean()
+    if not 0 < w < 1 or gray.min() == gray.max():
         return 0.0
-    return float(w * (1 - w) * ((n * x)[dark].sum() / w - (n * x)[~dark].sum() / (1 - w)) ** 2 / total)
+    return float(w * (1 - w) * (gray[foreground].mean() - gray[~foreground].mean()) ** 2 / gray.var())
 
 
 def choose_channel(images):
     """uint8 (N, H, W, 3), may be mapped -> (one of CHANNELS, its evidence): the one that Otsu's threshold separates best, in
     the mean over images; gray wins ties. Not in the paper."""
-    mean = {c: np.mean([separability(one_channel(image, c)) for image in images]) for c in CHANNELS}
-    best = max(CHANNELS, key=lambda c: round(mean[c], 6))       # the first of equals
-    return best, "mean separability " + ", ".join(f"{c} {value:.4f}" for c, value in mean.items())
+    mean = {}
+    for channel in CHANNELS:
+        grays = (one_channel(image, channel) for image in images)
+        mean[channel] = np.mean([separability(gray, gray > otsu_threshold(gray)) for gray in grays])
+    best = max(CHANNELS, key=lambda channel: round(mean[channel], 6))       # the first of equals
+    return best, "mean separability " + ", ".join(f"{channel} {value:.4f}" for channel, value in mean.items())
 
 
 def field_of_view(images, method, foreground, channel="gray"):
     """uint8 (N, H, W, 3), may be mapped -> bool (H, W), False where it is frame, or None where nothing is: a position that
     the threshold calls foreground in more than 70 % of the images and that such positions connect to the border is a lens
-    corner or letterbox, not an object. One map a data set: what is frame in fewer images stays. Not in the paper."""
+    corner or letterbox, not an object; with a margin of 1/32 of the side, because the edge of a lens is blurred. One map a
+    data set: what is frame in fewer images stays. Not in the paper."""
     often = (sum(pseudo_mask(image[None], method, foreground, channel)[0].astype(np.int64) for image in images)
              > 0.7 * len(images)).astype(np.uint8)
     ringed = cv2.copyMakeBorder(often, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
     cv2.floodFill(ringed, None, (0, 0), 2)                      # 4-connected, from the ring inwards
-    frame = ringed[1:-1, 1:-1] == 2
-    return ~frame if frame.any() else None
+    frame = (ringed[1:-1, 1:-1] == 2).astype(np.uint8)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (len(frame) // 32 * 2 + 1,) * 2)
+    return cv2.dilate(frame, disc) == 0 if frame.any() else None
+
+
+def decide_teacher(data, threshold, foreground, channel="gray", fov="off"):
+    """What --channel and --fov are for a prepared data set, decided on its training images: (one of CHANNELS, field of view
+    bool (S, S) or None, a line with the evidence)."""
+    images, said, seen = prepare_data.open_part(data, "train")[0], "as asked", None
+    if channel == "auto":
+        channel, said = choose_channel(images)
+    if fov == "auto":                                           # what is enclosed touches no border: Otsu finds the frame
+        seen = field_of_view(images, "otsu" if threshold == "enclosed" else threshold, foreground, channel)
+    return channel, seen, f"drawn from {channel} ({said}); frame: {0 if seen is None else 1 - seen.mean():.1%} of a picture"
 
 
 # ----------------------------------------------------------------------------------------- augmentation (appendix D)
@@ -324,37 +339,27 @@ def seeded(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """One part of a data set. Key (epoch, index) -> (index, transform(image)), the same in whatever process."""
+    """One part of a data set, or some `rows` of it. Key (epoch, k) -> (row, transform(image)), the same in whatever process;
+    with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask (1, S, S)]), moved together."""
 
-    def __init__(self, folder, part, transform, seed):
-        self.path = Path(folder) / f"{part}_images.npy"
-        self.n = len(prepare_data.open_part(folder, part)[0])   # true masks are not read in this file
-        self.transform, self.seed = transform, seed
+    def __init__(self, folder, part, transform, seed, rows=None, masks=None):
+        self.path, self.masks = Path(folder) / f"{part}_images.npy", masks
+        n = len(prepare_data.open_part(folder, part)[0])        # true masks are not read in this file
+        self.rows, self.transform, self.seed = range(n) if rows is None else rows, transform, seed
 
     def __len__(self):
-        return self.n
+        return len(self.rows)
 
     def __getitem__(self, key):
-        epoch, index = key
-        image = np.array(np.load(self.path, mmap_mode="r")[index])      # mapped afresh: nothing to send to a worker
-        with seeded(self.seed, epoch, index):
-            return index, self.transform(torch.from_numpy(image).permute(2, 0, 1))
-
-
-class Drawn(Images):
-    """One part of a data set with masks that were drawn before, an .npy, uint8 {0, 1} (N, S, S). Key (epoch, index) ->
-    (index, [view, mask (1, S, S)]), moved together."""
-
-    def __init__(self, folder, part, transform, seed, masks):
-        super().__init__(folder, part, transform, seed)
-        self.masks = masks
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image, mask = (np.array(np.load(path, mmap_mode="r")[index]) for path in (self.path, self.masks))
-        with seeded(self.seed, epoch, index):
-            view, mask = self.transform(torch.from_numpy(image).permute(2, 0, 1), tv_tensors.Mask(mask[None]))
-            return index, [view, mask.as_subclass(torch.Tensor)]
+        epoch, row = key[0], self.rows[key[1]]
+        image = np.array(np.load(self.path, mmap_mode="r")[row])        # mapped afresh: nothing to send to a worker
+        with seeded(self.seed, epoch, row):
+            image = torch.from_numpy(image).permute(2, 0, 1)
+            if self.masks is None:
+                return row, self.transform(image)
+            mask = tv_tensors.Mask(np.array(np.load(self.masks, mmap_mode="r")[row])[None])
+            view, mask = self.transform(image, mask)
+            return row, [view, mask.as_subclass(torch.Tensor)]
 
 
 class Batches:
@@ -523,17 +528,16 @@ def draw_masks(unet, images, path, device, batch=16):
 def image_sets(method, args, folder, device):
     """The training images, the same un-augmented, and the validation images, all without labels. From round 2 on, the masks
     are those that the round before draws."""
-    data = Path(args.data) / args.dataset
+    data, drawn = Path(args.data) / args.dataset, dict(train=None, val=None)
+    augment, plain = method.augment, getattr(method, "plain", method.augment)
     if args.round > 1:
         unet = build_unet(args.backbone, method.img_size).to(device, memory_format=torch.channels_last).eval()
         unet.load_state_dict(load_checkpoint(args.before / "best.pt", device)["model"])
-        for part in ("train", "val"):
-            draw_masks(unet, prepare_data.open_part(data, part)[0], folder / f"{part}_drawn.npy", device)
-        return (Drawn(data, "train", paper_augmentation(), args.seed, folder / "train_drawn.npy"),
-                Images(data, "train", v2.Identity(), args.seed),
-                Drawn(data, "val", v2.Identity(), args.seed, folder / "val_drawn.npy"))
-    return (Images(data, "train", method.augment, args.seed), Images(data, "train", v2.Identity(), args.seed),
-            Images(data, "val", getattr(method, "plain", method.augment), args.seed))
+        augment, plain, drawn = paper_augmentation(), v2.Identity(), {part: folder / f"{part}_drawn.npy" for part in drawn}
+        for part, path in drawn.items():
+            draw_masks(unet, prepare_data.open_part(data, part)[0], path, device)
+    return (Images(data, "train", augment, args.seed, masks=drawn["train"]), Images(data, "train", v2.Identity(), args.seed),
+            Images(data, "val", plain, args.seed, masks=drawn["val"]))
 
 
 def train(method, sets, args, folder, device, draws=None):
@@ -640,19 +644,6 @@ def run_folder(args, defaults):
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
 
 
-def decide_teacher(args):
-    """--channel and --fov, decided once a data set on its training images: (one of CHANNELS, bool (S, S) or None)."""
-    channel, fov, said = "gray" if args.channel == "auto" else args.channel, None, "as asked"
-    if "auto" in (args.channel, args.fov):
-        images = prepare_data.open_part(Path(args.data) / args.dataset, "train")[0]
-        if args.channel == "auto":
-            channel, said = choose_channel(images)
-        if args.fov == "auto":                                  # what is enclosed touches no border: Otsu finds the frame
-            fov = field_of_view(images, "otsu" if args.threshold == "enclosed" else args.threshold, args.foreground, channel)
-        print(f"pseudo-masks are drawn from {channel} ({said}); frame: {0 if fov is None else 1 - fov.mean():.1%} of a picture")
-    return channel, fov
-
-
 def build_method(args, meta, defaults):
     """The method with its weights drawn from --seed. Flags that were left unset get the method's own values, in `args`
     and in `defaults`; those that only MedSASS uses are named and ignored for a baseline."""
@@ -665,7 +656,9 @@ def build_method(args, meta, defaults):
         defaults |= dict(train="encoder")
         vars(args).update({name: defaults[name] for name in unused})
     args.foreground = args.foreground or defaults["foreground"]
-    args.drawn_from, fov = decide_teacher(args)
+    args.drawn_from, fov, said = decide_teacher(Path(args.data) / args.dataset, args.threshold, args.foreground, args.channel, args.fov)
+    if "auto" in (args.channel, args.fov):
+        print(f"pseudo-masks are {said}")
     own = (args.threshold, args.foreground, args.loss, args.train, args.drawn_from, fov) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
     try:
