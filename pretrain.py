@@ -186,13 +186,17 @@ def field_of_view(images, method, foreground, channel="gray"):
 
 def decide_teacher(data, threshold, foreground, channel="gray", fov="off"):
     """What --channel and --fov are for a prepared data set, decided on its training images: (one of CHANNELS, field of view
-    bool (S, S) or None, a line with the evidence)."""
+    bool (S, S) or None, a line with the evidence). Ends the program where nothing would be left to see."""
     images, said, seen = prepare_data.open_part(data, "train")[0], "as asked", None
     if channel == "auto":
         channel, said = choose_channel(images)
     if fov == "auto":                                           # what is enclosed touches no border: Otsu finds the frame
         seen = field_of_view(images, "otsu" if threshold == "enclosed" else threshold, foreground, channel)
-    return channel, seen, f"drawn from {channel} ({said}); frame: {0 if seen is None else 1 - seen.mean():.1%} of a picture"
+    frame = 0.0 if seen is None else 1 - seen.mean()
+    if frame == 1:
+        sys.exit(f"--fov auto: {threshold} on {channel} calls every position of {data} {foreground} foreground: is that the right --foreground?")
+    return channel, seen, f"drawn from {channel} ({said}); frame: {frame:.1%} of a picture" + (
+        ", more than a frame should be: look at samples.png, and whether --foreground is right" if frame > 0.4 else "")
 
 
 # ----------------------------------------------------------------------------------------- augmentation (appendix D)

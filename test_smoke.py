@@ -373,7 +373,7 @@ def test_enclosed_mask_equals_a_loop_over_thresholds():
         assert np.array_equal(pretrain.enclosed_mask(255 - gray, "bright"), expected)
 
 
-def test_field_of_view_leaves_the_frame_out():
+def test_field_of_view_leaves_the_frame_out(tmp_path):
     images = np.stack([np.repeat(spot(64, 64, bright=False)[0][..., None], 3, axis=2) for _ in range(10)])
     assert pretrain.field_of_view(images, "otsu", "dark") is None
     corner = np.add.outer(np.arange(64), np.arange(64)) < 20
@@ -388,6 +388,8 @@ def test_field_of_view_leaves_the_frame_out():
     for image, mask in zip(images, masks):
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         assert np.array_equal(mask == 1, (gray <= skimage.filters.threshold_otsu(gray[fov])) & fov)
+    np.save(tmp_path / "train_images.npy", np.where(np.random.default_rng(0).random((200, 16, 16, 1)) < .9, [3] * 3, 200).astype(np.uint8))
+    refused(lambda: pretrain.decide_teacher(tmp_path, "otsu", "dark", fov="auto"), tmp_path, "--foreground")
     image, views = torch.from_numpy(images[0]).permute(2, 0, 1), []
     for method in (pretrain.MedSASS("resnet50", 64, foreground="dark", fov=fov), pretrain.MedSASS("resnet50", 64, foreground="dark")):
         torch.manual_seed(3)
