@@ -322,6 +322,7 @@ def fit(method, sets, args, settings, draws, device):
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
     method.lr, method.weight_decay = args.lr, args.weight_decay
+    args.save_minutes = 10
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
              "seed")
     own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))

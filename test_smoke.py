@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -609,6 +610,83 @@ def test_a_ranking_is_spearman_s():
         "medsass-e5", "medsass+-enclosed-e5", "medsass+-encoder-chauto", "medsass+-r2-e5", "byol-r2"]
 
 
+def test_a_stop_or_a_full_disk_inside_an_epoch_loses_nothing(data, run, tmp_path):
+    """SIGTERM to the whole process group saves at the next step; a disk that is full leaves what was saved; then to the bit."""
+    flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path), "--epochs", "2", "--device", "cpu", "--workers", "2"]
+    stop = ("import os, subprocess, sys, pretrain\n"           # by somebody else, as a cluster does
+            "kill = lambda: subprocess.run(['kill', '-TERM', '--', f'-{os.getpgrp()}'], start_new_session=True)\n"
+            "pretrain.MedSASS.after_step = lambda self, step, total: step == 5 and kill()\n"
+            "pretrain.main(sys.argv[1:])")
+    end = subprocess.run([sys.executable, "-c", stop, *flags], cwd=HERE, capture_output=True, text=True, start_new_session=True)
+    assert end.returncode == 1 and end.stderr.splitlines()[-1].startswith("stopped by SIGTERM after step 7") and "Traceback" not in end.stderr
+    folder = tmp_path / "demo/resnet50/medsass-e2/seed0"
+    saved, before = torch.load(folder / "last.pt", weights_only=True), (folder / "last.pt").read_bytes()
+    assert (saved["epoch"], saved["done"]) == (1, 3)
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
+    end = subprocess.run([sys.executable, "pretrain.py", *flags], cwd=HERE, capture_output=True, text=True, preexec_fn=small)
+    assert end.returncode == 1 and "cannot be written" in end.stderr.splitlines()[-1] and "Traceback" not in end.stderr, end.stderr
+    assert (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
+    pretrain.main(flags)
+    assert contents(folder) == contents(run)
+
+
+def test_killed_inside_an_epoch_goes_on_from_the_last_saved_step(data, run, tmp_path):
+    flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path), "--epochs", "2", "--device", "cpu", "--save-minutes", "0"]
+    killed(f"pretrain.main({flags})")
+    folder = tmp_path / "demo/resnet50/medsass-e2/seed0"
+    assert torch.load(folder / "last.pt", weights_only=True)["done"] == 1
+    pretrain.main(flags)
+    assert contents(folder) == contents(run)
+
+
+RANK_SCRIPT = """import sys; sys.path.insert(0, {here!r})
+import torch, pretrain
+torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+pretrain.main(sys.argv[1:])
+"""
+
+
+def start_ranks(folder, n, *flags):
+    """pretrain.py in n gloo ranks, BatchNorm in eval mode, which would see each rank's images alone; a Popen."""
+    (folder / "ranks.py").write_text(RANK_SCRIPT.format(here=str(HERE)))
+    how = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else [])]
+    return subprocess.Popen([*how, str(folder / "ranks.py"), "--data", str(folder), "--workers", "1", "--device", "cpu", *flags], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_two_ranks_follow_one_process(backbone, tmp_path):
+    prepare(write_folder(tmp_path / "raw", n=48), tmp_path, "--name", "set")       # 33 to train on: batches of 16 and 17
+    runs = {n: start_ranks(tmp_path, n, "--dataset", "set", "--backbone", backbone, "--epochs", "2", "--batch-size", str(16 // n),
+                           "--out", str(tmp_path / f"out{n}")) for n in (1, 2)}
+    logs, weights = {}, {}
+    for n, run in runs.items():
+        assert run.wait(timeout=200) == 0, run.communicate()[0]
+        folder = next((tmp_path / f"out{n}" / "set" / backbone).glob("*/seed0"))
+        assert {f.name for f in folder.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
+        logs[n], weights[n] = list(csv.DictReader(open(folder / "log.csv"))), torch.load(folder / "last.pt", weights_only=True)["model"]
+    for one, two in zip(logs[1], logs[2]):
+        assert all(float(one[key]) == pytest.approx(float(two[key]), rel=2e-3) for key in ("val_loss", "train_loss", "pseudo_foreground"))
+    for name, one in weights[1].items():                        # two Adam steps an epoch of 3.6e-4
+        assert (one.float() - weights[2][name].float()).abs().mean() < 2e-5, name
+
+
+def test_a_dead_rank_ends_the_run(tmp_path):
+    prepare(write_folder(tmp_path / "raw", n=48), tmp_path, "--name", "set")
+    run = start_ranks(tmp_path, 2, "--dataset", "set", "--epochs", "500", "--patience", "0", "--batch-size", "8", "--out", str(tmp_path / "out"))
+    folder = tmp_path / "out/set/resnet50/medsass-e500-b8-p0/seed0"
+    deadline = time.time() + 100
+    while not (folder / "last.pt").exists() and time.time() < deadline and run.poll() is None:
+        time.sleep(.2)
+    second = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[1]
+    os.kill(int(second), signal.SIGKILL)
+    start = time.time()
+    assert run.wait(timeout=60) != 0 and time.time() - start < 60
+    out = run.communicate()[0]
+    assert "another one is gone" in out or "stopped by SIGTERM" in out or "failed (exitcode: -9)" in out
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] >= 1 and not list(folder.glob("*.tmp"))
+
+
 def test_rounds_learn_from_the_round_before(data, run, tmp_path):
     shutil.copytree(run.parents[2], tmp_path / "demo")          # round 1 is there: not trained again
     before = (tmp_path / "demo/resnet50/medsass-e2/seed0/best.pt").stat().st_mtime_ns
@@ -641,7 +719,7 @@ def test_other_settings_in_a_run_folder_are_refused(data, run):
 
 def test_a_loss_that_is_not_finite_names_the_images(data, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "bce", lambda logits, target: logits.sum() * float("nan"))
-    message = refused(lambda: train(data, tmp_path, "--loss", "bce"), "nan", "train_0")
+    message = refused(lambda: train(data, tmp_path, "--loss", "bce"), "not finite in 4 steps in a row", "train_0")
     assert len(re.findall(r"train_\d{3}", message)) == 16
 
 
