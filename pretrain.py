@@ -451,6 +451,22 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_precision(asked, device, method):
+    """--amp -> "off", "bf16" or "fp16": auto is bf16 on a GPU that has it, else fp16 there, off elsewhere. DINO on a ViT of
+    patches of 8 pixels is never trained in fp16 (its authors' advice)."""
+    if asked == "auto":
+        asked = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        asked = "off" if asked == "fp16" and isinstance(method, DINO) else asked
+    if asked == "fp16" and isinstance(method, DINO):
+        sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
+    return asked
+
+
+def autocast(args):
+    """The context in which networks run: as --amp was decided (args.precision), on args.device."""
+    return torch.autocast(args.device, torch.float16 if args.precision == "fp16" else torch.bfloat16, enabled=args.precision != "off")
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 def write_atomically(path, write):
@@ -541,11 +557,12 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
-def train_one_epoch(method, network, loader, optimizer, device, state, args, bar, save):
+def train_one_epoch(method, network, loader, optimizer, scaler, device, state, args, bar, save):
     """An epoch, or what `state` says is left of it; its sums are kept in `state`. network: the method, or
     DistributedDataParallel around it. save(): called every --save-minutes, and when the program is asked to stop, which ends it.
 
-    A step whose loss is not finite on some rank is left out and counted; ten in a row (or an epoch) end the program.
+    A step whose loss is not finite on some rank, or whose gradient overflows in fp16, is left out and counted; ten in a row
+    (or an epoch) end the program.
     """
     method.train()
     rank, batches = ranks()[0], loader.batch_sampler
@@ -558,14 +575,20 @@ def train_one_epoch(method, network, loader, optimizer, device, state, args, bar
             torch.manual_seed(seed_from(args.seed, step, *[rank] * (rank > 0)))
             method.before_step(optimizer, step, args.epochs * steps, steps)
             optimizer.zero_grad(set_to_none=True)
-            loss = network(to_device(views, device))
+            with autocast(args):
+                loss = network(to_device(views, device))
             bad, stopping = over_ranks(not math.isfinite(loss.item()), bool(stop))
+            if not bad:
+                scale = scaler.get_scale()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                method.after_backward()
+                scaler.step(optimizer)
+                scaler.update()
+                bad = scaler.get_scale() < scale
             if bad:
                 state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
             else:
-                loss.backward()
-                method.after_backward()
-                optimizer.step()
                 method.after_step(step, args.epochs * steps)
                 figures, bad_in_a_row = dict(train_loss=loss.item(), **method.health()), 0
                 for name, value in dict(n=1, **figures).items():
@@ -578,7 +601,7 @@ def train_one_epoch(method, network, loader, optimizer, device, state, args, bar
                 names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
                 bar.close()
                 sys.exit(f"the loss was not finite in {bad_in_a_row} steps in a row, last at step {step}, in the batch of "
-                         f"{', '.join(names[i]['name'] for i in index)}: try a smaller --lr")
+                         f"{', '.join(names[i]['name'] for i in index)}: try --amp off, or a smaller --lr")
             if stopping or time.time() - saved > 60 * args.save_minutes:
                 save()
                 saved = time.time()
@@ -625,7 +648,7 @@ def train(method, sets, args, folder, device, draws=None):
     """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`.
 
     sets: training, plain training (for BatchNorm) and validation data, with keys and items as of Images. draws: images
-    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, save_minutes, data, dataset. Of several
+    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, precision, save_minutes, data, dataset. Of several
     ranks the first alone writes.
     """
     rank, all_ranks = ranks()
@@ -636,6 +659,7 @@ def train(method, sets, args, folder, device, draws=None):
     plain_loader = make_loader(sets[1], Batches(len(sets[1]), size, args.seed, most=64), few)
     val_loader = make_loader(sets[2], Batches(len(sets[2]), size, share=(rank, all_ranks)), few)
     steps, optimizer = len(train_loader.batch_sampler), method.optimizer()
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
     begun = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)       # of an epoch
     state = dict(epoch=0, best=math.inf, stale=0) | copy.deepcopy(begun)
@@ -644,6 +668,7 @@ def train(method, sets, args, folder, device, draws=None):
         module.load_state_dict(saved["model"])
         if "optimizer" in saved:                                # not after the last epoch
             optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
         for parameter, old in optimizer.state.items():          # as a run left alone names them: equal files, to the byte
             optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
         state = {key: saved[key] for key in state}
@@ -652,6 +677,9 @@ def train(method, sets, args, folder, device, draws=None):
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
     bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps + state["done"], unit=" steps", mininterval=1, disable=rank > 0)
 
+    def going_on():
+        return dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
     def save(name, **content):
         if rank == 0:
             write_atomically(folder / name, functools.partial(torch.save, dict(content, model=module.state_dict())))
@@ -659,11 +687,12 @@ def train(method, sets, args, folder, device, draws=None):
     while not finished(state, args):
         train_loader.batch_sampler.epoch = state["epoch"]
         bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
-        train_one_epoch(method, network, train_loader, optimizer, device, state, args, bar,
-                        lambda: save("last.pt", **state, optimizer=optimizer.state_dict()))
+        train_one_epoch(method, network, train_loader, optimizer, scaler, device, state, args, bar,
+                        lambda: save("last.pt", **state, **going_on()))
         start, sums = time.time(), dict(zip(state["sums"], over_ranks(*state["sums"].values())))
-        settle_batchnorm(method, plain_loader, device)
-        val_loss = validate(method, val_loader, device, args.seed)
+        with autocast(args):
+            settle_batchnorm(method, plain_loader, device)
+            val_loss = validate(method, val_loader, device, args.seed)
         seconds = state["seconds"] + time.time() - start
         figures = {name: total / sums["n"] for name, total in sums.items() if name != "n"}
         row = dict(epoch=state["epoch"] + 1, val_loss=val_loss, **figures, skipped=state["skipped"],
@@ -679,7 +708,7 @@ def train(method, sets, args, folder, device, draws=None):
         if better:
             save("best.pt", epoch=state["epoch"], val_loss=val_loss)
         # Without the optimiser's state, two thirds of the file, after the last epoch: nothing goes on then.
-        save("last.pt", **state, **({} if finished(state, args) else dict(optimizer=optimizer.state_dict())))
+        save("last.pt", **state, **({} if finished(state, args) else going_on()))
     bar.close()
     over_ranks()                                                # until all is written
     # Where the loss says nothing about quality, the last weights are as good as any; else the best.
@@ -727,13 +756,14 @@ def run_settings(args, meta):
              "patience", "lr", "weight_decay", "seed")
     beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov, drawn_from=args.drawn_from)
     beyond |= {} if args.round == 1 else dict(round=args.round)
+    beyond |= {} if args.precision == "off" else dict(amp=args.precision)
     return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
 
 
 def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
     short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", round="r", epochs="e", batch_size="b", patience="p", lr="lr",
-                 weight_decay="wd")
+                 weight_decay="wd", amp="")
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
 
@@ -814,6 +844,10 @@ def parse_args(argv):
     add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
     add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision of the networks; losses stay in float32. auto: "
+        "bf16 on a GPU that has it, else fp16 there, off on a CPU")
+    add("--tf32", default="on", choices=["on", "off"], help="on a GPU: float32 products with mantissas of 10 bits")
+    add("--compile", action="store_true", help="torch.compile the network")
     add("--save-minutes", type=float, default=10, help="save so often inside an epoch, too")
     add("--sync-batchnorm", action="store_true", help="several GPUs: BatchNorm over the images of all")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
@@ -849,8 +883,15 @@ def main(argv=None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     args.device = device.type
+    torch.set_float32_matmul_precision("high" if args.tf32 == "on" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
     for args.round in range(1, args.rounds + 1):                # each round is a run of its own, from fresh weights
         method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
+        args.precision = pick_precision(args.amp, device, method)
+        if device.type == "cuda":
+            print(f"precision: {args.precision}, TF32 {args.tf32}")
+        if args.compile:
+            network_of(method).compile()
         if args.sync_batchnorm:
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         folder = run_folder(args, defaults)

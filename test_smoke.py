@@ -610,6 +610,21 @@ def test_a_ranking_is_spearman_s():
         "medsass-e5", "medsass+-enclosed-e5", "medsass+-encoder-chauto", "medsass+-r2-e5", "byol-r2"]
 
 
+def test_reduced_precision_trains_resumes_and_is_named(data, tmp_path):
+    folder = train(data, tmp_path / "one", "--amp", "bf16")
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert folder.parent.name == "medsass-e2-bf16" and settings["amp"] == "bf16"
+    flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path / "two"), "--epochs", "2", "--device", "cpu", "--amp", "bf16"]
+    killed(f"pretrain.main({flags})")
+    pretrain.main(flags)
+    assert contents(tmp_path / "two/demo/resnet50/medsass-e2-bf16/seed0") == contents(folder)
+    scaled = train(data, tmp_path / "one", "--amp", "fp16", epochs=1)
+    log = list(csv.DictReader(open(scaled / "log.csv")))
+    assert math.isfinite(float(log[0]["train_loss"])) and 0 <= int(log[0]["skipped"]) < 4
+    assert math.isfinite(json.loads(json.dumps(score(data, tmp_path / "results", "--run", str(scaled))[1]))["iou_global"])
+    refused(lambda: train(data, tmp_path, "--method", "dino", "--backbone", "vit_small", "--amp", "fp16"), "dino", "bf16")
+
+
 def test_a_stop_or_a_full_disk_inside_an_epoch_loses_nothing(data, run, tmp_path):
     """SIGTERM to the whole process group saves at the next step; a disk that is full leaves what was saved; then to the bit."""
     flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path), "--epochs", "2", "--device", "cpu", "--workers", "2"]
@@ -766,6 +781,21 @@ def test_baseline_encoder_is_plain_timm_and_learns(name, backbone):
     assert any(not torch.equal(v, before[k]) for k, v in method.encoder.state_dict().items())
     plain = timm.create_model(models.BACKBONES[backbone], num_classes=0, **({} if backbone == "resnet50" else dict(img_size=32)))
     plain.load_state_dict(method.encoder.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name, backbone", [*PAIRINGS, ("medsass", "resnet50"), ("medsass", "vit_small")])
+def test_losses_are_taken_in_float32_under_autocast(name, backbone):
+    plain, views = build(name, backbone)
+    losses_of = []
+    for on in (False, True):
+        method = copy.deepcopy(plain)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = method(views)
+        loss.backward()
+        assert loss.dtype == torch.float32 and all(p.grad is None or p.grad.dtype == torch.float32 for p in method.parameters())
+        losses_of.append(loss.item())
+    assert losses_of[1] == pytest.approx(losses_of[0], abs=.03) and losses_of[1] != losses_of[0]
 
 
 def test_baselines_refuse_other_pairings_in_one_line(data, tmp_path):
