@@ -25,6 +25,7 @@ LABELS     "0.01 0.1 1.0", for frozen, finetune and supervised
 SIZE       side of the demo's pictures; other data sets must have been prepared at it
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
 JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
+GPUS       "0 1 2 3": a run at a time on each of these devices, instead of JOBS
 DRY_RUN    1: print every command, a line each, and do nothing
 
 What is finished is skipped, what was cut goes on where it stopped. Several of these may run at once: no run is trained by
@@ -316,7 +317,8 @@ right_size() {
 
 # benchmark PARTS...: plan them, run what is missing, write the report.
 benchmark() {
-    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1}
+    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1} gpus=(${GPUS:-})
+    ((${#gpus[@]} == 0)) || jobs=${#gpus[@]}
     [[ ${SHARD:-1/1} =~ ^([0-9]+)/([0-9]+)$ ]] && k=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && ((1 <= k && k <= n)) ||
         { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
     if [[ -n ${DRY_RUN:-} ]]; then
@@ -333,7 +335,7 @@ benchmark() {
     trap 'kill "${drivers[@]}" 2>/dev/null; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
     lines=$(shard "$k" "$n" <<<"$lines") claims=$(mktemp -d)
     for ((driver = 0; driver < jobs; driver++)); do
-        drive "$claims" <<<"$lines" &
+        { [[ -z ${GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=${gpus[driver]}; drive "$claims"; } <<<"$lines" &
         drivers+=($!)
     done
     for driver in "${drivers[@]}"; do wait "$driver" || code=$?; done

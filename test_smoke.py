@@ -1430,6 +1430,17 @@ def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
     assert before.items() <= {f: f.stat().st_mtime_ns for f in tmp_path.rglob("results/**/*.json")}.items()
 
 
+def test_each_gpu_gets_its_own_runs(tmp_path):
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "data/set").mkdir(parents=True)
+    (tmp_path / "data/set/meta.json").write_text("{}")
+    for name in ("pretrain.py", "finetune_eval.py"):            # say where they run, and fail
+        (tmp_path / name).write_text("import os, sys, time\ntime.sleep(.5)\nopen('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\nsys.exit(1)")
+    code, out, err = run_all(tmp_path, "main", DATASETS="set", SEEDS="0", BACKBONES="resnet50", GPUS="3 5", METHODS="medsass byol")
+    assert code == 1 and "failed:" in err and set((tmp_path / "seen").read_text().split()) == {"3", "5"}, err
+
+
 def test_two_processes_never_train_one_run(data, tmp_path):
     folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
     other = subprocess.Popen([sys.executable, "-c", f"""if True:
