@@ -13,6 +13,7 @@ bash run_all.sh drone       Table 10
 bash run_all.sh teachers    beyond the paper: other teachers, and a second round from each
 bash run_all.sh all         main, ablations, classify and drone
 bash run_all.sh test        set up, add the test-only packages, run the tests
+bash run_all.sh bench       set up, run the benchmarks against other libraries; results/bench.json
 bash run_all.sh help        this text
 
 From the environment:
@@ -352,8 +353,11 @@ demo() {
     [[ -n ${DRY_RUN:-} ]] || printf '\n%s\n' 'Next: your own images.  python prepare_data.py --dataset folder --raw my_images && DATASETS=my_images bash run_all.sh'
 }
 
-tests() {
+test_packages() {
     run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
+}
+
+tests() {
     export OMP_NUM_THREADS=1                                    # two tests at a time, a core each; no folder is kept
     run "$PYTHON" -m pytest -q -n 2 -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
 }
@@ -364,7 +368,8 @@ case $what in
     demo) setup; demo ;;
     main | ablations | classify | drone | teachers) setup; benchmark "$what" ;;
     all) setup; benchmark main ablations classify drone ;;
-    test) setup; tests ;;
+    test) setup; test_packages; tests ;;
+    bench) setup; test_packages; run "$PYTHON" -m pytest -q -o markers=bench -m bench test_smoke.py ;;
     help | -h | --help) help ;;
     *) printf 'unknown command: %s\n' "$what" >&2; help >&2; exit 2 ;;
 esac

@@ -2116,6 +2116,169 @@ def lightly_method(name, size):
     return transforms.MAETransform(**norm), torch.nn.ModuleList([encoder, decoder]), loss, lambda: None
 
 
+@pytest.fixture
+def record(capsys):
+    """record(what, against, value, reach): print a row of the table, keep it in results/bench.json, and ask that it is reached;
+    reach is ("<=" or ">=", number)."""
+    def row(what, against, value, reach, **more):
+        path = HERE / "results/bench.json"
+        path.parent.mkdir(exist_ok=True)
+        rows = json.loads(path.read_text()) if path.exists() else {}
+        good = bool(value <= reach[1] if reach[0] == "<=" else value >= reach[1])
+        rows[what] = dict(against=against, value=round(float(value), 4), reach=" ".join(map(str, reach)), reached=good, **more)
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        with capsys.disabled():
+            print(f"\n| {what} | {against} | {value:.3f} | {reach[0]} {reach[1]} | {'yes' if good else 'no'} | "
+                  + ", ".join(f"{k} {v}" for k, v in more.items()) + " |")
+        assert good
+    return row
+
+
+def interleaved(rounds, *work):
+    """Median seconds of each of the functions, called in turn, after one call each that does not count."""
+    times = [[] for _ in work]
+    for k in range(rounds + 1):
+        for call, mine in zip(work, times):
+            start = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - start)
+    return [float(np.median(mine[1:])) for mine in times]
+
+
+def photographs(folder, n, size):
+    """A part of a data set of n smooth random pictures, as an array."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [cv2.resize(rng.integers(0, 256, (size // 8, size // 8, 3)).astype(np.uint8), (size, size)) for _ in range(min(n, 64))]
+    np.save(folder / "train_images.npy", np.stack([images[i % len(images)] for i in range(n)]))
+    return folder
+
+
+class TwoViews(torch.utils.data.Dataset):
+    """The same array for somebody else's transform, which takes a PIL image."""
+
+    def __init__(self, folder, transform):
+        self.images, self.transform = np.load(folder / "train_images.npy", mmap_mode="r"), transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index]))
+
+
+@pytest.mark.bench
+def test_input_path(tmp_path, record):
+    """Read, augment, pseudo-mask, batches of 16 at 224 px, one worker: images a second, against lightly's BYOL transform."""
+    from lightly import transforms
+    folder = photographs(tmp_path, 160, 224)
+    ours = pretrain.make_loader(pretrain.Images(folder, "train", pretrain.MedSASS("resnet50").augment, 0), pretrain.Batches(160, 16, 0), 1)
+    views = transforms.BYOLView1Transform(input_size=224), transforms.BYOLView2Transform(input_size=224)
+    theirs = torch.utils.data.DataLoader(TwoViews(folder, transforms.BYOLTransform(*views)), 16, num_workers=1, persistent_workers=True)
+    mine, other = interleaved(5, lambda: [None for _ in ours], lambda: [None for _ in theirs])
+    record("input path, images/s", "lightly's BYOL transform", other / mine, (">=", 3), ours=round(160 / mine), theirs=round(160 / other))
+
+
+STEP = """import sys; sys.path.insert(0, {here!r})
+import torch, segmentation_models_pytorch as smp, pretrain, time
+torch.manual_seed(0)
+images = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+masks = (torch.rand(8, 1, 224, 224) < .3).to(torch.uint8)
+peak = lambda: int([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0]) / 1024
+before = peak()
+if sys.argv[1] == "ours":
+    method = pretrain.MedSASS("resnet50").to(memory_format=torch.channels_last).train()
+    optimizer = method.optimizer()
+    loss_of = lambda: method(pretrain.to_device([images, masks], "cpu"))
+else:
+    unet = smp.Unet("resnet50", encoder_weights=None, encoder_depth=3, decoder_channels=(256, 128, 64), decoder_attention_type="scse")
+    optimizer, mean, std = torch.optim.Adam(unet.parameters(), 3.6e-4, weight_decay=1e-5), *(
+        torch.tensor(v).view(1, 3, 1, 1) for v in (pretrain.IMAGENET_MEAN, pretrain.IMAGENET_STD))
+    loss = smp.losses.TverskyLoss("binary", alpha=.3, beta=.7, gamma=.75)
+    loss_of = lambda: loss(unet((images / 255 - mean) / std), masks.float())
+for _ in range(int(sys.argv[2])):
+    sys.stdin.readline()
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    loss_of().backward()
+    optimizer.step()
+    print(time.perf_counter() - start, peak() - before, flush=True)
+"""
+
+
+@pytest.mark.bench
+def test_training_step(tmp_path, record):
+    """ResNet-50 U-Net, 224 px, batch 8, two processes that take turns: seconds and peak memory, against the same network, loss
+    and optimiser from segmentation_models_pytorch and torch, written plainly."""
+    (tmp_path / "step.py").write_text(STEP.format(here=str(HERE)))
+    both = [subprocess.Popen([sys.executable, str(tmp_path / "step.py"), name, "6"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for name in ("ours", "theirs")]
+    said = [[], []]
+    for _ in range(6):
+        for process, lines in zip(both, said):
+            process.stdin.write("\n"), process.stdin.flush()
+            lines.append([float(word) for word in process.stdout.readline().split()])
+    (mine, my_peak), (other, other_peak) = ((np.median([line[0] for line in lines[1:]]), lines[-1][1]) for lines in said)
+    try:
+        record("training step, memory", "segmentation_models_pytorch", my_peak / other_peak, ("<=", .7), ours=f"{my_peak:.0f} MB", theirs=f"{other_peak:.0f} MB")
+    finally:
+        record("training step, time", "segmentation_models_pytorch", mine / other, ("<=", .75), ours=f"{mine:.2f} s", theirs=f"{other:.2f} s")
+
+
+@pytest.mark.bench
+def test_share_of_a_step_beside_the_network(tmp_path, record, monkeypatch):
+    """One epoch of 8 steps, 224 px, batch 8, one worker, by the loop of pretrain.py: what is not forward, backward, optimiser."""
+    data = prepare(write_folder(tmp_path / "raw", n=92, size=224), tmp_path, "--size", "224", "--name", "set").parent
+    spent = []
+
+    def timed(call):
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - start)
+        return run
+
+    monkeypatch.setattr(pretrain.MedSASS, "forward", timed(pretrain.MedSASS.forward))
+    monkeypatch.setattr(torch.Tensor, "backward", timed(torch.Tensor.backward))
+    monkeypatch.setattr(torch.optim.Adam, "step", timed(torch.optim.Adam.step))
+    whole = []
+    epoch = pretrain.train_one_epoch
+    monkeypatch.setattr(pretrain, "train_one_epoch", lambda *args: (spent.clear(), epoch(*args), whole.append((sum(spent), args[6]["seconds"]))))
+    pretrain.main(["--dataset", "set", "--data", str(data), "--out", str(tmp_path), "--epochs", "1", "--batch-size", "8", "--workers", "1"])
+    network, seconds = whole[0]
+    record("share of a step beside the network", "whole step", 1 - network / seconds, ("<=", .03))
+
+
+@pytest.mark.bench
+def test_evaluation(record):
+    """224 px, batch 16: images a second of prediction with all scores, against the forward pass of training alone."""
+    method = pretrain.MedSASS("resnet50").to(memory_format=torch.channels_last)
+    images = np.stack([cv2.resize(rng.integers(0, 256, (28, 28, 3)).astype(np.uint8), (224, 224)) for _ in range(16)])
+    masks = pretrain.pseudo_mask(images)
+    views = pretrain.to_device([torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks)[:, None]], "cpu")
+
+    def evaluate():
+        method.eval()
+        finetune_eval.score_images(lambda batch: finetune_eval.predict_logits(method.unet, batch, "cpu") > 0, images, masks)
+
+    mine, other = interleaved(5, evaluate, lambda: method.train()(views))
+    record("evaluation, images/s", "training forward", other / mine, (">=", .95), ours=round(16 / mine, 2), theirs=round(16 / other, 2))
+
+
+@pytest.mark.bench
+def test_loading_is_linear(tmp_path, record):
+    """An epoch of 1000, 4000 and 16000 images of 64 px, without a network, one worker: the largest deviation of seconds an image
+    from that of 4000."""
+    loaders = []
+    for n in (1000, 4000, 16000):
+        images = pretrain.Images(photographs(tmp_path / str(n), n, 64), "train", pretrain.MedSASS("resnet50", 64).augment, 0)
+        loaders.append((n, pretrain.make_loader(images, pretrain.Batches(n, 16, 0), 1)))
+    seconds = [t / n for t, (n, _) in zip(interleaved(5, *(lambda l=loader: [None for _ in l] for _, loader in loaders)), loaders)]
+    record("time to load an epoch, images of 1k, 4k, 16k", "linear", max(abs(t / seconds[1] - 1) for t in seconds), ("<=", .05),
+           us_an_image=[round(t * 1e6) for t in seconds])
+
+
 @pytest.mark.bench
 def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, capsys):
     """2000 jpgs of 1022x767 to arrays of 224 px, the whole script against a loop with Pillow in one process; interleaved,
