@@ -41,7 +41,7 @@ import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
 from pretrain import (THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise, one_channel,
-                      open_run, paper_augmentation, pick_device, pseudo_mask, seed_from, separability, train, write_atomically,
+                      open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, seed_from, separability, train, write_atomically,
                       write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
@@ -322,9 +322,11 @@ def fit(method, sets, args, settings, draws, device):
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
     method.lr, method.weight_decay = args.lr, args.weight_decay
+    args.save_minutes, args.precision = 10, pick_precision(args.amp, device, method)
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
              "seed")
     own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
+    own |= {} if args.precision == "off" else dict(amp=args.precision)
     with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, args, folder)
         if not finished_run(folder):
@@ -1107,6 +1109,7 @@ def parse_args(argv):
     add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
     add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision of training on labels, as in pretrain.py")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
     add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
     add("--tile", type=int, nargs="?", const=0, metavar="PX", help="with --predict, for large pictures: in overlapping windows of so "
@@ -1142,7 +1145,7 @@ def parse_args(argv):
 
 def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
-    training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers"}
+    training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers", "amp"}
     network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
                "reference": {"threshold", "foreground"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
@@ -1201,7 +1204,7 @@ def main(argv=None):
     asked = args.decoder
     if asked == "auto":
         args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune") else "fresh"
-    short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd")
+    short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
     words = [f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)]
     words += [args.decoder] * (asked != "auto")
     words += [f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))

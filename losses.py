@@ -19,17 +19,27 @@ def _full_precision(logits, target):
     return logits, target.to(logits.dtype)
 
 
+def batch_sums(*values):
+    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients are taken over the batches of
+    all ranks that train together. The gradient is scaled so that DistributedDataParallel, which averages, gives that of the
+    whole batch."""
+    sums = torch.stack([value.sum() for value in values])
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        whole, scaled = sums.detach().clone(), sums * torch.distributed.get_world_size()
+        torch.distributed.all_reduce(whole)
+        sums = scaled + (whole - scaled).detach()
+    return sums.unbind()
+
+
 def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
     """Soft Tversky index, a scalar in [0, 1] (Salehi et al. 2017, eq. 3; Abraham & Khan 2019, eq. 3).
 
     alpha weighs false negatives, beta false positives (the convention of Abraham & Khan, who take .7 and .3).
-    Sums run over the whole batch, so that an image without foreground does not weigh as much as one that is full of it.
+    Sums run over the whole batch, that of all ranks where several train together, so that an image without foreground does not weigh as much as one that is full of it.
     """
     logits, target = _full_precision(logits, target)
     p = torch.sigmoid(logits)
-    tp = (p * target).sum()
-    fn = ((1 - p) * target).sum()
-    fp = (p * (1 - target)).sum()
+    tp, fn, fp = batch_sums(p * target, (1 - p) * target, p * (1 - target))
     return (tp + smooth) / (tp + alpha * fn + beta * fp + smooth)
 
 

@@ -4,6 +4,7 @@
     python pretrain.py --dataset isic --backbone vit_small
     python pretrain.py --dataset isic --train encoder --threshold ght --loss tversky
     python pretrain.py --dataset isic --method byol
+    torchrun --standalone --nproc-per-node 4 pretrain.py --dataset xray
 
 Reads data/<dataset>/ (see prepare_data.py), writes runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same
 command again goes on where it was stopped, to the bit.
@@ -12,7 +13,9 @@ command again goes on where it was stopped, to the bit.
 import argparse
 import collections
 import contextlib
+import copy
 import csv
+import datetime
 import functools
 import itertools
 import json
@@ -20,7 +23,9 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +33,7 @@ import cv2
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 from PIL import Image
@@ -366,18 +372,34 @@ class Images(torch.utils.data.Dataset):
             return row, [view, mask.as_subclass(torch.Tensor)]
 
 
+def ranks():
+    """(number of this process, how many train together): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(*values):
+    """Numbers -> their sums over all ranks, a list of floats. Each rank has to call it."""
+    total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as stored without seed.
 
     An epoch is one pass over the n images; or, where `draws` is more than n, as many as give so many draws. A last
-    batch of one image joins the batch before it. At most `most` batches, where it is given.
+    batch of one image joins the batch before it. At most `most` batches, where it is given. With share = (rank, ranks), each
+    rank gets its part of batches that are `ranks` times as large, or in stored order every so-manieth batch: each image once.
+    The first `done` batches are left out (they were done before a stop).
     """
 
-    def __init__(self, n, batch_size, seed=None, most=None, draws=None):
-        self.n, self.seed, self.epoch = n, seed, 0
-        self.draws = max(n, draws or 0)
+    def __init__(self, n, batch_size, seed=None, most=None, draws=None, share=(0, 1)):
+        self.n, self.seed, self.epoch, self.done = n, seed, 0, 0
+        self.rank, self.ranks = share
+        self.draws, batch_size = max(n, draws or 0), batch_size * (1 if seed is None else self.ranks)
         self.cuts = list(range(0, self.draws, batch_size)) + [self.draws]
-        if batch_size > 1 and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] == 1:
+        if batch_size > self.ranks and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] < 2 * (1 if seed is None else self.ranks):
             del self.cuts[-2]
         if most:
             del self.cuts[most + 1:]
@@ -391,13 +413,30 @@ class Batches:
             generator = torch.Generator().manual_seed(seed_from(self.seed or 0, k))
             once = range(self.n) if self.seed is None else torch.randperm(self.n, generator=generator).tolist()
             order += [(k, index) for index in once]
-        for start, end in zip(self.cuts, self.cuts[1:]):
-            yield order[start:end]
+        batches = [order[start:end] for start, end in zip(self.cuts, self.cuts[1:])]
+        if self.seed is None:
+            yield from batches[self.rank::self.ranks]
+        else:
+            yield from (batch[self.rank::self.ranks] for batch in batches[self.done:])
+
+
+def start_worker(worker):
+    """In a loader's worker: signals to the whole group or job are for the main process, which still needs what is being loaded.
+    The main process itself ends its workers by SIGTERM."""
+    def listen():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):                          # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=listen, daemon=True).start()
 
 
 def make_loader(dataset, batches, workers):
     """Loads `batches` (their .epoch may change between passes); the workers stay alive."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
                                        persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
@@ -412,12 +451,34 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_precision(asked, device, method):
+    """--amp -> "off", "bf16" or "fp16": auto is bf16 on a GPU that has it, else fp16 there, off elsewhere. DINO on a ViT of
+    patches of 8 pixels is never trained in fp16 (its authors' advice)."""
+    if asked == "auto":
+        asked = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        asked = "off" if asked == "fp16" and isinstance(method, DINO) else asked
+    if asked == "fp16" and isinstance(method, DINO):
+        sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
+    return asked
+
+
+def autocast(args):
+    """The context in which networks run: as --amp was decided (args.precision), on args.device."""
+    return torch.autocast(args.device, torch.float16 if args.precision == "fp16" else torch.bfloat16, enabled=args.precision != "off")
+
+
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a killed run never leaves half a file under the real name."""
+    """write(temporary path), then rename: a killed run or a full disk never leaves half a file under the real name."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):                     # torch.save on a full disk
+            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        raise
     os.replace(temporary, path)
 
 
@@ -460,7 +521,7 @@ def settle_batchnorm(method, loader, device):
     """
     method.train()
     network = network_of(method)
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.training]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None                                    # the plain mean over batches
@@ -474,43 +535,80 @@ def settle_batchnorm(method, loader, device):
 def validate(method, loader, device, seed):
     """Mean loss over the validation images: the same images, views and masks each time, and nothing learns."""
     method.eval()
-    loss, n = 0.0, 0
+    loss, n, (rank, all_ranks) = 0.0, 0, ranks()
     for batch, (index, views) in enumerate(loader):
-        torch.manual_seed(seed_from(seed, batch))               # what a method hides is drawn in its forward
+        torch.manual_seed(seed_from(seed, rank + batch * all_ranks))    # what a method hides is drawn in its forward
         loss += method(to_device(views, device)).item() * len(index)
         n += len(index)
+    loss, n = over_ranks(loss, n)
     return loss / n
 
 
-def train_one_epoch(method, loader, optimizer, device, step, args, bar):
-    """Returns a dict: mean loss, the mean of the method's health figures, share of the time spent waiting for data.
-    Ends the program at a loss that is not finite."""
+@contextlib.contextmanager
+def asked_to_stop():
+    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their names come into the list that is yielded."""
+    names = []
+    before = {number: signal.signal(number, lambda got, _: names.append(signal.Signals(got).name))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_one_epoch(method, network, loader, optimizer, scaler, device, state, args, bar, save):
+    """An epoch, or what `state` says is left of it; its sums are kept in `state`. network: the method, or
+    DistributedDataParallel around it. save(): called every --save-minutes, and when the program is asked to stop, which ends it.
+
+    A step whose loss is not finite on some rank, or whose gradient overflows in fp16, is left out and counted; ten in a row
+    (or an epoch) end the program.
+    """
     method.train()
-    sums, n, waited, start = collections.Counter(), 0, 0.0, time.time()
-    epoch_steps, asked = len(loader), start
-    for index, views in loader:
-        waited += time.time() - asked
-        torch.manual_seed(seed_from(args.seed, step))
-        method.before_step(optimizer, step, args.epochs * epoch_steps, epoch_steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss = method(to_device(views, device))
-        if not math.isfinite(loss.item()):
-            names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
-            bar.close()
-            sys.exit(f"the loss is {loss.item()} at step {step}, in the batch of "
-                     f"{', '.join(names[i]['name'] for i in index)}: try a smaller --lr")
-        loss.backward()
-        method.after_backward()
-        optimizer.step()
-        method.after_step(step, args.epochs * epoch_steps)
-        figures = dict(train_loss=loss.item(), **method.health())
-        for name, value in figures.items():
-            sums[name] += value * len(index)
-        n, step = n + len(index), step + 1
-        bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in figures.items()), refresh=False)
-        bar.update()
-        asked = time.time()
-    return {name: total / n for name, total in sums.items()} | dict(waiting_share=waited / (time.time() - start))
+    rank, batches = ranks()[0], loader.batch_sampler
+    steps, batches.done, bad_in_a_row, saved, start = len(batches), state["done"], 0, time.time(), time.time()
+    asked, seconds_before, sums = start, state["seconds"], state["sums"]
+    with asked_to_stop() as stop:
+        for index, views in loader:
+            state["waited"] += time.time() - asked
+            step = state["epoch"] * steps + state["done"]
+            torch.manual_seed(seed_from(args.seed, step, *[rank] * (rank > 0)))
+            method.before_step(optimizer, step, args.epochs * steps, steps)
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(args):
+                loss = network(to_device(views, device))
+            bad, stopping = over_ranks(not math.isfinite(loss.item()), bool(stop))
+            if not bad:
+                scale = scaler.get_scale()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                method.after_backward()
+                scaler.step(optimizer)
+                scaler.update()
+                bad = scaler.get_scale() < scale
+            if bad:
+                state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
+            else:
+                method.after_step(step, args.epochs * steps)
+                figures, bad_in_a_row = dict(train_loss=loss.item(), **method.health()), 0
+                for name, value in dict(n=1, **figures).items():
+                    sums[name] = sums.get(name, 0.0) + value * len(index)
+                bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in figures.items()), refresh=False)
+            state["done"] += 1
+            state["seconds"] = seconds_before + time.time() - start
+            bar.update()
+            if bad_in_a_row == min(10, steps):
+                names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
+                bar.close()
+                sys.exit(f"the loss was not finite in {bad_in_a_row} steps in a row, last at step {step}, in the batch of "
+                         f"{', '.join(names[i]['name'] for i in index)}: try --amp off, or a smaller --lr")
+            if stopping or time.time() - saved > 60 * args.save_minutes:
+                save()
+                saved = time.time()
+            if stopping:
+                bar.close()
+                sys.exit(f"stopped by {stop[0] if stop else 'another rank'} after step {step + 1}; the same command goes on from there")
+            asked = time.time()
 
 
 @torch.no_grad()
@@ -539,7 +637,9 @@ def image_sets(method, args, folder, device):
         unet.load_state_dict(load_checkpoint(args.before / "best.pt", device)["model"])
         augment, plain, drawn = paper_augmentation(), v2.Identity(), {part: folder / f"{part}_drawn.npy" for part in drawn}
         for part, path in drawn.items():
-            draw_masks(unet, prepare_data.open_part(data, part)[0], path, device)
+            if ranks()[0] == 0:
+                draw_masks(unet, prepare_data.open_part(data, part)[0], path, device)
+        over_ranks()                                            # until they are written
     return (Images(data, "train", augment, args.seed, masks=drawn["train"]), Images(data, "train", v2.Identity(), args.seed),
             Images(data, "val", plain, args.seed, masks=drawn["val"]))
 
@@ -548,57 +648,76 @@ def train(method, sets, args, folder, device, draws=None):
     """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`.
 
     sets: training, plain training (for BatchNorm) and validation data, with keys and items as of Images. draws: images
-    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, data, dataset.
+    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, precision, save_minutes, data, dataset. Of several
+    ranks the first alone writes.
     """
-    print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}")
+    rank, all_ranks = ranks()
+    print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}"
+          + (f", {all_ranks} ranks" if all_ranks > 1 else ""))
     few, size = min(args.workers, 1), args.batch_size
-    train_loader = make_loader(sets[0], Batches(len(sets[0]), size, args.seed, draws=draws), args.workers)
+    train_loader = make_loader(sets[0], Batches(len(sets[0]), size, args.seed, draws=draws, share=(rank, all_ranks)), args.workers)
     plain_loader = make_loader(sets[1], Batches(len(sets[1]), size, args.seed, most=64), few)
-    val_loader = make_loader(sets[2], Batches(len(sets[2]), size), few)
-    batches, optimizer = train_loader.batch_sampler, method.optimizer()
+    val_loader = make_loader(sets[2], Batches(len(sets[2]), size, share=(rank, all_ranks)), few)
+    steps, optimizer = len(train_loader.batch_sampler), method.optimizer()
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
-    state = dict(epoch=0, best=math.inf, stale=0)
+    begun = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)       # of an epoch
+    state = dict(epoch=0, best=math.inf, stale=0) | copy.deepcopy(begun)
     if (folder / "last.pt").exists():
         saved = load_checkpoint(folder / "last.pt", device)
         module.load_state_dict(saved["model"])
         if "optimizer" in saved:                                # not after the last epoch
             optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
         for parameter, old in optimizer.state.items():          # as a run left alone names them: equal files, to the byte
             optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
         state = {key: saved[key] for key in state}
-        print(f"{folder}: going on after epoch {state['epoch']}")
+        print(f"{folder}: going on after epoch {state['epoch']}" + (f" and {state['done']} steps" if state["done"] else ""))
+    network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if all_ranks > 1 else method
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
-    bar = tqdm(total=args.epochs * len(batches), initial=state["epoch"] * len(batches), unit=" steps", mininterval=1)
+    bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps + state["done"], unit=" steps", mininterval=1, disable=rank > 0)
+
+    def going_on():
+        return dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    def save(name, **content):
+        if rank == 0:
+            write_atomically(folder / name, functools.partial(torch.save, dict(content, model=module.state_dict())))
+
     while not finished(state, args):
-        start, batches.epoch = time.time(), state["epoch"]
+        train_loader.batch_sampler.epoch = state["epoch"]
         bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
-        figures = train_one_epoch(method, train_loader, optimizer, device, state["epoch"] * len(batches), args, bar)
-        settle_batchnorm(method, plain_loader, device)
-        val_loss = validate(method, val_loader, device, args.seed)
-        seconds = time.time() - start
-        state["epoch"] += 1
+        train_one_epoch(method, network, train_loader, optimizer, scaler, device, state, args, bar,
+                        lambda: save("last.pt", **state, **going_on()))
+        start, sums = time.time(), dict(zip(state["sums"], over_ranks(*state["sums"].values())))
+        with autocast(args):
+            settle_batchnorm(method, plain_loader, device)
+            val_loss = validate(method, val_loader, device, args.seed)
+        seconds = state["seconds"] + time.time() - start
+        figures = {name: total / sums["n"] for name, total in sums.items() if name != "n"}
+        row = dict(epoch=state["epoch"] + 1, val_loss=val_loss, **figures, skipped=state["skipped"],
+                   waiting_share=state["waited"] / state["seconds"], seconds=seconds, images_per_second=train_loader.batch_sampler.draws / seconds)
         better = val_loss < state["best"]
-        state["best"], state["stale"] = (val_loss, 0) if better else (state["best"], state["stale"] + 1)
-        row = dict(epoch=state["epoch"], val_loss=val_loss, **figures, seconds=seconds,
-                   images_per_second=batches.draws / seconds)
+        state |= dict(epoch=state["epoch"] + 1, best=min(val_loss, state["best"]), stale=0 if better else state["stale"] + 1,
+                      **copy.deepcopy(begun))
         log.append({name: f"{value:.6g}" for name, value in row.items()})
         if warning := method.collapsed(figures):
             bar.write(f"epoch {state['epoch']}: {warning}")
-        write_csv(folder / "log.csv", log)
+        if rank == 0:
+            write_csv(folder / "log.csv", log)
         if better:
-            best = dict(model=module.state_dict(), epoch=state["epoch"], val_loss=val_loss)
-            write_atomically(folder / "best.pt", functools.partial(torch.save, best))
-        last = state | dict(model=module.state_dict())
-        if not finished(state, args):                           # two thirds of the file, and after the last nothing goes on
-            last |= dict(optimizer=optimizer.state_dict())
-        write_atomically(folder / "last.pt", functools.partial(torch.save, last))
+            save("best.pt", epoch=state["epoch"], val_loss=val_loss)
+        # Without the optimiser's state, two thirds of the file, after the last epoch: nothing goes on then.
+        save("last.pt", **state, **({} if finished(state, args) else going_on()))
     bar.close()
+    over_ranks()                                                # until all is written
     # Where the loss says nothing about quality, the last weights are as good as any; else the best.
     kept = load_checkpoint(folder / ("best.pt" if method.stops_early else "last.pt"), device)
     module.load_state_dict(kept["model"])
     print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {state['best']:.4f}")
-    export_encoder(method, folder / "encoder.pth")
-    write_samples(method, val_loader.dataset, args.seed, folder / "samples.png", device)
+    if rank == 0:
+        export_encoder(method, folder / "encoder.pth")
+        write_samples(method, val_loader.dataset, args.seed, folder / "samples.png", device)
 
 
 def finished(state, args):
@@ -637,13 +756,14 @@ def run_settings(args, meta):
              "patience", "lr", "weight_decay", "seed")
     beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov, drawn_from=args.drawn_from)
     beyond |= {} if args.round == 1 else dict(round=args.round)
+    beyond |= {} if args.precision == "off" else dict(amp=args.precision)
     return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
 
 
 def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
     short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", round="r", epochs="e", batch_size="b", patience="p", lr="lr",
-                 weight_decay="wd")
+                 weight_decay="wd", amp="")
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
 
@@ -724,6 +844,12 @@ def parse_args(argv):
     add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
     add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision of the networks; losses stay in float32. auto: "
+        "bf16 on a GPU that has it, else fp16 there, off on a CPU")
+    add("--tf32", default="on", choices=["on", "off"], help="on a GPU: float32 products with mantissas of 10 bits")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--save-minutes", type=float, default=10, help="save so often inside an epoch, too")
+    add("--sync-batchnorm", action="store_true", help="several GPUs: BatchNorm over the images of all")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
         help="processes that load and augment; any number gives the same bits")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
@@ -731,7 +857,8 @@ def parse_args(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
-    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0, rounds=1).items():
+    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0, rounds=1,
+                            save_minutes=0).items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
     if args.rounds > 1 and (args.method != "medsass" or args.train == "encoder"):
@@ -743,18 +870,40 @@ def parse_args(argv):
 def main(argv=None):
     args, defaults = parse_args(argv)
     args.command = shlex.join(["python", "pretrain.py", *(sys.argv[1:] if argv is None else argv)])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # torchrun's
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=10))
+    rank, all_ranks = ranks()
+    if rank > 0:                                                # one speaks for all
+        sys.stdout = open(os.devnull, "w")
     meta = prepare_data.read_meta(Path(args.data) / args.dataset)
+    if all_ranks > 1 and meta["counts"]["train"] < 2 * all_ranks:
+        sys.exit(f"{meta['counts']['train']} training images are too few for {all_ranks} ranks")
     device = pick_device(args.device)
+    if device.type == "cuda" and all_ranks > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     args.device = device.type
+    torch.set_float32_matmul_precision("high" if args.tf32 == "on" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32 == "on"
     for args.round in range(1, args.rounds + 1):                # each round is a run of its own, from fresh weights
         method = build_method(args, meta, defaults).to(device, memory_format=torch.channels_last)
+        args.precision = pick_precision(args.amp, device, method)
+        if device.type == "cuda":
+            print(f"precision: {args.precision}, TF32 {args.tf32}")
+        if args.compile:
+            network_of(method).compile()
+        if args.sync_batchnorm:
+            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         folder = run_folder(args, defaults)
-        with prepare_data.only_one(folder / ".lock"):
-            open_run(run_settings(args, meta), args, folder)
+        with prepare_data.only_one(folder / ".lock") if rank == 0 else contextlib.nullcontext():
+            if rank == 0:
+                open_run(run_settings(args, meta), args, folder)
+            over_ranks()                                        # until it is opened
             if finished_run(folder):
                 print(f"{folder} is finished: nothing to do")
             else:
                 train(method, image_sets(method, args, folder, device), args, folder, device)
+            over_ranks()                                        # until the first has written the last file
         args.before = folder
 
 
@@ -762,4 +911,9 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"pretrain.py: {error or 'interrupted'}; the same command goes on from the last whole epoch")
+        sys.exit(f"pretrain.py: {error or 'interrupted'}; the same command goes on from where it was saved last")
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"pretrain.py: rank {dist.get_rank()} ends, because another one is gone ({str(error).splitlines()[0][:200]}); the same "
+                 "command goes on from where it was saved last")

@@ -13,6 +13,7 @@ bash run_all.sh drone       Table 10
 bash run_all.sh teachers    beyond the paper: other teachers, and a second round from each
 bash run_all.sh all         main, ablations, classify and drone
 bash run_all.sh test        set up, add the test-only packages, run the tests
+bash run_all.sh bench       set up, run the benchmarks against other libraries; results/bench.json
 bash run_all.sh help        this text
 
 From the environment:
@@ -25,6 +26,7 @@ LABELS     "0.01 0.1 1.0", for frozen, finetune and supervised
 SIZE       side of the demo's pictures; other data sets must have been prepared at it
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
 JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
+GPUS       "0 1 2 3": a run at a time on each of these devices, instead of JOBS
 DRY_RUN    1: print every command, a line each, and do nothing
 
 What is finished is skipped, what was cut goes on where it stopped. Several of these may run at once: no run is trained by
@@ -316,7 +318,8 @@ right_size() {
 
 # benchmark PARTS...: plan them, run what is missing, write the report.
 benchmark() {
-    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1}
+    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1} gpus=(${GPUS:-})
+    ((${#gpus[@]} == 0)) || jobs=${#gpus[@]}
     [[ ${SHARD:-1/1} =~ ^([0-9]+)/([0-9]+)$ ]] && k=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && ((1 <= k && k <= n)) ||
         { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
     if [[ -n ${DRY_RUN:-} ]]; then
@@ -333,7 +336,7 @@ benchmark() {
     trap 'kill "${drivers[@]}" 2>/dev/null; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
     lines=$(shard "$k" "$n" <<<"$lines") claims=$(mktemp -d)
     for ((driver = 0; driver < jobs; driver++)); do
-        drive "$claims" <<<"$lines" &
+        { [[ -z ${GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=${gpus[driver]}; drive "$claims"; } <<<"$lines" &
         drivers+=($!)
     done
     for driver in "${drivers[@]}"; do wait "$driver" || code=$?; done
@@ -350,8 +353,11 @@ demo() {
     [[ -n ${DRY_RUN:-} ]] || printf '\n%s\n' 'Next: your own images.  python prepare_data.py --dataset folder --raw my_images && DATASETS=my_images bash run_all.sh'
 }
 
-tests() {
+test_packages() {
     run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
+}
+
+tests() {
     export OMP_NUM_THREADS=1                                    # two tests at a time, a core each; no folder is kept
     run "$PYTHON" -m pytest -q -n 2 -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
 }
@@ -362,7 +368,8 @@ case $what in
     demo) setup; demo ;;
     main | ablations | classify | drone | teachers) setup; benchmark "$what" ;;
     all) setup; benchmark main ablations classify drone ;;
-    test) setup; tests ;;
+    test) setup; test_packages; tests ;;
+    bench) setup; test_packages; run "$PYTHON" -m pytest -q -o markers=bench -m bench test_smoke.py ;;
     help | -h | --help) help ;;
     *) printf 'unknown command: %s\n' "$what" >&2; help >&2; exit 2 ;;
 esac

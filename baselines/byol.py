@@ -52,7 +52,7 @@ def mlp(in_features, hidden=4096, out_features=256):
 
 def regression_loss(prediction, target):
     """Equation 2: 2 - 2 cos, a mean over the batch. (B, D) twice -> scalar in [0, 4]."""
-    return (2 - 2 * F.cosine_similarity(prediction, target, dim=1)).mean()
+    return (2 - 2 * F.cosine_similarity(prediction.float(), target.float(), dim=1)).mean()
 
 
 class BYOL(nn.Module):
@@ -111,7 +111,7 @@ class BYOL(nn.Module):
 
     def health(self):
         """{"std": std of the normalised projection x sqrt(d)}: near 1 healthy, 0 collapsed."""
-        return {"std": (F.normalize(self.z, dim=1).std(dim=0).mean() * self.z.shape[1] ** 0.5).item()}
+        return {"std": (F.normalize(self.z.float(), dim=1).std(dim=0).mean() * self.z.shape[1] ** 0.5).item()}
 
     def collapsed(self, health):
         """A line that says what to try, or None."""

@@ -72,9 +72,10 @@ def dino_loss(student, teacher, center, student_temp, teacher_temp):
 
     student: (V, B, K), teacher: (2, B, K) for the first two of those views, center: (1, K) -> scalar.
     """
-    log_p = F.log_softmax(student / student_temp, dim=-1)
-    q = F.softmax((teacher - center) / teacher_temp, dim=-1)
-    pairs = -torch.einsum("tbk,vbk->tv", q, log_p) / student.shape[1]                   # (2, V)
+    log_p = F.log_softmax(student.float() / student_temp, dim=-1)
+    q = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
+    with torch.autocast(student.device.type, enabled=False):
+        pairs = -torch.einsum("tbk,vbk->tv", q, log_p) / student.shape[1]               # (2, V)
     other = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)             # not the same view
     return pairs[other].mean()
 
@@ -113,9 +114,13 @@ class DINO(nn.Module):
         crops = [torch.cat(same) for same in (views[:2], views[2:]) if same]            # one pass a resolution
         student = torch.stack(self.head(torch.cat([self.encoder(x) for x in crops])).chunk(len(views)))     # (V, B, K)
         loss = dino_loss(student, teacher, self.center, self.student_temp, self.temp)
-        self.q = F.softmax((teacher - self.center) / self.temp, dim=-1).flatten(0, 1)
+        self.q = F.softmax((teacher.float() - self.center) / self.temp, dim=-1).flatten(0, 1)
         if self.training:                                       # equation 4
-            self.center = self.center.lerp(teacher.mean(dim=(0, 1))[None], 0.1)
+            mean = teacher.float().mean(dim=(0, 1))[None]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(mean)              # over the batches of all ranks
+                mean /= torch.distributed.get_world_size()
+            self.center = self.center.lerp(mean, 0.1)
         return loss
 
     def optimizer(self):

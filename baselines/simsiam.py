@@ -42,7 +42,7 @@ def augmentation(img_size):
 
 def D(p, z):
     """Equation 1: negative cosine similarity, z without gradient (stop-gradient). (B, D) twice -> scalar in [-1, 1]."""
-    return -F.cosine_similarity(p, z.detach(), dim=1).mean()
+    return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
 
 
 class SimSiam(nn.Module):
@@ -97,7 +97,7 @@ class SimSiam(nn.Module):
 
     def health(self):
         """{"std": std of the normalised output z x sqrt(d)} (section 4.1): near 1 healthy, 0 collapsed."""
-        return {"std": (F.normalize(self.z, dim=1).std(dim=0).mean() * self.z.shape[1] ** 0.5).item()}
+        return {"std": (F.normalize(self.z.float(), dim=1).std(dim=0).mean() * self.z.shape[1] ** 0.5).item()}
 
     def collapsed(self, health):
         """A line that says what to try, or None."""
