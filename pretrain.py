@@ -557,9 +557,10 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
-def train_one_epoch(method, network, loader, optimizer, scaler, device, state, args, bar, save):
+def train_one_epoch(method, network, loader, optimizer, scaler, device, state, args, bar, stop, save):
     """An epoch, or what `state` says is left of it; its sums are kept in `state`. network: the method, or
-    DistributedDataParallel around it. save(): called every --save-minutes, and when the program is asked to stop, which ends it.
+    DistributedDataParallel around it. save(): called every --save-minutes, and when `stop` holds a signal's name, which ends the
+    program.
 
     A step whose loss is not finite on some rank, or whose gradient overflows in fp16, is left out and counted; ten in a row
     (or an epoch) end the program.
@@ -568,47 +569,46 @@ def train_one_epoch(method, network, loader, optimizer, scaler, device, state, a
     rank, batches = ranks()[0], loader.batch_sampler
     steps, batches.done, bad_in_a_row, saved, start = len(batches), state["done"], 0, time.time(), time.time()
     asked, seconds_before, sums = start, state["seconds"], state["sums"]
-    with asked_to_stop() as stop:
-        for index, views in loader:
-            state["waited"] += time.time() - asked
-            step = state["epoch"] * steps + state["done"]
-            torch.manual_seed(seed_from(args.seed, step, *[rank] * (rank > 0)))
-            method.before_step(optimizer, step, args.epochs * steps, steps)
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(args):
-                loss = network(to_device(views, device))
-            bad, stopping = over_ranks(not math.isfinite(loss.item()), bool(stop))
-            if not bad:
-                scale = scaler.get_scale()
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                method.after_backward()
-                scaler.step(optimizer)
-                scaler.update()
-                bad = scaler.get_scale() < scale
-            if bad:
-                state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
-            else:
-                method.after_step(step, args.epochs * steps)
-                figures, bad_in_a_row = dict(train_loss=loss.item(), **method.health()), 0
-                for name, value in dict(n=1, **figures).items():
-                    sums[name] = sums.get(name, 0.0) + value * len(index)
-                bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in figures.items()), refresh=False)
-            state["done"] += 1
-            state["seconds"] = seconds_before + time.time() - start
-            bar.update()
-            if bad_in_a_row == min(10, steps):
-                names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
-                bar.close()
-                sys.exit(f"the loss was not finite in {bad_in_a_row} steps in a row, last at step {step}, in the batch of "
-                         f"{', '.join(names[i]['name'] for i in index)}: try --amp off, or a smaller --lr")
-            if stopping or time.time() - saved > 60 * args.save_minutes:
-                save()
-                saved = time.time()
-            if stopping:
-                bar.close()
-                sys.exit(f"stopped by {stop[0] if stop else 'another rank'} after step {step + 1}; the same command goes on from there")
-            asked = time.time()
+    for index, views in loader:
+        state["waited"] += time.time() - asked
+        step = state["epoch"] * steps + state["done"]
+        torch.manual_seed(seed_from(args.seed, step, *[rank] * (rank > 0)))
+        method.before_step(optimizer, step, args.epochs * steps, steps)
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(args):
+            loss = network(to_device(views, device))
+        bad, stopping = over_ranks(not math.isfinite(loss.item()), bool(stop))
+        if not bad:
+            scale = scaler.get_scale()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            method.after_backward()
+            scaler.step(optimizer)
+            scaler.update()
+            bad = scaler.get_scale() < scale
+        if bad:
+            state["skipped"], bad_in_a_row = state["skipped"] + 1, bad_in_a_row + 1
+        else:
+            method.after_step(step, args.epochs * steps)
+            figures, bad_in_a_row = dict(train_loss=loss.item(), **method.health()), 0
+            for name, value in dict(n=1, **figures).items():
+                sums[name] = sums.get(name, 0.0) + value * len(index)
+            bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in figures.items()), refresh=False)
+        state["done"] += 1
+        state["seconds"] = seconds_before + time.time() - start
+        bar.update()
+        if bad_in_a_row == min(10, steps):
+            names = prepare_data.read_names(Path(args.data) / args.dataset, "train")
+            bar.close()
+            sys.exit(f"the loss was not finite in {bad_in_a_row} steps in a row, last at step {step}, in the batch of "
+                     f"{', '.join(names[i]['name'] for i in index)}: try --amp off, or a smaller --lr")
+        if stopping or time.time() - saved > 60 * args.save_minutes:
+            save()
+            saved = time.time()
+        if stopping:
+            bar.close()
+            sys.exit(f"stopped by {stop[0] if stop else 'another rank'} after step {step + 1}; the same command goes on from there")
+        asked = time.time()
 
 
 @torch.no_grad()
@@ -644,12 +644,25 @@ def image_sets(method, args, folder, device):
             Images(data, "val", plain, args.seed, masks=drawn["val"]))
 
 
+def take_up(folder, module, optimizer, scaler, state, device):
+    """Go on from last.pt: its contents go into all of these."""
+    saved = load_checkpoint(folder / "last.pt", device)
+    module.load_state_dict(saved["model"])
+    if "optimizer" in saved:                                    # not after the last epoch
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+    for parameter, old in optimizer.state.items():              # as a run left alone names them: equal files, to the byte
+        optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
+    state |= {key: saved[key] for key in state}
+    state["done"] = state["done"] * saved["ranks"] // ranks()[1]        # another number of ranks, other batches: near it
+    print(f"{folder}: going on after epoch {state['epoch']}" + (f" and {state['done']} steps" if state["done"] else ""))
+
+
 def train(method, sets, args, folder, device, draws=None):
     """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`.
 
-    sets: training, plain training (for BatchNorm) and validation data, with keys and items as of Images. draws: images
-    an epoch, if more than there are. args: epochs, batch_size, patience, seed, workers, precision, save_minutes, data, dataset. Of several
-    ranks the first alone writes.
+    sets: training, plain training (for BatchNorm) and validation data, with keys and items as of Images. draws: images an epoch,
+    if more than there are. args: as of parse_args, and precision. Of several ranks the first alone writes.
     """
     rank, all_ranks = ranks()
     print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}"
@@ -664,60 +677,57 @@ def train(method, sets, args, folder, device, draws=None):
     begun = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)       # of an epoch
     state = dict(epoch=0, best=math.inf, stale=0) | copy.deepcopy(begun)
     if (folder / "last.pt").exists():
-        saved = load_checkpoint(folder / "last.pt", device)
-        module.load_state_dict(saved["model"])
-        if "optimizer" in saved:                                # not after the last epoch
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-        for parameter, old in optimizer.state.items():          # as a run left alone names them: equal files, to the byte
-            optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
-        state = {key: saved[key] for key in state}
-        print(f"{folder}: going on after epoch {state['epoch']}" + (f" and {state['done']} steps" if state["done"] else ""))
+        take_up(folder, module, optimizer, scaler, state, device)
     network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if all_ranks > 1 else method
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
     bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps + state["done"], unit=" steps", mininterval=1, disable=rank > 0)
-
-    def going_on():
-        return dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     def save(name, **content):
         if rank == 0:
             write_atomically(folder / name, functools.partial(torch.save, dict(content, model=module.state_dict())))
 
-    while not finished(state, args):
-        train_loader.batch_sampler.epoch = state["epoch"]
-        bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
-        train_one_epoch(method, network, train_loader, optimizer, scaler, device, state, args, bar,
-                        lambda: save("last.pt", **state, **going_on()))
-        start, sums = time.time(), dict(zip(state["sums"], over_ranks(*state["sums"].values())))
-        with autocast(args):
-            settle_batchnorm(method, plain_loader, device)
-            val_loss = validate(method, val_loader, device, args.seed)
-        seconds = state["seconds"] + time.time() - start
-        figures = {name: total / sums["n"] for name, total in sums.items() if name != "n"}
-        row = dict(epoch=state["epoch"] + 1, val_loss=val_loss, **figures, skipped=state["skipped"],
-                   waiting_share=state["waited"] / state["seconds"], seconds=seconds, images_per_second=train_loader.batch_sampler.draws / seconds)
-        better = val_loss < state["best"]
-        state |= dict(epoch=state["epoch"] + 1, best=min(val_loss, state["best"]), stale=0 if better else state["stale"] + 1,
-                      **copy.deepcopy(begun))
-        log.append({name: f"{value:.6g}" for name, value in row.items()})
-        if warning := method.collapsed(figures):
-            bar.write(f"epoch {state['epoch']}: {warning}")
-        if rank == 0:
-            write_csv(folder / "log.csv", log)
-        if better:
-            save("best.pt", epoch=state["epoch"], val_loss=val_loss)
-        # Without the optimiser's state, two thirds of the file, after the last epoch: nothing goes on then.
-        save("last.pt", **state, **({} if finished(state, args) else going_on()))
+    def save_state(goes_on=True):                               # the optimiser's state is two thirds of the file
+        more = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) if goes_on else {}
+        save("last.pt", **state, ranks=all_ranks, **more)
+
+    with asked_to_stop() as stop:
+        while not finished(state, args):
+            train_loader.batch_sampler.epoch = state["epoch"]
+            bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
+            train_one_epoch(method, network, train_loader, optimizer, scaler, device, state, args, bar, stop, save_state)
+            start, sums = time.time(), dict(zip(state["sums"], over_ranks(*state["sums"].values())))
+            with autocast(args):
+                settle_batchnorm(method, plain_loader, device)
+                val_loss = validate(method, val_loader, device, args.seed)
+            seconds = state["seconds"] + time.time() - start
+            figures = {name: total / sums["n"] for name, total in sums.items() if name != "n"}
+            row = dict(epoch=state["epoch"] + 1, val_loss=val_loss, **figures, skipped=state["skipped"], seconds=seconds,
+                       waiting_share=state["waited"] / state["seconds"], images_per_second=train_loader.batch_sampler.draws / seconds)
+            better = val_loss < state["best"]
+            state |= dict(epoch=state["epoch"] + 1, best=min(val_loss, state["best"]), stale=0 if better else state["stale"] + 1,
+                          **copy.deepcopy(begun))
+            log.append({name: f"{value:.6g}" for name, value in row.items()})
+            if warning := method.collapsed(figures):
+                bar.write(f"epoch {state['epoch']}: {warning}")
+            if rank == 0:
+                write_csv(folder / "log.csv", log)
+            if better:
+                save("best.pt", epoch=state["epoch"], val_loss=val_loss)
+            save_state(not finished(state, args))
     bar.close()
     over_ranks()                                                # until all is written
-    # Where the loss says nothing about quality, the last weights are as good as any; else the best.
+    if rank == 0:
+        keep(method, module, val_loader.dataset, args.seed, folder, device)
+
+
+def keep(method, module, val_set, seed, folder, device):
+    """The last files of a run, encoder.pth and samples.png. Where the loss says nothing about quality, the last weights are as
+    good as any; else the best."""
     kept = load_checkpoint(folder / ("best.pt" if method.stops_early else "last.pt"), device)
     module.load_state_dict(kept["model"])
-    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {state['best']:.4f}")
-    if rank == 0:
-        export_encoder(method, folder / "encoder.pth")
-        write_samples(method, val_loader.dataset, args.seed, folder / "samples.png", device)
+    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {load_checkpoint(folder / 'last.pt', 'cpu')['best']:.4f}")
+    export_encoder(method, folder / "encoder.pth")
+    write_samples(method, val_set, seed, folder / "samples.png", device)
 
 
 def finished(state, args):
