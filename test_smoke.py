@@ -629,7 +629,7 @@ def test_a_stop_or_a_full_disk_inside_an_epoch_loses_nothing(data, run, tmp_path
     """SIGTERM to the whole process group saves at the next step; a disk that is full leaves what was saved; then to the bit."""
     flags = ["--dataset", "demo", "--data", str(data), "--out", str(tmp_path), "--epochs", "2", "--device", "cpu", "--workers", "2"]
     stop = ("import os, subprocess, sys, pretrain\n"           # by somebody else, as a cluster does
-            "kill = lambda: subprocess.run(['kill', '-TERM', '--', f'-{os.getpgrp()}'], start_new_session=True)\n"
+            "kill = lambda: subprocess.run(['sh', '-c', f'kill -s TERM -- -{os.getpgrp()}'], start_new_session=True)\n"
             "pretrain.MedSASS.after_step = lambda self, step, total: step == 5 and kill()\n"
             "pretrain.main(sys.argv[1:])")
     end = subprocess.run([sys.executable, "-c", stop, *flags], cwd=HERE, capture_output=True, text=True, start_new_session=True)
