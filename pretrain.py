@@ -408,16 +408,15 @@ class Batches:
         return len(self.cuts) - 1
 
     def __iter__(self):
-        passes, order = math.ceil(self.draws / self.n), []
-        for k in range(self.epoch * passes, (self.epoch + 1) * passes):
-            generator = torch.Generator().manual_seed(seed_from(self.seed or 0, k))
-            once = range(self.n) if self.seed is None else torch.randperm(self.n, generator=generator).tolist()
-            order += [(k, index) for index in once]
-        batches = [order[start:end] for start, end in zip(self.cuts, self.cuts[1:])]
-        if self.seed is None:
-            yield from batches[self.rank::self.ranks]
-        else:
-            yield from (batch[self.rank::self.ranks] for batch in batches[self.done:])
+        passes = math.ceil(self.draws / self.n)
+        first, generator = self.epoch * passes, torch.Generator()
+        order = torch.cat([torch.arange(self.n) if self.seed is None else
+                           torch.randperm(self.n, generator=generator.manual_seed(seed_from(self.seed, k)))
+                           for k in range(first, first + passes)])
+        spans = list(zip(self.cuts, self.cuts[1:]))
+        for start, end in spans[self.rank::self.ranks] if self.seed is None else spans[self.done:]:
+            batch = [(first + k // self.n, index) for k, index in enumerate(order[start:end].tolist(), start)]
+            yield batch if self.seed is None else batch[self.rank::self.ranks]
 
 
 def start_worker(worker):

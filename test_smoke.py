@@ -419,6 +419,18 @@ def test_batches_cover_an_epoch_once():
         assert drawn == list(batches)
     other = pretrain.Batches(33, 16, seed=3)
     assert list(other) != list(pretrain.Batches(33, 16, seed=4))
+    for n, each, seed in ((33, 8, 3), (52, 4, 3), (7, 2, None), (33, 8, None)):        # of several ranks, together one process's
+        shares = [pretrain.Batches(n, each, seed, share=(rank, 2)) for rank in (0, 1)]
+        parts = [list(share) for share in shares]
+        assert sorted(i for batches in parts for b in batches for _, i in b) == list(range(n))
+        if seed is not None:
+            assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(b) for b in pretrain.Batches(n, 2 * each, seed)]
+            assert len(parts[0]) == len(parts[1]) and min(len(b) for batches in parts for b in batches) > 1
+    other.done = 1
+    assert list(other) == list(pretrain.Batches(33, 16, seed=3))[1:] and len(other) == 2
+    several = sum(pretrain.Batches(5, 4, seed=3, draws=12), [])
+    assert [k for k, _ in several] == [0] * 5 + [1] * 5 + [2] * 2 and all(
+        sorted(i for j, i in several if j == k) == list(range(5)) for k in (0, 1))
 
 
 def test_seeded_leaks_nothing():
