@@ -451,8 +451,8 @@ def pick_device(name):
 
 
 def pick_precision(asked, device, method):
-    """--amp -> "off", "bf16" or "fp16": auto is bf16 on a GPU that has it, else fp16 there, off elsewhere. DINO on a ViT of
-    patches of 8 pixels is never trained in fp16 (its authors' advice)."""
+    """--amp -> "off", "bf16" or "fp16": auto is bf16 on a GPU that has it, else fp16 there, off elsewhere. DINO is never trained
+    in fp16 (its authors advise against it for small patches). Ends the program where that is asked for."""
     if asked == "auto":
         asked = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         asked = "off" if asked == "fp16" and isinstance(method, DINO) else asked
@@ -879,7 +879,7 @@ def parse_args(argv):
 def main(argv=None):
     args, defaults = parse_args(argv)
     args.command = shlex.join(["python", "pretrain.py", *(sys.argv[1:] if argv is None else argv)])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # torchrun's
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:      # by torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=10))
     rank, all_ranks = ranks()
     if rank > 0:                                                # one speaks for all
