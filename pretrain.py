@@ -159,7 +159,7 @@ def pseudo_mask(images, method="otsu", foreground="bright", channel="gray", fov=
 
 def separability(gray, foreground):
     """uint8 and bool, both of any one shape -> float in [0, 1]: between-class over total variance (Otsu 1979, eq. 12)."""
-    w = foreground.mean()
+    w = foreground.mean() if foreground.size else 0.0
     if not 0 < w < 1 or gray.min() == gray.max():
         return 0.0
     return float(w * (1 - w) * (gray[foreground].mean() - gray[~foreground].mean()) ** 2 / gray.var())
@@ -192,15 +192,13 @@ def field_of_view(images, method, foreground, channel="gray"):
 
 def decide_teacher(data, threshold, foreground, channel="gray", fov="off"):
     """What --channel and --fov are for a prepared data set, decided on its training images: (one of CHANNELS, field of view
-    bool (S, S) or None, a line with the evidence). Ends the program where nothing would be left to see."""
+    bool (S, S) or None, a line with the evidence)."""
     images, said, seen = prepare_data.open_part(data, "train")[0], "as asked", None
     if channel == "auto":
         channel, said = choose_channel(images)
     if fov == "auto":                                           # what is enclosed touches no border: Otsu finds the frame
         seen = field_of_view(images, "otsu" if threshold == "enclosed" else threshold, foreground, channel)
     frame = 0.0 if seen is None else 1 - seen.mean()
-    if frame == 1:
-        sys.exit(f"--fov auto: {threshold} on {channel} calls every position of {data} {foreground} foreground: is that the right --foreground?")
     return channel, seen, f"drawn from {channel} ({said}); frame: {frame:.1%} of a picture" + (
         ", more than a frame should be: look at samples.png, and whether --foreground is right" if frame > 0.4 else "")
 
@@ -792,6 +790,9 @@ def build_method(args, meta, defaults):
     args.drawn_from, fov, said = decide_teacher(Path(args.data) / args.dataset, args.threshold, args.foreground, args.channel, args.fov)
     if "auto" in (args.channel, args.fov):
         print(f"pseudo-masks are {said}")
+    if fov is not None and not fov.any():
+        sys.exit(f"--fov auto leaves nothing of {args.data}/{args.dataset}: {args.foreground} foreground is everywhere in most images; is that "
+                 "the right --foreground?")
     own = (args.threshold, args.foreground, args.loss, args.train, args.drawn_from, fov) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
     try:

@@ -374,7 +374,7 @@ def test_enclosed_mask_equals_a_loop_over_thresholds():
         assert np.array_equal(pretrain.enclosed_mask(255 - gray, "bright"), expected)
 
 
-def test_field_of_view_leaves_the_frame_out(tmp_path):
+def test_field_of_view_leaves_the_frame_out(data, tmp_path):
     images = np.stack([np.repeat(spot(64, 64, bright=False)[0][..., None], 3, axis=2) for _ in range(10)])
     assert pretrain.field_of_view(images, "otsu", "dark") is None
     corner = np.add.outer(np.arange(64), np.arange(64)) < 20
@@ -389,8 +389,11 @@ def test_field_of_view_leaves_the_frame_out(tmp_path):
     for image, mask in zip(images, masks):
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         assert np.array_equal(mask == 1, (gray <= skimage.filters.threshold_otsu(gray[fov])) & fov)
-    np.save(tmp_path / "train_images.npy", np.where(np.random.default_rng(0).random((200, 16, 16, 1)) < .9, [3] * 3, 200).astype(np.uint8))
-    refused(lambda: pretrain.decide_teacher(tmp_path, "otsu", "dark", fov="auto"), tmp_path, "--foreground")
+    shutil.copytree(data / "demo", tmp_path / "demo")           # dark nearly everywhere: no teacher for training, and said in reference
+    np.save(tmp_path / "demo/train_images.npy", np.where(np.random.default_rng(0).random((64, 32, 32, 1)) < .95, [3] * 3, 200).astype(np.uint8))
+    refused(lambda: train(tmp_path, tmp_path / "runs", "--fov", "auto", "--foreground", "dark"), tmp_path / "demo", "--foreground")
+    r = score(tmp_path, tmp_path / "out", "--protocol", "reference", "--dataset", "demo", "--backbone", "resnet50", "--foreground", "dark")[1]
+    assert (r["teacher-otsu-fovauto"]["frame"], r["teacher-otsu-fovauto"]["separability"], r["teacher-otsu-fovauto"]["recall_global"]) == (1, 0, 0)
     image, views = torch.from_numpy(images[0]).permute(2, 0, 1), []
     for method in (pretrain.MedSASS("resnet50", 64, foreground="dark", fov=fov), pretrain.MedSASS("resnet50", 64, foreground="dark")):
         torch.manual_seed(3)
