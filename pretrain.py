@@ -193,7 +193,8 @@ def field_of_view(images, method, foreground, channel="gray"):
 def decide_teacher(data, threshold, foreground, channel="gray", fov="off"):
     """What --channel and --fov are for a prepared data set, decided on its training images: (one of CHANNELS, field of view
     bool (S, S) or None, a line with the evidence)."""
-    images, said, seen = prepare_data.open_part(data, "train")[0], "as asked", None
+    images = prepare_data.open_part(data, "train")[0] if "auto" in (channel, fov) else ()
+    said, seen = "as asked", None
     if channel == "auto":
         channel, said = choose_channel(images)
     if fov == "auto":                                           # what is enclosed touches no border: Otsu finds the frame
