@@ -648,11 +648,11 @@ def take_up(folder, module, optimizer, scaler, state, device):
     module.load_state_dict(saved["model"])
     if "optimizer" in saved:                                    # not after the last epoch
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        scaler.load_state_dict(saved.get("scaler", {}))         # an older file has none
     for parameter, old in optimizer.state.items():              # as a run left alone names them: equal files, to the byte
         optimizer.state[parameter] = {sys.intern(name): value for name, value in old.items()}
-    state |= {key: saved[key] for key in state}
-    state["done"] = state["done"] * saved["ranks"] // ranks()[1]        # another number of ranks, other batches: near it
+    state |= {key: saved[key] for key in state if key in saved}
+    state["done"] = state["done"] * saved.get("ranks", 1) // ranks()[1]        # another number of ranks, other batches: near it
     print(f"{folder}: going on after epoch {state['epoch']}" + (f" and {state['done']} steps" if state["done"] else ""))
 
 
