@@ -723,7 +723,7 @@ def keep(method, module, val_set, seed, folder, device):
     good as any; else the best."""
     kept = load_checkpoint(folder / ("best.pt" if method.stops_early else "last.pt"), device)
     module.load_state_dict(kept["model"])
-    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {load_checkpoint(folder / 'last.pt', 'cpu')['best']:.4f}")
+    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {kept.get('val_loss', kept.get('best')):.4f}")
     export_encoder(method, folder / "encoder.pth")
     write_samples(method, val_set, seed, folder / "samples.png", device)
 
