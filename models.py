@@ -15,10 +15,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}       # ours -> timm's name
 # A tensor that each backbone has exactly once: it tells them apart and shows what prefix a file's names carry.
 ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.weight"}
+
+
+class Gate(torch.autograd.Function):
+    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). Autograd's own would pass over maps
+    of full size three times more, and hold three more of them."""
+
+    @staticmethod
+    def forward(ctx, x, channel, spatial):
+        ctx.save_for_backward(x, channel, spatial)
+        return (x * channel).addcmul_(x, spatial)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, channel, spatial = ctx.saved_tensors
+        product = x * grad
+        sums = product.sum((2, 3), keepdim=True), product.sum(1, keepdim=True)
+        return torch.mul(grad, channel, out=product).addcmul_(grad, spatial), *sums
 
 
 class SCSE(nn.Module):
@@ -31,7 +51,7 @@ class SCSE(nn.Module):
         self.spatial = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
 
     def forward(self, x):
-        return x * self.channel(x) + x * self.spatial(x)
+        return Gate.apply(x, self.channel(x), self.spatial(x))
 
 
 def conv_bn_relu(in_channels, out_channels):
@@ -43,6 +63,18 @@ def conv_bn_relu(in_channels, out_channels):
 def double_conv(in_channels, out_channels):
     """The paper's DC block: twice convolution, BatchNorm, ReLU. (B, in, H, W) -> (B, out, H, W)."""
     return nn.Sequential(conv_bn_relu(in_channels, out_channels), conv_bn_relu(out_channels, out_channels))
+
+
+def upsampled_conv(x, conv, size):
+    """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) -> (B, out, *size).
+
+    Twice as large is a transposed convolution with a 4x4 kernel, the sums of the weights that meet the same pixel of x: 16
+    products a pixel instead of 36, and no upsampled map.
+    """
+    if size != (2 * x.shape[2], 2 * x.shape[3]):
+        return conv(F.interpolate(x, size=size, mode="nearest"))
+    sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)          # (out, in, 4, 4)
+    return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def init_conv(module):
@@ -63,11 +95,16 @@ class UpBlock(nn.Module):
         self.convs = double_conv(in_channels + skip_channels, out_channels)
         self.attention2 = SCSE(out_channels)
 
+    def first_conv(self, x, size, skip):
+        conv = self.convs[0][0]
+        if skip is None:
+            return upsampled_conv(x, conv, size)
+        return conv(self.attention1(torch.cat([F.interpolate(x, size=size, mode="nearest"), skip], dim=1)))
+
     def forward(self, x, size, skip=None):
-        x = F.interpolate(x, size=size, mode="nearest")
-        if skip is not None:
-            x = self.attention1(torch.cat([x, skip], dim=1))
-        return self.attention2(self.convs(x))
+        # The wide maps before the first convolution are made again for the gradient, not kept; that convolution is not.
+        x = checkpoint(self.first_conv, x, size, skip, use_reentrant=False, preserve_rng_state=False)
+        return self.attention2(self.convs[1](self.convs[0][1:](x)))
 
 
 class ResNet50UNet(nn.Module):

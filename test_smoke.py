@@ -171,12 +171,12 @@ def test_resnet50_unet_equals_segmentation_models_pytorch():
     encoder = {k: v for k, v in source.items() if k.startswith("encoder.")}
     rename = {"convs.0.0": "conv1.0", "convs.0.1": "conv1.1", "convs.1.0": "conv2.0", "convs.1.1": "conv2.1",
               "channel": "attention.cSE", "spatial": "attention.sSE"}
-    state = {}
+    state, renamed = {}, {}
     for name in ours.state_dict():
         other = re.sub(r"^up(\d)", lambda m: f"decoder.blocks.{int(m[1]) - 1}", name).replace("head", "segmentation_head.0")
         for mine, smp_name in rename.items():
             other = other.replace(mine, smp_name)
-        state[name] = source.pop(other)
+        state[name], renamed[name] = source.pop(other), other
     assert not source and len(encoder) == len(ours.encoder.state_dict())
     ours.load_state_dict(state)
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == 4_536_047
@@ -185,6 +185,15 @@ def test_resnet50_unet_equals_segmentation_models_pytorch():
             x = torch.randn(shape)
             ours.train(mode), theirs.train(mode)
             assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    # The ways round full-size maps (Gate, upsampled_conv, recomputation) give the plain network's gradients.
+    x, target = torch.randn(2, 3, 64, 64), torch.rand(2, 1, 64, 64) < .3
+    for network in (ours, theirs):
+        network.train().zero_grad()
+        losses.focal_tversky_loss(network(x), target).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        mine, other = parameter.grad, gradients[renamed[name]]
+        assert torch.allclose(mine, other, atol=1e-5) if mine is not None else other is None, name
 
 
 def test_vit_unet_has_the_paper_s_form():
