@@ -20,9 +20,9 @@ def _full_precision(logits, target):
 
 
 def batch_sums(*values):
-    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients are taken over the batches of
-    all ranks that train together. The gradient is scaled so that DistributedDataParallel, which averages, gives that of the
-    whole batch."""
+    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients are taken over the batches
+    of all ranks that train together. The gradient is scaled so that DistributedDataParallel, which averages, gives that of
+    the whole batch."""
     sums = torch.stack([value.sum() for value in values])
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         whole, scaled = sums.detach().clone(), sums * torch.distributed.get_world_size()
@@ -35,7 +35,8 @@ def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
     """Soft Tversky index, a scalar in [0, 1] (Salehi et al. 2017, eq. 3; Abraham & Khan 2019, eq. 3).
 
     alpha weighs false negatives, beta false positives (the convention of Abraham & Khan, who take .7 and .3).
-    Sums run over the whole batch, that of all ranks where several train together, so that an image without foreground does not weigh as much as one that is full of it.
+    Sums run over the whole batch, that of all ranks where several train together, so that an image without foreground does
+    not weigh as much as one that is full of it.
     """
     logits, target = _full_precision(logits, target)
     p = torch.sigmoid(logits)

@@ -398,7 +398,8 @@ class Batches:
         self.rank, self.ranks = share
         self.draws, batch_size = max(n, draws or 0), batch_size * (1 if seed is None else self.ranks)
         self.cuts = list(range(0, self.draws, batch_size)) + [self.draws]
-        if batch_size > self.ranks and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] < 2 * (1 if seed is None else self.ranks):
+        least = 2 * (1 if seed is None else self.ranks)
+        if batch_size > self.ranks and len(self.cuts) > 2 and self.cuts[-1] - self.cuts[-2] < least:
             del self.cuts[-2]
         if most:
             del self.cuts[most + 1:]
@@ -419,8 +420,8 @@ class Batches:
 
 
 def start_worker(worker):
-    """In a loader's worker: signals to the whole group or job are for the main process, which still needs what is being loaded.
-    The main process itself ends its workers by SIGTERM."""
+    """In a loader's worker: signals to the whole group or job are for the main process, which still needs what is being
+    loaded. The main process itself ends its workers by SIGTERM."""
     def listen():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
@@ -439,9 +440,11 @@ def make_loader(dataset, batches, workers):
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there first; ends the program where the one asked for is not."""
+    """"auto" -> cuda, mps or cpu, whichever is there first, and says which; ends the program where the one asked for is
+    not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        print(f"device: {torch.cuda.get_device_name() if name == 'cuda' else name}")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -462,7 +465,8 @@ def pick_precision(asked, device, method):
 
 def autocast(args):
     """The context in which networks run: as --amp was decided (args.precision), on args.device."""
-    return torch.autocast(args.device, torch.float16 if args.precision == "fp16" else torch.bfloat16, enabled=args.precision != "off")
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(args.device, dtype, enabled=args.precision != "off")
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -544,7 +548,8 @@ def validate(method, loader, device, seed):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their names come into the list that is yielded."""
+    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their names come into the list that is
+    yielded."""
     names = []
     before = {number: signal.signal(number, lambda got, _: names.append(signal.Signals(got).name))
               for number in (signal.SIGTERM, signal.SIGINT)}
@@ -605,7 +610,8 @@ def train_one_epoch(method, network, loader, optimizer, scaler, device, state, a
             saved = time.time()
         if stopping:
             bar.close()
-            sys.exit(f"stopped by {stop[0] if stop else 'another rank'} after step {step + 1}; the same command goes on from there")
+            sys.exit(f"stopped by {stop[0] if stop else 'another rank'} after step {step + 1}; the same command goes on from "
+                     "there")
         asked = time.time()
 
 
@@ -666,10 +672,11 @@ def train(method, sets, args, folder, device, draws=None):
     print(f"{folder}: {sum(p.numel() for p in method.parameters() if p.requires_grad):,} weights learn on {args.device}"
           + (f", {all_ranks} ranks" if all_ranks > 1 else ""))
     few, size = min(args.workers, 1), args.batch_size
-    train_loader = make_loader(sets[0], Batches(len(sets[0]), size, args.seed, draws=draws, share=(rank, all_ranks)), args.workers)
+    batches = Batches(len(sets[0]), size, args.seed, draws=draws, share=(rank, all_ranks))
+    train_loader = make_loader(sets[0], batches, args.workers)
     plain_loader = make_loader(sets[1], Batches(len(sets[1]), size, args.seed, most=64), few)
     val_loader = make_loader(sets[2], Batches(len(sets[2]), size, share=(rank, all_ranks)), few)
-    steps, optimizer = len(train_loader.batch_sampler), method.optimizer()
+    steps, optimizer = len(batches), method.optimizer()
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
     begun = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)       # of an epoch
@@ -678,7 +685,8 @@ def train(method, sets, args, folder, device, draws=None):
         take_up(folder, module, optimizer, scaler, state, device)
     network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if all_ranks > 1 else method
     log = list(csv.DictReader(open(folder / "log.csv")))[:state["epoch"]] if (folder / "log.csv").exists() else []
-    bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps + state["done"], unit=" steps", mininterval=1, disable=rank > 0)
+    bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps + state["done"], unit=" steps", mininterval=1,
+               disable=rank > 0)
 
     def save(name, **content):
         if rank == 0:
@@ -690,7 +698,7 @@ def train(method, sets, args, folder, device, draws=None):
 
     with asked_to_stop() as stop:
         while not finished(state, args):
-            train_loader.batch_sampler.epoch = state["epoch"]
+            batches.epoch = state["epoch"]
             bar.set_description(f"epoch {state['epoch'] + 1}/{args.epochs}")
             train_one_epoch(method, network, train_loader, optimizer, scaler, device, state, args, bar, stop, save_state)
             start, sums = time.time(), dict(zip(state["sums"], over_ranks(*state["sums"].values())))
@@ -700,7 +708,7 @@ def train(method, sets, args, folder, device, draws=None):
             seconds = state["seconds"] + time.time() - start
             figures = {name: total / sums["n"] for name, total in sums.items() if name != "n"}
             row = dict(epoch=state["epoch"] + 1, val_loss=val_loss, **figures, skipped=state["skipped"], seconds=seconds,
-                       waiting_share=state["waited"] / state["seconds"], images_per_second=train_loader.batch_sampler.draws / seconds)
+                       waiting_share=state["waited"] / state["seconds"], images_per_second=batches.draws / seconds)
             better = val_loss < state["best"]
             state |= dict(epoch=state["epoch"] + 1, best=min(val_loss, state["best"]), stale=0 if better else state["stale"] + 1,
                           **copy.deepcopy(begun))
@@ -762,7 +770,8 @@ def run_settings(args, meta):
     """All that decides what a run computes; equal settings, equal bits (on one machine)."""
     names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs", "batch_size",
              "patience", "lr", "weight_decay", "seed")
-    beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov, drawn_from=args.drawn_from)
+    beyond = {} if (args.channel, args.fov) == ("gray", "off") else dict(channel=args.channel, fov=args.fov,
+                                                                         drawn_from=args.drawn_from)
     beyond |= {} if args.round == 1 else dict(round=args.round)
     beyond |= {} if args.precision == "off" else dict(amp=args.precision)
     return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
@@ -770,8 +779,8 @@ def run_settings(args, meta):
 
 def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not default, in flag order."""
-    short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", round="r", epochs="e", batch_size="b", patience="p", lr="lr",
-                 weight_decay="wd", amp="")
+    short = dict(train="", threshold="", loss="", foreground="", channel="ch", fov="fov", round="r", epochs="e",
+                 batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
     variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([args.method, *variant]) / f"seed{args.seed}"
 
@@ -788,16 +797,17 @@ def build_method(args, meta, defaults):
         defaults |= dict(train="encoder")
         vars(args).update({name: defaults[name] for name in unused})
     args.foreground = args.foreground or defaults["foreground"]
-    args.drawn_from, fov, said = decide_teacher(Path(args.data) / args.dataset, args.threshold, args.foreground, args.channel, args.fov)
+    data = Path(args.data) / args.dataset
+    args.drawn_from, fov, said = decide_teacher(data, args.threshold, args.foreground, args.channel, args.fov)
     if "auto" in (args.channel, args.fov):
         print(f"pseudo-masks are {said}")
     if fov is not None and not fov.any():
-        sys.exit(f"--fov auto leaves nothing of {args.data}/{args.dataset}: {args.foreground} foreground is everywhere in most images; is that "
-                 "the right --foreground?")
+        sys.exit(f"--fov auto leaves nothing of {data}: {args.foreground} foreground is everywhere in most images; is that the "
+                 "right --foreground?")
     own = (args.threshold, args.foreground, args.loss, args.train, args.drawn_from, fov) if args.method == "medsass" else ()
     torch.manual_seed(seed_from(args.seed))
     try:
-        method = METHODS[args.method](args.backbone, meta["size"], args.batch_size, *own)
+        method = METHODS[args.method](args.backbone, meta["size"], args.batch_size * ranks()[1], *own)
     except ValueError as error:
         sys.exit(str(error))
     defaults |= dict(lr=method.lr, weight_decay=method.weight_decay, patience=5 if method.stops_early else 0)
@@ -813,17 +823,18 @@ def open_run(settings, args, folder):
     path = folder / "config.json"
     if path.exists() and not args.overwrite:
         try:
-            there = json.loads(path.read_text())["settings"]
+            config = json.loads(path.read_text())
+            there, other_ranks = config["settings"], config.get("ranks", 1) != ranks()[1]
         except (ValueError, KeyError):
             sys.exit(f"{path} is not a run's settings: --overwrite starts this run afresh")
         differ = [f"{key} ({there.get(key)} there, {value} asked)" for key, value in settings.items()
-                  if there.get(key) != value]
+                  if there.get(key) != value and not (key == "lr" and other_ranks)]      # it goes with the batch of all
         if differ:
             sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts it afresh")
         return
     for name in ("last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv"):
         (folder / name).unlink(missing_ok=True)
-    config = dict(settings=settings, command=args.command, device=args.device, workers=args.workers,
+    config = dict(settings=settings, command=args.command, device=args.device, workers=args.workers, ranks=ranks()[1],
                   versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
                                 torchvision=torchvision.__version__, opencv=cv2.__version__, numpy=np.__version__))
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
@@ -882,7 +893,8 @@ def main(argv=None):
     args, defaults = parse_args(argv)
     args.command = shlex.join(["python", "pretrain.py", *(sys.argv[1:] if argv is None else argv)])
     if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:      # by torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=10))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
     rank, all_ranks = ranks()
     if rank > 0:                                                # one speaks for all
         sys.stdout = open(os.devnull, "w")
@@ -926,5 +938,5 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        sys.exit(f"pretrain.py: rank {dist.get_rank()} ends, because another one is gone ({str(error).splitlines()[0][:200]}); the same "
-                 "command goes on from where it was saved last")
+        sys.exit(f"pretrain.py: rank {dist.get_rank()} ends, because another one is gone ({str(error).splitlines()[0][:200]}); "
+                 "the same command goes on from where it was saved last")

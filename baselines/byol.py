@@ -19,11 +19,14 @@ from torchvision.transforms import v2
 
 
 class Blur(v2.GaussianBlur):
-    """torchvision's, one axis after the other: equal to a gray level, a fifth of the time at 224."""
+    """torchvision's, as two products with banded matrices: equal to a gray level, a fifth of the time at 224."""
 
     def transform(self, image, params):
-        k, blur = self.kernel_size[0], v2.functional.gaussian_blur
-        return blur(blur(image, [k, 1], params["sigma"]), [1, k], params["sigma"])
+        k, sigma = self.kernel_size[0], params["sigma"][0]
+        kernel = torch.softmax(-0.5 * ((torch.arange(k) - k // 2) / sigma) ** 2, 0)
+        rows, columns = (F.pad(kernel, (n - 1, n - 1)).unfold(0, n + k - 1, 1).flip(0) for n in image.shape[1:])
+        padded = F.pad(image.float(), (k // 2,) * 4, mode="reflect")
+        return (rows @ padded @ columns.T).round_().to(torch.uint8)
 
 
 def augmentation(img_size, blur, solarize):
