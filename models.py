@@ -51,7 +51,10 @@ class SCSE(nn.Module):
         self.spatial = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
 
     def forward(self, x):
-        return Gate.apply(x, self.channel(x), self.spatial(x))
+        channel, spatial = self.channel(x), self.spatial(x)
+        if not torch.is_grad_enabled():                         # for torch.jit.trace as well, which knows no Function
+            return (x * channel).addcmul_(x, spatial)
+        return Gate.apply(x, channel, spatial)
 
 
 def conv_bn_relu(in_channels, out_channels):

@@ -185,6 +185,8 @@ def test_resnet50_unet_equals_segmentation_models_pytorch():
             x = torch.randn(shape)
             ours.train(mode), theirs.train(mode)
             assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    with torch.no_grad():                                       # for those who serve it without Python
+        assert torch.equal(torch.jit.trace(ours, x)(x), ours(x))
     # The ways round full-size maps (Gate, upsampled_conv, recomputation) give the plain network's gradients.
     x, target = torch.randn(2, 3, 64, 64).double(), torch.rand(2, 1, 64, 64) < .3
     for network in (ours, theirs):
