@@ -24,8 +24,8 @@ ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.
 
 
 class Gate(torch.autograd.Function):
-    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). Autograd's own would pass over maps
-    of full size three times more, and hold three more of them."""
+    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). The gradient that autograd makes of
+    the formula takes the product x * grad twice, and holds more maps of full size at a time."""
 
     @staticmethod
     def forward(ctx, x, channel, spatial):
@@ -99,6 +99,7 @@ class UpBlock(nn.Module):
         self.attention2 = SCSE(out_channels)
 
     def first_conv(self, x, size, skip):
+        """Up to and with the first convolution, before its BatchNorm. (B, in, h, w), (B, skip, *size) -> (B, out, *size)."""
         conv = self.convs[0][0]
         if skip is None:
             return upsampled_conv(x, conv, size)

@@ -662,6 +662,9 @@ def take_up(folder, module, optimizer, scaler, state, device):
     print(f"{folder}: going on after epoch {state['epoch']}" + (f" and {state['done']} steps" if state["done"] else ""))
 
 
+EPOCH_BEGUN = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)         # what train_one_epoch counts up in `state`
+
+
 def train(method, sets, args, folder, device, draws=None):
     """Train, validate, log, save, maybe stop: until the epochs are done. All that must survive a crash is in `state`.
 
@@ -679,8 +682,7 @@ def train(method, sets, args, folder, device, draws=None):
     steps, optimizer = len(batches), method.optimizer()
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     module = getattr(method, "unet", method)                    # MedSASS has no weights but its U-Net's
-    begun = dict(done=0, sums={}, skipped=0, waited=0.0, seconds=0.0)       # of an epoch
-    state = dict(epoch=0, best=math.inf, stale=0) | copy.deepcopy(begun)
+    state = dict(epoch=0, best=math.inf, stale=0) | copy.deepcopy(EPOCH_BEGUN)
     if (folder / "last.pt").exists():
         take_up(folder, module, optimizer, scaler, state, device)
     network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True) if all_ranks > 1 else method
@@ -711,7 +713,7 @@ def train(method, sets, args, folder, device, draws=None):
                        waiting_share=state["waited"] / state["seconds"], images_per_second=batches.draws / seconds)
             better = val_loss < state["best"]
             state |= dict(epoch=state["epoch"] + 1, best=min(val_loss, state["best"]), stale=0 if better else state["stale"] + 1,
-                          **copy.deepcopy(begun))
+                          **copy.deepcopy(EPOCH_BEGUN))
             log.append({name: f"{value:.6g}" for name, value in row.items()})
             if warning := method.collapsed(figures):
                 bar.write(f"epoch {state['epoch']}: {warning}")
@@ -721,7 +723,6 @@ def train(method, sets, args, folder, device, draws=None):
                 save("best.pt", epoch=state["epoch"], val_loss=val_loss)
             save_state(not finished(state, args))
     bar.close()
-    over_ranks()                                                # until all is written
     if rank == 0:
         keep(method, module, val_loader.dataset, args.seed, folder, device)
 
@@ -810,6 +811,8 @@ def build_method(args, meta, defaults):
         method = METHODS[args.method](args.backbone, meta["size"], args.batch_size * ranks()[1], *own)
     except ValueError as error:
         sys.exit(str(error))
+    if args.batch_size < 2 and isinstance(method, (BYOL, SimSiam)):         # it counted the images of all ranks
+        sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: --batch-size 2 or more")
     defaults |= dict(lr=method.lr, weight_decay=method.weight_decay, patience=5 if method.stops_early else 0)
     for name in ("lr", "weight_decay", "patience"):
         if getattr(args, name) is None:

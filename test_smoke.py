@@ -2081,9 +2081,9 @@ def lightly_method(name, size):
     """The same method put together from lightly's parts, as its examples do: (augmentation, modules, step, moving average)."""
     from lightly import transforms
     from lightly.models import modules, utils
-    cosine = lightly_loss.NegativeCosineSimilarity()
     if name in ("dino", "mae"):
         return lightly_vit_method(name, size)
+    cosine = lightly_loss.NegativeCosineSimilarity()
     encoder = timm.create_model("resnet50", num_classes=0)
     if name == "simsiam":
         heads = modules.SimSiamProjectionHead(2048, 2048, 2048), modules.SimSiamPredictionHead(2048, 512, 2048)
@@ -2310,7 +2310,7 @@ def test_loading_is_linear(tmp_path, record):
     peak = [int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{loader._iterator._workers[0].pid}/status").read_text())[1]) / 1024
             for loader in loaders.values()]
     try:
-        record("memory of a loader, 16k images", "1k images", peak[2] / peak[0], ("<=", 1.05), f"{peak[2]:.0f} MB", f"{peak[0]:.0f} MB")
+        record("memory of a loader, 16k images", "1k images, MB more", peak[2] - peak[0], ("<=", 20), f"{peak[2]:.0f} MB", f"{peak[0]:.0f} MB")
     finally:
         record("loading 1k, 4k, 16k images, us an image", "linear", max(abs(t / us[1] - 1) for t in us), ("<=", .05), ", ".join(f"{t:.0f}" for t in us))
 
@@ -2350,7 +2350,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, record):
                 f"'--out', {str(tmp_path / 'out')!r}]); print(open('/proc/self/status').read())")
         out = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True, text=True).stdout
         peak[n] = int(re.search(r"VmHWM:\s+(\d+) kB", out)[1]) / 1024
-    record("memory of preparing 20000 images", "200 images", peak[20000] - peak[200], ("<=", 50), f"{peak[20000]:.0f} MB", f"{peak[200]:.0f} MB")
+    record("memory of preparing 20000 images", "200 images, MB more", peak[20000] - peak[200], ("<=", 50), f"{peak[20000]:.0f} MB", f"{peak[200]:.0f} MB")
 
 
 @pytest.mark.bench
