@@ -651,8 +651,8 @@ def image_sets(method, args, folder, device):
 def take_up(folder, module, optimizer, scaler, state, device):
     """Go on from last.pt: its contents go into all of these."""
     saved = load_checkpoint(folder / "last.pt", device)
-    module.load_state_dict(saved["model"])
     if "optimizer" in saved:                                    # not after the last epoch
+        module.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved.get("scaler", {}))         # an older file has none
     for parameter, old in optimizer.state.items():              # as a run left alone names them: equal files, to the byte
@@ -692,11 +692,11 @@ def train(method, sets, args, folder, device, draws=None):
 
     def save(name, **content):
         if rank == 0:
-            write_atomically(folder / name, functools.partial(torch.save, dict(content, model=module.state_dict())))
+            write_atomically(folder / name, functools.partial(torch.save, content))
 
-    def save_state(goes_on=True):                               # the optimiser's state is two thirds of the file
-        more = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) if goes_on else {}
-        save("last.pt", **state, ranks=all_ranks, **more)
+    def save_state():
+        save("last.pt", **state, ranks=all_ranks, model=module.state_dict(), optimizer=optimizer.state_dict(),
+             scaler=scaler.state_dict())
 
     with asked_to_stop() as stop:
         while not finished(state, args):
@@ -719,20 +719,22 @@ def train(method, sets, args, folder, device, draws=None):
                 bar.write(f"epoch {state['epoch']}: {warning}")
             if rank == 0:
                 write_csv(folder / "log.csv", log)
-            if better:
-                save("best.pt", epoch=state["epoch"], val_loss=val_loss)
-            save_state(not finished(state, args))
+            if better or not method.stops_early:                # a loss that says nothing about quality: the last is kept
+                save("best.pt", epoch=state["epoch"], val_loss=val_loss, model=module.state_dict())
+            if finished(state, args):
+                save("last.pt", **state, ranks=all_ranks)       # nothing goes on from here: the weights would only fill the disk
+            else:
+                save_state()
     bar.close()
     if rank == 0:
         keep(method, module, val_loader.dataset, args.seed, folder, device)
 
 
 def keep(method, module, val_set, seed, folder, device):
-    """The last files of a run, encoder.pth and samples.png. Where the loss says nothing about quality, the last weights are as
-    good as any; else the best."""
-    kept = load_checkpoint(folder / ("best.pt" if method.stops_early else "last.pt"), device)
+    """The last files of a run, encoder.pth and samples.png, from best.pt."""
+    kept = load_checkpoint(folder / "best.pt", device)
     module.load_state_dict(kept["model"])
-    print(f"{folder}: kept is epoch {kept['epoch']}; best validation loss {kept.get('val_loss', kept.get('best')):.4f}")
+    print(f"{folder}: kept is epoch {kept['epoch']}, validation loss {kept['val_loss']:.4f}")
     export_encoder(method, folder / "encoder.pth")
     write_samples(method, val_set, seed, folder / "samples.png", device)
 
@@ -933,7 +935,13 @@ def main(argv=None):
         args.before = folder
 
 
+def terminated(signum, frame):
+    """SIGTERM outside of training, where there is nothing to save: ends the program like Ctrl-C."""
+    raise KeyboardInterrupt("stopped by SIGTERM")
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C

@@ -502,6 +502,11 @@ def test_killed_run_resumes_to_the_bit(data, tmp_path):
     before = (folder / "last.pt").stat().st_mtime_ns
     pretrain.main(flags)                                        # finished: nothing to do
     assert (folder / "last.pt").stat().st_mtime_ns == before
+    (folder / "samples.png").unlink()                           # as if killed after the last epoch, before the last file
+    (folder / "encoder.pth").unlink()
+    pretrain.main(flags)
+    assert contents(folder) == contents(whole) and (folder / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+    assert (folder / "last.pt").stat().st_size < 10_000         # a finished run keeps its weights once
 
 
 def test_vit_resumes_to_the_bit(tmp_path, monkeypatch):
@@ -545,7 +550,7 @@ def test_patience_stops_and_exports_the_best(data, tmp_path):
 
 def test_batchnorm_is_settled_on_plain_training_images(data, run):
     """With running statistics taken anew, eval mode is the mean of train mode's statistics over the training batches."""
-    saved = torch.load(run / "last.pt", weights_only=True)["model"]
+    saved = torch.load(run / "best.pt", weights_only=True)["model"]
     unet = models.build_unet("resnet50")
     unet.load_state_dict(saved)
     images = torch.from_numpy(np.array(prepare_data.open_part(data / "demo", "train")[0])).permute(0, 3, 1, 2)
@@ -706,7 +711,9 @@ def test_two_ranks_follow_one_process(method, backbone, n, tmp_path):
         assert run.wait(timeout=200) == 0, run.communicate()[0]
         folder = next((tmp_path / f"out{n}" / "set" / backbone).glob("*/seed0"))
         assert {f.name for f in folder.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
-        logs[n], weights[n] = list(csv.DictReader(open(folder / "log.csv"))), torch.load(folder / "last.pt", weights_only=True)["model"]
+        logs[n], kept = list(csv.DictReader(open(folder / "log.csv"))), torch.load(folder / "best.pt", weights_only=True)
+        assert kept["epoch"] == 2
+        weights[n] = kept["model"]
     for one, two in zip(logs[1], logs[2]):
         for key in {*one} & {"val_loss", "train_loss", "pseudo_foreground"}:       # collapse numbers are of a rank's batch
             assert float(one[key]) == pytest.approx(float(two[key]), rel=2e-3), key
@@ -1073,17 +1080,16 @@ def test_killed_baselines_resume_to_the_bit_and_are_scored(name, backbone, tmp_p
     assert contents(cut) == contents(whole)
     assert json.loads((cut / "config.json").read_text())["settings"]["train"] == "encoder"
     assert {"byol": "std", "dino": "entropy_single", "mae": "error"}[name] in (cut / "log.csv").read_text()
-    kept = torch.load(cut / ("best.pt" if name == "mae" else "last.pt"), weights_only=True)["model"]
-    exported = torch.load(cut / "encoder.pth", weights_only=True)
-    assert all(torch.equal(v, kept["encoder." + k]) for k, v in exported.items())
+    kept, exported = (torch.load(cut / file, weights_only=True) for file in ("best.pt", "encoder.pth"))
+    assert all(torch.equal(v, kept["model"]["encoder." + k]) for k, v in exported.items())
     assert score(data, tmp_path, "--run", str(cut))[1]["method"] == name
 
 
 def test_flags_of_medsass_are_ignored_by_baselines(data, tmp_path, capsys):
-    folder = train(data, tmp_path, "--method", "simsiam", "--threshold", "ght", "--loss", "dice", "--lr", "0.1", "--batch-size",
-                   "64", epochs=1)
-    assert folder.parent.name == "simsiam-e1-b64-lr0.1"
+    folder = train(data, tmp_path, "--method", "simsiam", "--threshold", "ght", "--loss", "dice", "--lr", "0", "--batch-size", "64")
+    assert folder.parent.name == "simsiam-e2-b64-lr0.0"
     assert "ignored: --threshold, --loss" in capsys.readouterr().out
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 2      # the last, though its loss is no better
 
 
 # ------------------------------------------------------------------------------------------------------- finetune_eval
