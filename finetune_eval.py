@@ -742,6 +742,12 @@ def cell_interval(cell):
     return tables and interval(resampled_iou(tables, cell[0][0]["groups"])[1])
 
 
+def said_interval(cell):
+    """cell_interval in words: "0.7111 - 0.7912"."""
+    bounds = cell_interval(cell)
+    return f"{bounds[0]:.4f} - {bounds[1]:.4f}" if bounds else "test images differ"
+
+
 def compare(cell, other):
     """paired_difference of two cells, or None where their test images are not the same."""
     first, second = tables_of(cell), tables_of(other)
@@ -773,17 +779,17 @@ def teacher_section(cells, dataset, backbone):
                     (r["threshold"], r.get("channel", "gray"), r.get("fov", "off")) == how}
         if not alone:
             continue
-        block, low_high = alone[0][0][f"teacher-{name}"], cell_interval(alone)
+        block = alone[0][0][f"teacher-{name}"]
         numbers = [block[key] for key in ("separability", "foreground_share", "stability")]
         agreements = [r["teacher_agreement"] for cell in students.values() for r, _ in cell if r.get("round", 1) == 1]
         points.append([block["iou_global"], *numbers, np.mean(agreements) if agreements else np.nan])
-        about = [name, f"{block['iou_global']:.4f}", f"{low_high[0]:.4f} - {low_high[1]:.4f}", block["drawn_from"],
-                 f"{block['frame']:.1%}", *(f"{value:.3f}" for value in numbers)]
-        for student, cell in sorted(students.items()) or [("-", None)]:
-            ci = cell and cell_interval(cell)
-            gap = cell and compare(cell, alone)
-            rows.append(about + ([student, mean_std(cell), f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else "test images differ", said(gap) if gap else
-                                  "", f"{np.mean([r['teacher_agreement'] for r, _ in cell]):.3f}"] if cell else ["-", "", "", "", ""]))
+        about = [name, f"{block['iou_global']:.4f}", said_interval(alone), block["drawn_from"], f"{block['frame']:.1%}",
+                 *(f"{value:.3f}" for value in numbers)]
+        if not students:
+            rows.append(about + ["-", "", "", "", ""])
+        for student, cell in sorted(students.items()):
+            gap, agreement = compare(cell, alone), np.mean([r["teacher_agreement"] for r, _ in cell])
+            rows.append(about + [student, mean_std(cell), said_interval(cell), said(gap) if gap else "", f"{agreement:.3f}"])
             about = [""] * len(about)
     if not rows:
         return []
@@ -824,13 +830,13 @@ def dataset_section(cells, dataset):
         rows = []
         for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], k[4], k[3], ROWS.index(k[5]) if k[5] else 0)):
             cell = mine[key]
-            r, ci, gap = cell[0][0], cell_interval(cell), compare(cell, best[1]) if best and cell is not best[1] else None
+            r, gap = cell[0][0], compare(cell, best[1]) if best and cell is not best[1] else None
             labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
                       "all" if r.get(key[5], {}).get("uses_labels") else "0")
             others = [np.mean([rows_of(r)[row][score] for r, row in cell]) for score in
                       ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")]
-            rows.append([key[4], key[5] or key[3], labels, mean_std(cell), f"{ci[0]:.4f} - {ci[1]:.4f}" if ci else
-                         "test images differ", said(gap) if gap else "", *(f"{v:.4f}" for v in others[:4]), f"{others[4]:.1f}"])
+            rows.append([key[4], key[5] or key[3], labels, mean_std(cell), said_interval(cell), said(gap) if gap else "",
+                         *(f"{v:.4f}" for v in others[:4]), f"{others[4]:.1f}"])
         lines += markdown(["protocol", "network", "labels", "IoU, mean ± std (seeds)", "95 % interval", "vs best trivial row",
                            "IoU an image", "Dice", "precision", "recall", "hd95, px"], rows)
     return lines

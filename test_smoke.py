@@ -626,6 +626,10 @@ def test_every_teacher_has_its_row_its_numbers_and_its_picture(tmp_path, capsys)
     assert (height, width) == (18 + 6 * 148, (1 + len(finetune_eval.TEACHERS)) * 148)
     finetune_eval.main(["--report", "--out", str(tmp_path)])
     assert "| otsu-chauto-fovauto | " in capsys.readouterr().out
+    prepare(raw, tmp_path / "data", "--foreground", "dark", "--size", "48", "--seed", "1", "--overwrite")      # other test images
+    score(tmp_path / "data", tmp_path, "--dataset", "lens", "--backbone", "resnet50", "--protocol", "reference", "--seed", "1")
+    finetune_eval.main(["--report", "--out", str(tmp_path)])
+    assert re.search(r"\| otsu-chauto-fovauto \| [\d.]+ \| test images differ \|", capsys.readouterr().out)
     for part in prepare_data.PARTS:                             # without masks: the numbers and the picture
         (folder / f"{part}_masks.npy").unlink()
     path.unlink(), (path.parent / "teachers.png").unlink()
