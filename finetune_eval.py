@@ -40,9 +40,9 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise, one_channel,
-                      open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, seed_from, separability, train, write_atomically,
-                      write_csv)
+from pretrain import (THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise,
+                      one_channel, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, seed_from,
+                      separability, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
@@ -345,7 +345,8 @@ def labelled_sets(args, keep=None, classes=None):
     of = len(keep["train"])
     if not isinstance(args.labels, float) and args.labels > of:
         sys.exit(f"--labels {args.labels}: {data} has {of} training images")
-    rows = {part: [keep[part][k] for k in labelled_rows([names[part][i] for i in keep[part]], args.labels, seed, of)] for part in keep}
+    rows = {part: [kept[k] for k in labelled_rows([names[part][i] for i in kept], args.labels, seed, of)]
+            for part, kept in keep.items()}
     print(f"labels: {len(rows['train'])} of {of} training images, and {len(rows['val'])} of {len(keep['val'])} validation "
           "images to stop by")
 
@@ -353,7 +354,8 @@ def labelled_sets(args, keep=None, classes=None):
         return (Images(data, part, transform, seed, rows[part], masks=data / f"{part}_masks.npy") if classes is None else
                 WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
 
-    return (true("train", paper_augmentation()), Images(data, "train", v2.Identity(), seed, rows["train"]), true("val", v2.Identity())), of
+    plain = Images(data, "train", v2.Identity(), seed, rows["train"])
+    return (true("train", paper_augmentation()), plain, true("val", v2.Identity())), of
 
 
 def teacher_of(data, threshold, foreground, channel="gray", fov="off"):
@@ -437,7 +439,8 @@ def label_free(images, teacher):
         separable.append(separability(gray[seen], mask[seen]))
         shares.append(mask.mean())
         stable += scores_from_counts(count_pixels(changed, np.broadcast_to(mask, changed.shape)))["iou"].tolist()
-    return dict(separability=float(np.mean(separable)), foreground_share=float(np.mean(shares)), stability=float(np.mean(stable)))
+    means = dict(separability=separable, foreground_share=shares, stability=stable)
+    return {name: float(np.mean(values)) for name, values in means.items()}
 
 
 def reference(args, settings, meta, device):
@@ -454,8 +457,8 @@ def reference(args, settings, meta, device):
         print(f"teacher {name:20} separability {n['separability']:.4f}, foreground {n['foreground_share']:.3f}, stability "
               f"{n['stability']:.4f}; drawn from {n['drawn_from']}, frame {frame:.1%}")
     shown = [np.array(train_images[k]) for k in range(min(6, len(train_images)))]
-    sheet = prepare_data.contact_sheet([[image, *(teacher["draw"](image[None])[0] for teacher in teachers.values())] for image in shown],
-                                       ["image", *teachers], cell=144)
+    drawn = [[image, *(teacher["draw"](image[None])[0] for teacher in teachers.values())] for image in shown]
+    sheet = prepare_data.contact_sheet(drawn, ["image", *teachers], cell=144)
     if prepare_data.open_part(data, "test")[1] is None:
         return {}, {}, sheet
     images, masks, names = open_test(args)
@@ -555,8 +558,8 @@ def evaluate(args, settings, meta, device):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
-        head |= {key: settings[key] for key in ("threshold", "foreground", "channel", "fov", "drawn_from", "round", "loss", "epochs", "batch_size")
-                 if key in settings}
+        about = ("threshold", "foreground", "channel", "fov", "drawn_from", "round", "loss", "epochs", "batch_size")
+        head |= {key: settings[key] for key in about if key in settings}
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
         if "n_train" in settings:                               # a run of this script, that has seen labels
             head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
@@ -721,7 +724,8 @@ def cells_of(results):
     cells = collections.defaultdict(list)
     for r in sorted(results, key=lambda r: r["seed"]):
         for row in rows_of(r):
-            cells[r["dataset"], r["backbone"], r["protocol"], shown(r["variant"]), r.get("name", r["protocol"]), row].append((r, row))
+            where = r["dataset"], r["backbone"], r["protocol"], shown(r["variant"]), r.get("name", r["protocol"]), row
+            cells[where].append((r, row))
     return cells
 
 

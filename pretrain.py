@@ -694,9 +694,9 @@ def train(method, sets, args, folder, device, draws=None):
         if rank == 0:
             write_atomically(folder / name, functools.partial(torch.save, content))
 
-    def save_state():
-        save("last.pt", **state, ranks=all_ranks, model=module.state_dict(), optimizer=optimizer.state_dict(),
-             scaler=scaler.state_dict())
+    def save_state():                                           # nothing goes on from a finished run: its weights are in best.pt
+        parts = {} if finished(state, args) else dict(model=module, optimizer=optimizer, scaler=scaler)
+        save("last.pt", **state, ranks=all_ranks, **{name: part.state_dict() for name, part in parts.items()})
 
     with asked_to_stop() as stop:
         while not finished(state, args):
@@ -721,10 +721,7 @@ def train(method, sets, args, folder, device, draws=None):
                 write_csv(folder / "log.csv", log)
             if better or not method.stops_early:                # a loss that says nothing about quality: the last is kept
                 save("best.pt", epoch=state["epoch"], val_loss=val_loss, model=module.state_dict())
-            if finished(state, args):
-                save("last.pt", **state, ranks=all_ranks)       # nothing goes on from here: the weights would only fill the disk
-            else:
-                save_state()
+            save_state()
     bar.close()
     if rank == 0:
         keep(method, module, val_loader.dataset, args.seed, folder, device)
