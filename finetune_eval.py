@@ -417,12 +417,17 @@ def segment(args, settings, meta, device):
 
 
 def best_constant(data):
-    """The one mask that is best to predict for every image, bool (S, S): the pixelwise majority of the training
-    truths. None where there are none."""
+    """The cut of the mean training mask with the best IoU over the training part, when it is predicted for every image:
+    bool (S, S). None where there are no masks."""
     _, masks = prepare_data.open_part(data, "train")
     if masks is None:
         return None
-    return sum(mask.astype(np.int64) for mask in masks) * 2 >= len(masks)
+    counts = sum(mask.astype(np.int64) for mask in masks)       # (S, S): images with foreground there
+    ranked = np.sort(counts, axis=None)[::-1]
+    pixels = np.arange(1, ranked.size + 1)                      # that the mask has, from the most frequent on
+    hits = np.cumsum(ranked)
+    iou = hits / np.maximum(len(masks) * pixels + ranked.sum() - hits, 1)
+    return counts >= max(ranked[iou.argmax()], 1)
 
 
 def label_free(images, teacher):
@@ -1041,46 +1046,58 @@ def predict_tiled(unet, image, tile, size, device):
 
 
 def predict_folder(args, settings, device):
-    """Draw a mask, PNG 0 / 255, for every image of a folder, at the image's own size and under its stem; a CSV with
-    each foreground share; with --overlay also pictures. A bad file is named, the others are done, the exit code is 1."""
-    source, out, bad = Path(args.predict), Path(args.out), []
+    """Draw a mask, PNG 0 / 255, for every image below a folder, upright and at its own size, under its name (see
+    prepare_data.find_files) in the same sub-folders; a CSV with each foreground share; with --overlay also pictures. A
+    bad file is named, the others are done, the exit code is 1."""
+    source, out = Path(args.predict), Path(args.out)
     if not source.is_dir():
         sys.exit(f"{source}: no such folder")
-    files = prepare_data.files_by_stem(source, bad)
-    if not files:
-        sys.exit(f"{source}: no images here ({', '.join(sorted(prepare_data.EXTENSIONS))})")
-    there = [name for name in ["foreground.csv", *(f"{stem}.png" for stem in files)] if (out / name).exists()]
-    if out.resolve() == source.resolve() or (there and not args.overwrite):
-        sys.exit(f"{out}: {there[0] if there else 'the images themselves'} would be overwritten: "
-                 "give another --out, or --overwrite")
+    files = prepare_data.find_files(source, without=out.resolve())
+    if not files.images:
+        sys.exit(f"{source}: no images here ({' '.join(sorted(prepare_data.EXTENSIONS))})")
+    inputs = {path.resolve() for path in files.images.values()}
+    targets = [out / "foreground.csv", *(out / f"{name}.png" for name in files.images)]
+    for target in targets:
+        if out.resolve() == source.resolve() or target.resolve() in inputs:
+            sys.exit(f"{out}: the images themselves would be overwritten: give another --out")
+        if target.exists() and not args.overwrite:
+            sys.exit(f"{target} would be overwritten: give another --out, or --overwrite")
     unet, _ = load_network(args, settings, "pretrained" if settings["train"] == "end2end" else "fresh")
     unet = unet.to(device, memory_format=torch.channels_last).eval()
-    (out / "overlay" if args.overlay else out).mkdir(parents=True, exist_ok=True)
-    shares = []
-    for stem, path in tqdm(files.items(), "predict", unit=" images"):
+    shares, stacks, bad = [], [], files.bad
+    for name, path in tqdm(files.images.items(), "predict", unit=" images"):
         try:
-            image = prepare_data.read_image(path, page=args.page)
-        except ValueError as error:
+            picture = prepare_data.read_picture(path, args.page)
+            image = prepare_data.to_rgb(picture)
+        except (ValueError, OSError) as error:
             bad.append(f"{path}: {error}")
             continue
+        if picture.pages > 1:
+            stacks.append(f"{path} has {picture.pages}")
         if args.tile is not None:
             mask = predict_tiled(unet, image, args.tile or settings["img_size"], settings["img_size"], device)
         else:
             logits = predict_logits(unet, prepare_data.resize(image, settings["img_size"])[None], device)[0]
             mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
-        picture = Image.fromarray(mask.astype(np.uint8) * 255)
-        write_atomically(out / f"{stem}.png", functools.partial(picture.save, format="PNG"))
+        save_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
             image[mask] = (image[mask] * 0.6 + np.array([255, 0, 0]) * 0.4).astype(np.uint8)
-            write_atomically(out / "overlay" / f"{stem}.png",
-                             functools.partial(Image.fromarray(image).save, format="PNG"))
-        shares.append(dict(name=path.name, foreground_share=f"{mask.mean():.6f}"))
+            save_png(out / "overlay" / f"{name}.png", image)
+        shares.append(dict(name=path.relative_to(source).as_posix(), foreground_share=f"{mask.mean():.6f}"))
 
     if shares:
         write_csv(out / "foreground.csv", shares)
+    if stacks:
+        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} is taken, counted from 0")
     print(f"{out}: {len(shares)} masks, and foreground.csv")
     if bad:
         sys.exit("\n".join(bad) + f"\n{len(bad)} bad file(s), listed above, have no mask")
+
+
+def save_png(path, pixels):
+    """Write uint8 pixels as PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1124,7 +1141,7 @@ def parse_args(argv):
     add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
     add("--tile", type=int, nargs="?", const=0, metavar="PX", help="with --predict, for large pictures: in overlapping windows of so "
         "many pixels a side (no number: the training size) instead of resized as a whole")
-    add("--page", type=int, default=0, help="with --predict: the page of files that have several; 0 is the first")
+    add("--page", type=int, default=0, help="with --predict: the page or frame of files that have several; 0 is the first")
     add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
     add("--report", action="store_true", help="write README.md and charts from all results under --out")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")

@@ -5,12 +5,13 @@
     python prepare_data.py --dataset isic --raw raw/isic --download
     python prepare_data.py --dataset isic --check
 
-`demo` draws a small set of stained nuclei. `folder` takes images/ and, if there, masks/ with the same stems (or the
-images straight inside, or train/ val/ test/ sub-folders of that form; an optional labels.csv has name,label). dm,
-tissuenet, isic, xray, drone and dsb2018 take the files as their authors publish them, in --raw, extracted or not.
+demo draws a small set of stained nuclei. folder takes any folder of images, sub-folders included:
+masks stand in masks/, labels/, gt/ ... under the names of their images, or are called NAME_mask;
+train/, val/ and test/ are kept as the parts; an optional labels.csv has name,label. dm, tissuenet,
+isic, xray, drone and dsb2018 take the files as their authors publish them, extracted or not.
 
-Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8 {0, 1} (N, S, S), where
-there are masks; {...}.csv (name, group, label); meta.json; preview.png.
+Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8
+{0, 1} (N, S, S), where there are masks; {...}.csv (name, group, label); meta.json; preview.png.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import csv
 import fcntl
 import functools
 import hashlib
-import http.client
+import io
 import json
 import math
 import multiprocessing
@@ -28,202 +29,486 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
 import time
-import urllib.error
-import urllib.request
+import unicodedata
 import warnings
 import zipfile
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom"}
+VOLUMES = {".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".mgz", ".npy", ".npz", ".h5"}
+IMAGE_FOLDERS = {"image", "images", "img", "imgs", "imagestr", "imagests"}
+MASK_FOLDER = re.compile(
+    r"(.+[ _-])?(masks?|labels?|labelst[rs]|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?"
+    r"|1st_manual|manual)", re.IGNORECASE)
+MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
+    r"(.*[^/])[ _.-](masks?|segs?|segmentations?|labels?|gt)([ _.-]?\d+)?", re.IGNORECASE)
+MASK_FIRST = re.compile(r"(.*/)?(masks?|segs?|segmentations?|labels?|gt)[ _.-][^/]*", re.IGNORECASE)
 DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
-TILE = 480                                                      # of a dm slide (section 3.1)
-# What the paper or the authors say of each published data set. counts: train, val, test; mask: the value above which a
-# mask pixel is foreground; files: what --download fetches, for those that need no account.
-PUBLISHED = dict(
-    dm=dict(foreground="bright", mask=0, counts=(1656, 240, 480), licence="from its authors",
-            page="the authors of Van Buren et al. 2022 (J. Immunol. Methods), https://doi.org/10.1016/j.jim.2022.113233"),
-    tissuenet=dict(foreground="bright", mask=0, counts=(2580, 3140, 1249), licence="modified Apache 2.0, non-commercial",
-                   page="https://datasets.deepcell.org/data (free account)"),
-    isic=dict(foreground="dark", mask=127, counts=(2000, 150, 600), licence="CC0",
-              page="https://challenge.isic-archive.com/data/#2017",
-              files=[f"https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{part}_{what}"
-                     for part in ("Training", "Validation", "Test_v2")
-                     for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
-    xray=dict(foreground="dark", mask=127, counts=(14730, 2202, 4233), licence="of each source; see the page",
-              page="https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database (free account)"),
-    drone=dict(foreground="bright", mask=0, counts=(280, 40, 80), licence="research and education, non-commercial",
-               page="http://dronedataset.icg.tugraz.at (or the Semantic Drone Dataset on Kaggle, free account)"),
-    dsb2018=dict(foreground="auto", mask=0, counts=(469, 67, 134), licence="CC0",
-                 page="https://bbbc.broadinstitute.org/BBBC038",
-                 files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]))
+TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # twice that large is an error, in one line
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # an error at twice
 
 
-# ---------------------------------------------------------------------------------------------------- reading files
+@dataclass
+class Published:
+    """What the paper or the authors say of a data set. counts: train, val, test; above: the value
+    above which a mask pixel is foreground; inside: folders that --raw may name instead of the one
+    that holds them; files: what --download fetches, where no account is needed."""
+    foreground: str
+    above: int
+    counts: tuple
+    licence: str
+    page: str
+    inside: str = "-"
+    files: tuple = ()
 
-def read_pixels(path, palette_index=False, page=0, least=None):
-    """The pixels of an image file as stored, EXIF rotation applied: (H, W) or (H, W, 3 or 4), uint8, wider, or bool; and
-    the full (H, W), which is larger where a jpg was decoded at 1/2, 1/4 or 1/8, down to no less than `least` a side.
 
-    Palette files give colours; with palette_index their indices, unless index 0 is another colour than black. Raises
-    ValueError with the reason for a file that cannot be read to its end.
+PUBLISHED = {
+    "dm": Published(
+        "bright", 0, (1656, 240, 480), "from its authors", "the authors of Van Buren et al. 2022 "
+        "(J. Immunol. Methods), https://doi.org/10.1016/j.jim.2022.113233", "CD27[^/]*|Labels.*"),
+    "tissuenet": Published(
+        "bright", 0, (2580, 3140, 1249), "modified Apache 2.0, non-commercial",
+        "https://datasets.deepcell.org/data (free account)"),
+    "isic": Published(
+        "dark", 127, (2000, 150, 600), "CC0", "https://challenge.isic-archive.com/data/#2017",
+        "ISIC-2017_[^/]*",
+        [f"https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{part}_{what}"
+         for part in ("Training", "Validation", "Test_v2")
+         for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
+    "xray": Published(
+        "dark", 127, (14730, 2202, 4233), "of each source; see the page", "https://www.kaggle.com/"
+        "datasets/tawsifurrahman/covid19-radiography-database (free account)",
+        "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
+    "drone": Published(
+        "bright", 0, (280, 40, 80), "research and education, non-commercial",
+        "http://dronedataset.icg.tugraz.at (or the Semantic Drone Dataset on Kaggle, free account)",
+        "original_images|label_images_semantic|RGB_color_image_masks|training_set.*"),
+    "dsb2018": Published(
+        "auto", 0, (469, 67, 134), "CC0", "https://bbbc.broadinstitute.org/BBBC038",
+        files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
+}
+
+
+# ---------------------------------------------------------------------------------- reading files
+
+@dataclass
+class Picture:
+    """One page of an image file. pixels: gray (H, W), bool or numbers, or (H, W, 2, 3 or 4) gray
+    and alpha, RGB, RGB and alpha; values as stored. The readers below leave orientation (EXIF's and
+    TIFF's number) and white_is_zero for read_picture to undo."""
+    pixels: np.ndarray
+    palette: np.ndarray | None = None           # uint8 (256, 3), where pixels are its indices
+    orientation: int = 1
+    white_is_zero: bool = False
+    pages: int = 1                              # of the file
+    patient: str = ""                           # DICOM: a hash of the patient's id
+
+
+def read_picture(path, page=0, as_stored=False):
+    """One page of an image file as a Picture that is upright and has bright as the larger value.
+
+    png, jpg, bmp and webp by Pillow; TIFF and DICOM as read_tiff and read_dicom say. as_stored: no
+    DICOM window, for masks. Raises ValueError with the reason for a file that cannot be read to its
+    end, or not rightly.
     """
     try:
-        if os.path.getsize(path) == 0:
-            raise ValueError("the file is empty")
-        with Image.open(path) as image:
-            if page:
-                image.seek(page)
-            deep_colour = ";16" in str(image.tile)              # Pillow keeps only 8 bits of 16-bit colour
-            height, width = image.size[::-1]
-            if least:
-                image.draft(image.mode, (least, least))         # only jpg can; any other kind is left as it is
-            turned = image.getexif().get(0x0112, 1) >= 5        # EXIF orientation: by 90 degrees
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "P" and not (palette_index and image.getpalette()[:3] == [0, 0, 0]):
-                image = image.convert("RGB")
-            elif image.mode not in ("1", "L", "P", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
-                image = image.convert("L" if image.mode in ("LA", "La") else "RGB")     # alpha is dropped, not blended
-            pixels = np.asarray(image)
-        if deep_colour and pixels.ndim == 3:
-            pages = cv2.imdecodemulti(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)[1]
-            pixels = pages[page][..., 2::-1]
+        with open(path, "rb") as file:          # given a path, Pillow reads some turned TIFFs wrong
+            head = file.read(132)
+            file.seek(0)
+            if not head:
+                raise ValueError("the file is empty")
+            if head[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom"):
+                picture = read_dicom(file, page, as_stored)
+            elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                picture = read_tiff(file, page)
+            else:
+                picture = read_with_pillow(file, page)
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that cannot be read") from None
-    except EOFError:
-        raise ValueError(f"has no page {page} (they count from 0)" if page else "cannot be read: it ends too early") from None
     except ValueError:
         raise
-    except Exception as error:                                  # Pillow raises OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot be read: {error}") from None
+    except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot be read: {reason}") from None
+    pixels = picture.pixels
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise ValueError("holds values that are not finite")
-    return pixels, (width, height) if turned else (height, width)
+    if picture.white_is_zero:
+        pixels = max(1, pixels.max()) - pixels if pixels.dtype.kind == "f" else ~pixels
+    picture.pixels = turn(pixels, picture.orientation)
+    return picture
 
 
-def to_eight_bits(pixels, low=0.1, high=99.9):
-    """Pixels of more than 8 bits, or floats -> uint8 of the same shape: two percentiles become 0 and 255."""
-    low, high = np.percentile(pixels, (low, high))
-    if high <= low:                                             # nearly all pixels alike: the full range, then
-        low, high = float(pixels.min()), max(float(pixels.max()), float(pixels.min()) + 1)
-    return ((pixels.astype(np.float64) - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+def turn(pixels, orientation):
+    """(H, W, ...) as stored -> as it is to be looked at. orientation: EXIF's and TIFF's tag 274."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
 
 
-def read_image(path, page=0, least=None):
-    """An image file as uint8 (H, W, 3) RGB. Gray is repeated; alpha is dropped; more than 8 bits, or floats, are
-    scaled from their 0.1 and 99.9 percentiles to 0 and 255. With `least` also its full (H, W): see read_pixels. Raises
-    ValueError with the reason."""
-    pixels, shape = read_pixels(path, page=page, least=least)
+def need_page(page, pages):
+    """Raise ValueError where a file of so many pages has no such page."""
+    if page >= pages:
+        raise ValueError(f"has no page {page}: it has {pages}, counted from 0")
+
+
+def read_with_pillow(file, page):
+    """An open file as a Picture, by Pillow; 16-bit colour, which it cuts to 8 bits, by OpenCV."""
+    with Image.open(file) as image:
+        pages = getattr(image, "n_frames", 1)
+        need_page(page, pages)
+        image.seek(page)
+        deep = ";16" in str(image.tile)
+        orientation = image.getexif().get(274, 1)
+        if image.format == "TIFF":
+            orientation = 1                     # Pillow and OpenCV turn TIFFs, and nothing else
+        image.load()
+        palette = None
+        if image.mode == "P":
+            colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            palette = np.zeros((256, 3), np.uint8)
+            palette[:len(colours)] = colours
+        elif image.mode in ("PA", "RGBa", "La"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and image.mode[0] != "I":
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+    if deep and pixels.ndim == 3:
+        file.seek(0)
+        data = np.frombuffer(file.read(), np.uint8)
+        _, decoded = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
+        if page >= len(decoded) or decoded[page].dtype != np.uint16:
+            raise ValueError("16-bit colour that OpenCV cannot read")
+        pixels = decoded[page][..., [2, 1, 0, 3][:decoded[page].shape[2]]]
+    return Picture(pixels, palette, orientation=orientation, pages=pages)
+
+
+def read_tiff(file, page):
+    """An open TIFF as a Picture: by Pillow where it reads that kind rightly, else by tifffile.
+
+    Gray, RGB (three channels of gray count as such), palette, CMYK and YCbCr, with alpha or
+    without. Raises ValueError that names the kind ("float64", "5 channels") where neither can.
+    """
+    tags, pages = tiff_tags(file, page)
+    bits = np.atleast_1d(tags.get(258, 1)).tolist()
+    sample_format = np.atleast_1d(tags.get(339, 1)).tolist()[0]
+    form = {2: "int", 3: "float", 5: "complex int", 6: "complex"}.get(sample_format, "uint")
+    kind = f"{form}{bits[0]}"
+    photometric = tags.get(262, 0)              # 0 and 1 gray, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr
+    channels = tags.get(277, len(bits))
+    colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(photometric, 1)
+    alpha = np.atleast_1d(tags.get(338, ())).tolist() in ([1], [2])
+    like_rgb = photometric == 1 and channels == 3
+    with_alpha = channels == colours + 1 and (alpha or colours == 3)
+    if not (channels == colours or with_alpha or like_rgb or photometric == 6):
+        raise ValueError(f"a TIFF of {channels} channels ({kind}), neither gray nor colour")
+    if form.startswith("complex") or len(set(bits)) > 1:
+        raise ValueError(f"a TIFF of {kind}, {bits} bits a channel, cannot be shown")
+
+    trusted = kind in ("uint1", "uint2", "uint4", "uint8") and not like_rgb
+    if channels == 1 and not trusted:
+        native = tags.prefix == b"II" and kind in ("uint32", "int16", "int32", "float32")
+        trusted = native or kind in ("uint12", "uint16")
+    elif kind == "uint16" and photometric == 2:
+        trusted = tags.get(284, 1) == 1 and tags.get(274, 1) == 1
+    if trusted:
+        with contextlib.suppress(UnidentifiedImageError):
+            file.seek(0)
+            picture = read_with_pillow(file, page)
+            if kind == "uint32":                # Pillow has no such mode
+                picture.pixels = picture.pixels.view(np.uint32)
+            picture.white_is_zero = photometric == 0 and bits[0] > 8       # the rest it inverts
+            return picture
+
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation "
+                         f"{tags.get(274, 1)}: pip install tifffile to read it") from None
+    if photometric not in (0, 1, 2):
+        raise ValueError(f"a TIFF of {kind} with photometric interpretation {photometric}")
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        pixels = tiff.pages[page].asarray()
+        axes = tiff.pages[page].axes
+    if axes == "SYX":                           # separate planes
+        pixels = np.moveaxis(pixels, 0, -1)
+    elif axes not in ("YX", "YXS"):
+        raise ValueError(f"a TIFF with the axes {axes}, not one picture a page")
+    return Picture(pixels, None, tags.get(274, 1), photometric == 0, pages)
+
+
+def tiff_tags(file, page):
+    """(the tags of a page, a mapping by number; the number of pages) of an open TIFF or BigTIFF."""
+    head = file.read(8)
+    if b"+" in head[:4]:
+        head += file.read(8)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+    offsets = []
+    while tags.next and tags.next not in offsets:
+        offsets.append(tags.next)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(offsets[-1])
+        tags.load(file)
+        if len(offsets) == page + 1:
+            found = tags
+    pages = len(offsets)
+    if pages == 1:                              # ImageJ describes a large stack by its first page
+        images = re.match(r"ImageJ=[\s\S]*\bimages=(\d+)", str(tags.get(270, "")))
+        pages = int(images[1]) if images else 1
+    need_page(page, pages)
+    if page >= len(offsets):
+        raise ValueError("an ImageJ stack without pages of its own: save its slices as files")
+    return found, pages
+
+
+def read_dicom(file, page, as_stored):
+    """An open DICOM file as a Picture, by pydicom: one frame, with the rescale slope, the palette
+    and the first window or VOI lookup table applied; the last not with as_stored."""
+    try:
+        import pydicom
+        from pydicom import pixels as dicom
+    except ImportError:
+        raise ValueError("a DICOM file: pip install pydicom (3 or newer) to read it") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # of what is against the standard and can be read
+        try:
+            ds = pydicom.dcmread(file)
+        except pydicom.errors.InvalidDicomError:
+            raise ValueError("named .dcm, but not a DICOM file") from None
+        if "Rows" not in ds:
+            raise ValueError("a DICOM file without an image")
+        pages = int(ds.get("NumberOfFrames") or 1)
+        need_page(page, pages)
+        pixels = dicom.pixel_array(ds, index=page)
+        photometric = ds.PhotometricInterpretation
+        if photometric == "MONOCHROME1" and as_stored:
+            raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
+        if photometric == "PALETTE COLOR":
+            pixels = dicom.apply_color_lut(pixels, ds)
+        elif photometric.startswith("MONOCHROME") and not as_stored:
+            pixels = dicom.apply_modality_lut(pixels, ds)
+            if "VOILUTSequence" in ds:
+                top = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+                pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, top))
+            elif "WindowCenter" in ds:          # scaled by what becomes of darkest and brightest
+                ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)
+                pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
+    patient = str(ds.get("PatientID") or "").strip()
+    if patient:
+        patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
+    return Picture(pixels, None, 1, photometric == "MONOCHROME1", pages, patient)
+
+
+def to_eight_bits(pixels, ends=None):
+    """Numbers of any type -> uint8 of the same shape: `ends`, two values, become 0 and 255; unset:
+    the 0.1 and 99.9 percentiles, or where these are equal the smallest and the largest value."""
+    pixels = pixels.astype(np.float64)
+    low, high = np.percentile(pixels, (0.1, 99.9)) if ends is None else ends
+    if high <= low:
+        low = pixels.min()
+        high = max(pixels.max(), low + 1)
+    return ((pixels - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+
+
+def to_rgb(picture):
+    """A Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; more than 8
+    bits are scaled by to_eight_bits, all channels alike."""
+    pixels = picture.pixels
+    if picture.palette is not None:
+        return picture.palette[pixels]
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels = pixels[..., :-1]
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    pixels = np.array(pixels[..., :3], order="C")               # a copy: what Pillow gives cannot be written to
-    return (pixels, shape) if least else pixels
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    return np.array(pixels, order="C")          # a copy: what Pillow gives cannot be written to
 
 
-def read_mask(path):
-    """A mask file as int32 (H, W), the values as stored: colours by their largest channel, palettes by their index
-    (by colour where index 0 is not black), floats up to 1 times 255. Raises ValueError with the reason."""
-    pixels, _ = read_pixels(path, palette_index=True)
-    if pixels.ndim == 3:
-        pixels = pixels[..., :3].max(axis=2)
-    if pixels.dtype.kind == "f":
-        pixels = (pixels * (255 if pixels.max() <= 1 else 1)).round()
-    return pixels.astype(np.int32)
+def read_image(path, page=0):
+    """An image file as uint8 (H, W, 3) RGB, as a viewer shows it. Raises ValueError: read_picture."""
+    return to_rgb(read_picture(path, page))
 
 
-def resize(picture, size, full=None):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area to shrink, bilinear to enlarge. full: the
-    (H, W) that a jpg decoded smaller stands for; its last row and column stand for a part of a pixel."""
-    height, width = picture.shape[:2]
-    if full and full != (height, width):
-        y, x = (size * round(whole / part) / whole for whole, part in zip(full, (height, width)))
-        return cv2.resize(picture, None, fx=x, fy=y, interpolation=cv2.INTER_AREA)[:size, :size]
-    how = cv2.INTER_AREA if height >= size and width >= size else cv2.INTER_LINEAR
+def resize(picture, size):
+    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area to shrink, bilinear to
+    enlarge."""
+    shrinks = min(picture.shape[:2]) >= size
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(picture, (size, size), interpolation=how)
 
 
-def named(read, path, *args, **how):
-    """read(path, ...), whose errors begin with the path."""
-    try:
-        return read(path, *args, **how)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from None
+# ------------------------------------------------------------------------------------------ masks
+
+@dataclass
+class MaskValues:
+    """A mask file's values (H, W), as stored; its kind, see read_mask; its largest value."""
+    values: np.ndarray
+    kind: str
+    top: float
+    path: str
+    in_alpha: bool = False
 
 
-slide = functools.lru_cache(maxsize=1)(read_image)              # its twelve tiles follow each other
-slide_mask = functools.lru_cache(maxsize=1)(read_mask)
+def read_mask(path, page=0):
+    """A mask file as MaskValues. A file of one page serves any `page`. Raises ValueError.
 
-
-def load_pair(pair, size):
-    """-> (image uint8 (S, S, 3), mask uint8 {0, 1} (S, S) or None, {mask value: pixels}, error or None).
-
-    The mask is made here only where `above` is known, the value above which a pixel is foreground; else values are
-    counted. Several masks of one image are joined.
+    Values: bool as 0 and 255, colours by their largest channel, palettes by their index (by colour
+    where that is gray, or index 0 is not black), alpha where nothing else varies. Kinds: "empty";
+    "0/1"; "two values"; "ignore", class numbers below 32 and 255; "regions", class or instance
+    numbers that fill regions; "soft", many values that never do, as along blurred, resized or
+    jpg-coded edges; and "few", of which neither can be said.
     """
-    values, mask = {}, None
-    try:
-        if "arrays" in pair:                                    # TissueNet's
-            image, masks = two_channels(pair["arrays"][0]), [pair["arrays"][1]]
-            shape = image.shape[:2]
-        elif "tile" in pair:                                    # scaled as a whole slide, then cut
-            image = named(slide, pair["image"], page=pair["page"])
-            masks, shape = (named(slide_mask, path) for path in pair["masks"]), image.shape[:2]
-        else:
-            image, shape = named(read_image, pair["image"], least=3 * size // 2)      # what is left is averaged by resize
-            masks = (named(read_mask, path) for path in pair["masks"] or ())
-        for k, one in enumerate(masks):
-            if one.shape != shape and not pair.get("any_shape"):
-                raise ValueError(f"{pair['masks'][k]}: the mask is {one.shape[1]}x{one.shape[0]}, its image "
-                                 f"{shape[1]}x{shape[0]}")
-            mask = one if mask is None else np.maximum(mask, one)
-        if "tile" in pair:
-            image, mask, shape = cut(image, pair["tile"]), cut(mask, pair["tile"]), None
-        if mask is not None and pair.get("above") is None:
-            values, mask = dict(zip(*(a.tolist() for a in np.unique(mask, return_counts=True)))), None
-        elif mask is not None:
-            mask = shrink_mask(mask > pair["above"], size)
-        return resize(image, size, shape), mask, values, None
-    except (ValueError, OSError) as error:
-        return None, None, {}, str(error)
+    picture = read_picture(path, as_stored=True)
+    if page and picture.pages > 1:
+        picture = read_picture(path, page, as_stored=True)
+    values = picture.pixels
+    if picture.palette is not None:
+        used = picture.palette[np.unique(values)]
+        if picture.palette[0].any() or (used == used[:, :1]).all():
+            values = picture.palette[values]
+    in_alpha = False
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        alpha, values = values[..., -1], values[..., :-1]
+        in_alpha = bool((values == values[0, 0]).all() and alpha.min() < alpha.max())
+        if in_alpha:
+            values = alpha
+    if values.ndim == 3:
+        values = values.max(axis=2)
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    is_whole = values.dtype.kind != "f" or (values == np.rint(values)).all()
+    if is_whole and values.dtype not in (np.uint8, np.uint16):
+        values = np.minimum(values, 2 ** 62).astype(np.int64)
+    values = np.ascontiguousarray(values)
+    mask = MaskValues(values, "regions", values.max(), path, in_alpha)
+    if is_whole:
+        mask.kind = kind_of(values, is_jpg(path))
+    else:
+        mask.kind = "soft"
+    return mask
 
 
-def two_channels(x):
-    """TissueNet's (H, W, 2), nuclei and membranes -> uint8 (H, W, 3) RGB as DeepCell's documentation shows them: green and
-    blue, each from the 5 and 95 percentiles of its non-zero pixels."""
-    image = np.zeros((*x.shape[:2], 3), np.uint8)
-    for channel in (0, 1):
-        lit = x[..., channel][x[..., channel] > 0]
-        if lit.size:
-            low, high = np.percentile(lit, (5, 95))
-            scaled = (x[..., channel] - low) * (255 / max(high - low, 1e-9))
-            image[..., channel + 1] = scaled.round().clip(0, 255).astype(np.uint8)
-    return image
+def is_jpg(path):
+    """Whether the name says jpg, whose masks have noise around their edges."""
+    return Path(path).suffix.lower() in (".jpg", ".jpeg")
 
 
-def cut(picture, tile):
-    """The tile (row, column) of a slide, (TILE, TILE[, 3]); what lies outside the slide is 0."""
-    y, x = (k * TILE for k in tile)
-    piece = picture[y:y + TILE, x:x + TILE]
-    out = np.zeros((TILE, TILE, *picture.shape[2:]), picture.dtype)
-    out[:piece.shape[0], :piece.shape[1]] = piece
-    return out
+def kind_of(values, is_jpg):
+    """The kind of a mask of whole numbers (H, W): see read_mask."""
+    found = np.unique(values)
+    top = found[-1]
+    inner = found[(found > 0) & (found < top)]
+    if found[0] == top == 0:
+        return "empty"
+    if top == 1 and not is_jpg:                 # there it is noise
+        return "0/1"
+    if not inner.size:
+        return "two values"
+    if top == 255 and inner[-1] < 32 and not is_jpg:
+        return "ignore"
+    if top > 65535 or found[0] < 0:
+        return "regions"
+    values = values.astype(np.uint16)
+    square = np.ones((3, 3), np.uint8)
+    alone = cv2.erode(values, square) == cv2.dilate(values, square)
+    between = (values > 0) & (values < top)
+    # 0.000 for resized, blurred and jpg-coded masks of nuclei, histology, skin and X-rays
+    if (alone & between).sum() >= 0.02 * between.sum() and (top >= 64 or not is_jpg):
+        return "regions"
+    return "soft" if top >= 64 and inner.size > 2 else "few"
+
+
+@dataclass
+class MaskRule:
+    """What is foreground in the masks of a data set: one of `values`; or unset, what is above
+    `cuts[span_of]`, and not `ignore`."""
+    values: tuple = ()
+    cuts: dict = field(default_factory=dict)
+    ignore: int | None = None
+    evidence: str = ""
+
+
+def span_of(mask):
+    """The range that MaskValues have: 1, 255, 65535, or more."""
+    if mask.kind == "0/1" or mask.values.dtype.kind == "f" and mask.top <= 1:
+        return 1
+    return next((span for span in (255, 65535) if mask.top <= span), math.inf)
+
+
+def decide_mask_rule(asked, masks):
+    """The MaskRule of a data set. asked: --mask-foreground; masks: MaskValues (without values).
+
+    auto: above half of the range where there are soft edges, else all but 0. Raises ValueError with
+    an example of each kind where files cannot be read by one rule.
+    """
+    if asked not in ("auto", "half", "nonzero"):
+        values = "0" if asked == "zero" else asked
+        return MaskRule(tuple(map(int, values.split(","))), evidence=f"{asked}, as asked for")
+    kinds = {}
+    rule = MaskRule()
+    tops = collections.Counter()
+    for mask in masks:
+        kinds.setdefault(mask.kind, []).append(mask)
+        tops[span_of(mask)] = max(tops[span_of(mask)], mask.top)
+    two_at_255 = [mask for mask in kinds.get("two values", ()) if mask.top == 255]
+    classes = [mask for mask in kinds.get("regions", ()) if mask.top < 32]
+    classes += kinds.get("ignore", ())
+    if asked == "auto" and two_at_255 and classes:
+        raise ValueError(f"{two_at_255[0].path} holds 0 and 255, {classes[0].path} class numbers: "
+                         "is 255 foreground, or to be ignored? Say which values are foreground: "
+                         "--mask-foreground 1, or 1,2,255")
+    numbers = kinds.get("regions", kinds.get("ignore"))
+    if asked == "auto" and "soft" in kinds and numbers:
+        raise ValueError(f"{kinds['soft'][0].path} has soft edges, {numbers[0].path} classes or "
+                         "instances: give --mask-foreground half or nonzero")
+    jpgs = [mask for mask in kinds.get("regions", ()) if is_jpg(mask.path)]
+    if asked == "auto" and jpgs:
+        raise ValueError(f"{jpgs[0].path}: a jpg mask of more than two levels, which jpg blurs: "
+                         "save masks as png, or give --mask-foreground half")
+    half = asked == "half" or asked == "auto" and "soft" in kinds
+    rule.cuts = {span: max(top, span == 1) / 2 if half else 0 for span, top in tops.items()}
+    if "ignore" in kinds and asked == "auto":
+        rule.ignore = 255
+    counts = ", ".join(f"{len(of_kind)} {kind}" for kind, of_kind in sorted(kinds.items()))
+    cuts = " or ".join(f"{cut:g}" for cut in sorted(set(rule.cuts.values())))
+    rule.evidence = (f"above {cuts or 0} ({'decided' if asked == 'auto' else 'as asked for'}; masks: "
+                     f"{counts}; largest values {', '.join(f'{top:g}' for top in tops.values())})")
+    if rule.ignore:
+        rule.evidence += "; 255 beside class numbers is the ignore value, and not foreground"
+    return rule
+
+
+def foreground_of(mask, rule):
+    """MaskValues -> bool (H, W). Raises ValueError for values below 0, which a rule must name."""
+    if rule.values:
+        return np.isin(mask.values, rule.values)
+    if mask.values.min() < 0:
+        raise ValueError("has values below 0: say which are foreground, as in --mask-foreground 1")
+    above = mask.values > rule.cuts.get(span_of(mask), 0)
+    return above & (mask.values != rule.ignore)
 
 
 def shrink_mask(mask, size):
@@ -231,16 +516,11 @@ def shrink_mask(mask, size):
     return (resize(mask.astype(np.float32), size) >= 0.5).astype(np.uint8)
 
 
-def load_mask(job):
-    """(mask path, size, threshold) -> uint8 {0, 1} (S, S): foreground where at least half the area is above."""
-    path, size, threshold = job
-    return shrink_mask(read_mask(path) > threshold, size)
-
-
-# ---------------------------------------------------------------------------------------------- deciding, label-free
+# ------------------------------------------------------------------ bright or dark, label-free
 
 def otsu_mask(image, foreground):
-    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", not above it for "dark"."""
+    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", not above it
+    for "dark"; all 0 where the image is of one gray."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if gray.min() == gray.max():
         return np.zeros_like(gray)
@@ -249,8 +529,9 @@ def otsu_mask(image, foreground):
 
 
 def enclosed_areas(image):
-    """uint8 (H, W, 3) -> (bright, dark): the share of the picture in components, of either side of Otsu's threshold,
-    that do not touch the border. Objects lie inside a picture; the background runs out of it."""
+    """uint8 (H, W, 3) -> (bright, dark): the share of the picture in components, of either side of
+    Otsu's threshold, that do not touch the border. Objects lie inside a picture; the background
+    runs out of it."""
     areas = []
     for foreground in ("bright", "dark"):
         mask = otsu_mask(image, foreground)
@@ -261,230 +542,458 @@ def enclosed_areas(image):
 
 
 def decide_foreground(asked, areas):
-    """"bright" or "dark" for the whole data set, and the evidence. areas: enclosed_areas of the training images, (N, 2)."""
+    """"bright" or "dark" for the whole data set, and the evidence. areas: enclosed_areas of the
+    training images, (N, 2)."""
     if asked != "auto":
         return asked, "set by --foreground, or as published"
     areas = np.array(areas)
     bright, dark = areas.mean(axis=0)
     decision = "bright" if bright >= dark else "dark"
-    agree = float(((areas[:, 0] > areas[:, 1]) if decision == "bright" else (areas[:, 1] > areas[:, 0])).mean())
-    evidence = (f"enclosed regions cover {bright:.3f} of a training image when bright, {dark:.3f} when dark; "
-                f"{agree:.0%} of {len(areas)} images agree")
-    if agree < 0.75:
-        evidence += "; the evidence is thin: look at preview.png and set --foreground yourself if it is wrong"
+    larger = areas[:, 0] > areas[:, 1] if bright >= dark else areas[:, 1] > areas[:, 0]
+    evidence = (f"enclosed regions cover {bright:.3f} of a training image when bright, {dark:.3f} "
+                f"when dark; {larger.mean():.0%} of {len(areas)} images agree")
+    if larger.mean() < 0.75:
+        evidence += ("; the evidence is thin: look at preview.png and set --foreground yourself if "
+                     "it is wrong")
     return decision, evidence
 
 
-def decide_mask_threshold(asked, values):
-    """The value above which a mask pixel is foreground, for the whole data set, and the evidence.
+# ----------------------------------------------------------------------------- finding the files
 
-    values: {mask value: pixels} over all masks. Two ends, as in 0/1, 0/255 and their anti-aliased or jpg-ringed
-    forms, are cut at half the range. Instance and class numbers (every value means something) count where non-zero.
+@dataclass
+class Pair:
+    """An image with its masks, where it belongs, and what load_row found."""
+    name: str
+    image: str                                  # its path
+    masks: list | None = None                   # paths; their union is the mask
+    group: str = ""                             # patient, or what else must stay in one part
+    label: str = ""
+    part: str | None = None
+    slide: str = ""                             # dm: the slide ...
+    tile: tuple | None = None                   # ... and the row and column of the tile
+    array: tuple | None = None                  # tissuenet: folder of X.npy and y.npy, and index
+    any_shape: bool = False                     # mask and image differ in size, as published
+    row: int = 0                                # of the scratch file
+    areas: tuple = ()                           # enclosed_areas
+    digest: str = ""                            # digest_of
+    pages: int = 1
+    error: str = ""
+
+
+@dataclass
+class Files:
+    """The image files below a folder, by name; bad: a line for each that cannot be used."""
+    images: dict                                # {name: path}
+    masks: dict                                 # {name: [paths]}
+    bad: list
+
+
+def find_files(raw, without=None):
+    """All image files below the folder `raw`, as Files; links are followed, hidden files left out.
+
+    A name is the path below raw without suffix, in Unicode NFC, and without folders called images
+    or as MASK_FOLDER. Masks are the files in such a folder, and NAME_mask beside NAME. Beside a
+    folder images/ nothing but masks is taken. What is not taken is printed. without: a folder to
+    leave out. Ends the program where two readings are possible.
     """
-    top = max(values, default=0)
-    low, mid, high = (sum(n for v, n in values.items() if a < v <= b)
-                      for a, b in ((0, top / 4), (top / 4, 3 * top / 4), (3 * top / 4, top)))
-    # Ringing frays both ends alike; numbers that start at 1 leave the upper end clean.
-    frayed = sum(n for v, n in values.items() if 3 * top / 4 < v < top) >= 0.1 * low
-    two_ends = top <= 1 or (top >= 64 and high > mid and (high > low + mid or frayed))
-    rule = asked if asked != "auto" else "half" if two_ends else "nonzero"
-    threshold = top // 2 if rule == "half" else 0
-    evidence = (f"{rule} ({'decided' if asked == 'auto' else 'set by --mask-foreground'}): mask values reach {top}, "
-                f"{len(values)} different; of the non-zero pixels {high} lie in the upper quarter, {mid} in the middle "
-                f"half, {low} in the lower quarter; foreground is > {threshold}")
-    return threshold, evidence
+    found, unread, kinds, bad = [], set(), collections.Counter(), []
+    for place, folders, files in os.walk(raw, followlinks=True):
+        real = Path(place).resolve()
+        known = (real, *real.parents, without)  # a link to one of these would never end
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and name != "__MACOSX"
+                      and Path(place, name).resolve() not in known]
+        for file in sorted(files):
+            path = Path(place, file)
+            inside = path.relative_to(raw).parts
+            kind = other_kind(path)
+            if file[0] == "." or file == "Thumbs.db" or inside == ("labels.csv",):
+                continue
+            if not kind:
+                found.append(inside)
+            else:
+                kinds[kind] += 1
+                unread.add(inside[:mask_depth(inside)])
+    if kinds:
+        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        hint = "; cut volumes into slices, a file each" if VOLUMES & set(kinds) else ""
+        print(f"{raw}: of other kinds and not read: {listed}{hint}")
+    unread -= {(), *(inside[:mask_depth(inside)] for inside in found)}
+    if unread:
+        sys.exit(f"{raw.joinpath(*min(unread))}: holds no masks of a kind that is read "
+                 f"({' '.join(sorted(EXTENSIONS))}): convert them, or give the images' folder alone")
+
+    holders = {inside[:k] for inside in found for k, folder in enumerate(inside[:-1])
+               if folder.lower() in IMAGE_FOLDERS}
+    images, masks, aside = {}, [], []
+    for inside in found:
+        path = raw.joinpath(*inside)
+        depth = mask_depth(inside)
+        first = next((k for k in range(len(inside)) if inside[:k] in holders), None)
+        if first is not None and inside[first].lower() not in IMAGE_FOLDERS and depth != first + 1:
+            aside.append(path)
+            continue
+        if not str(path).isprintable():
+            shown = os.fsencode(path).decode("utf-8", "replace")
+            bad.append(f"{shown}: its name is not UTF-8 (of a Windows zip?), rename it")
+            continue
+        name = name_of(inside)
+        if depth:
+            masks.append((name, path))
+        elif name in images:
+            bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
+        else:
+            images[name] = path
+    if aside:
+        print(f"{raw}: {len(aside)} images beside a folder of images are not taken, {aside[0]} first")
+    return Files(images, match_masks(raw, images, masks), bad)
 
 
-# -------------------------------------------------------------------------------------------------- finding, splitting
+def other_kind(path):
+    """"" for a file that can be read as an image, else its suffix, or its name where it has none."""
+    suffix = path.suffix.lower()
+    if suffix in EXTENSIONS:
+        return ""
+    if path.name.lower().endswith(".nii.gz"):
+        return ".nii.gz"
+    if path.name != "DICOMDIR" and suffix not in VOLUMES:
+        with open(path, "rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return ""
+    return suffix or path.name
 
-def files_by_stem(folder, bad):
-    """{stem: path} of the image files straight inside a folder; a stem used twice goes to `bad`, a list of lines."""
+
+def mask_depth(inside):
+    """Of the parts of a path, how many lead to the first folder of masks; 0 where there is none."""
+    for k, folder in enumerate(inside[:-1]):
+        if MASK_FOLDER.fullmatch(folder):
+            return k + 1
+    return 0
+
+
+def name_of(inside):
+    """The name of an image or mask file, from the parts of its path: see find_files."""
+    file = inside[-1]
+    if Path(file).suffix.lower() in EXTENSIONS:
+        file = Path(file).stem
+    if {"imagesTr", "imagesTs"} & set(inside):
+        file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
+    folders = [folder for folder in inside[:-1]
+               if folder.lower() not in IMAGE_FOLDERS and not MASK_FOLDER.fullmatch(folder)]
+    return unicodedata.normalize("NFC", "/".join([*folders, file]))
+
+
+def match_masks(raw, images, in_folders):
+    """{name: [mask paths]}. images: {name: path}, from which masks beside them are taken out;
+    in_folders: (name, path) of the files in folders of masks. Ends the program where two readings
+    are possible."""
+    beside = []
+    for name in images:
+        match = MASK_NAME.fullmatch(name)
+        if match and match[1] in images:
+            beside.append((name, images[name]))
+    plain = images.keys() - dict(beside)
+    unclear = sorted(name for name in plain
+                     if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name))
+    if 0 < len(unclear) < len(plain):
+        sys.exit(f"{images[unclear[0]]}: by its name a mask, but of no image here. Put masks into "
+                 f"{raw / 'masks'} under their images' names, or rename the image "
+                 f"({len(unclear)} such files)")
+    for name, _ in beside:
+        del images[name]
+    masks, orphans = collections.defaultdict(list), []
+    for name, path in beside + in_folders:
+        match = MASK_NAME.fullmatch(name)
+        if name not in images and match:
+            name = match[1]
+        (masks[name] if name in images else orphans).append(path)
+    if orphans and images and not masks:
+        sys.exit(f"{raw}: none of {len(orphans)} masks has the name of one of {len(images)} images: "
+                 f"{orphans[0]} and {next(iter(images.values()))}")
+    if orphans:
+        print(f"{len(orphans)} masks have no image and are not used, {orphans[0]} first")
+    for name, paths in masks.items():
+        numbered = [path for path in paths if re.search(r"\d$", path.stem)]
+        folders = {path.parent for path in paths}
+        if len(paths) > 1 and (len(folders) > 1 or len(numbered) < len(paths) - 1):
+            sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: leave one of them")
+    if masks:
+        folders = sorted({str(path.parent) for paths in masks.values() for path in paths})
+        several = sum(len(paths) > 1 for paths in masks.values())
+        print(f"masks: of {len(masks)} images, in {', '.join(folders[:3])}"
+              f"{' ...' if folders[3:] else ''}; {several} images have several, which are joined")
+    return masks
+
+
+def find_folder(raw, args, bad):
+    """All images below --raw as Pairs: with masks where a part has any, parts as train/, val/ and
+    test/ say, groups (set_groups) and labels (set_labels)."""
+    files = find_files(raw)
+    bad += files.bad
+    if not files.images:
+        sys.exit(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})")
+    above = raw.resolve().parent
+    sisters = [path for path in above.iterdir() if MASK_FOLDER.fullmatch(path.name)]
+    if sisters and raw.resolve().name.lower() in IMAGE_FOLDERS:
+        print(f"{sisters[0]} is not used: give --raw {above} for these masks")
+    given = {name.split("/")[0] for name in files.images} & set(PARTS)
+    if given and len(given) < len(PARTS):
+        sys.exit(f"{raw}: has {' '.join(sorted(given))} but not {' '.join(set(PARTS) - given)}; "
+                 "give all three, or none, to be split here")
+    pairs = []
+    for name, path in sorted(files.images.items()):
+        pair = Pair(name, str(path))
+        if name in files.masks:
+            pair.masks = list(map(str, files.masks[name]))
+        if given:
+            pair.part, _, pair.name = name.partition("/")
+        if not given or pair.part in PARTS:
+            pairs.append(pair)
+        else:
+            print(f"{path}: not in train, val or test, and not taken")
+    masked = {pair.part for pair in pairs if pair.masks}
+    bare = [pair for pair in pairs if pair.part in masked and not pair.masks]
+    bad += [f"{pair.image}: has no mask" for pair in bare]
+    pairs = [pair for pair in pairs if pair not in bare]
+    set_groups(raw, pairs, args.group_regex, bad)
+    if (raw / "labels.csv").is_file():
+        set_labels(raw, pairs)
+    return pairs
+
+
+def set_groups(raw, pairs, regex, bad):
+    """Set the group of each pair: what `regex` finds in its name, or without one the topmost folder
+    of the name that not all share. Ends the program where few large folders may be classes."""
+    if regex:
+        for pair in pairs:
+            match = re.search(regex, pair.name)
+            if match:
+                pair.group = match[1] if match.re.groups else match[0]
+            else:
+                bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
+        return
+    folders = [pair.name.split("/")[:-1] for pair in pairs]
+    shared = len(os.path.commonprefix(folders))
+    for pair, inside in zip(pairs, folders):
+        pair.group = "".join(inside[shared:shared + 1])
+    names = sorted({pair.group for pair in pairs} - {""})
+    groups = {pair.group or pair.name for pair in pairs}
+    if names and len(groups) < 5 and len(pairs) >= 8 * len(groups) and not pairs[0].part:
+        sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
+                 "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
+                 "they are classes, give --group-regex '.+'")
+    if names:
+        print(f"{raw}: {len(names)} folders are taken as patients, {names[0]} first, and each stays "
+              "in one part (--group-regex '.+' splits image by image)")
+
+
+def set_labels(raw, pairs):
+    """Set the label of each pair from labels.csv, where it stands by its name or its file's. Ends
+    the program where none does."""
+    path = raw / "labels.csv"
+    labels = {}
+    for row in read_table(path, ("name", "label")):
+        name = unicodedata.normalize("NFC", row["name"])
+        if labels.setdefault(name, row["label"]) != row["label"]:
+            sys.exit(f"{path}: {name} has two labels, {labels[name]} and {row['label']}")
+    used = set()
+    for pair in pairs:
+        inside = unicodedata.normalize("NFC", Path(pair.image).relative_to(raw).as_posix())
+        file = Path(inside)
+        for name in (pair.name, inside, str(file.with_suffix("")), file.name, file.stem):
+            if name in labels:
+                pair.label = labels[name]
+                used.add(name)
+                break
+    left = [name for name in labels if name not in used]
+    if not used:
+        sys.exit(f"{path}: none of its {len(labels)} names is that of an image: "
+                 f"{', '.join(left[:1])} there, {pairs[0].name} here")
+    print(f"{path}: {sum(pair.label != '' for pair in pairs)} of {len(pairs)} images have a label; "
+          f"{len(left)} rows have no image{': ' + left[0] + ' first' if left else ''}")
+
+
+def read_table(path, columns):
+    """The rows of a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma, semicolon or
+    tab), a list of dicts; ends the program where one of the columns is not there."""
+    data = path.read_bytes()
+    try:
+        is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+    if not set(columns) <= set(rows.fieldnames):
+        sys.exit(f"{path}: needs the columns {' and '.join(columns)}, has {rows.fieldnames}")
+    return [{key: (row[key] or "").strip() for key in columns} for row in rows]
+
+
+# -------------------------------------------------------------------------------------- splitting
+
+def join_duplicates(pairs):
+    """{name: group} of the pairs: groups that share a picture (Pair.digest) become one. Prints how
+    many pictures are there twice."""
+    leader, first, again = {}, {}, []
+
+    def lead(group):
+        while group in leader:
+            group = leader[group]
+        return group
+
+    for pair in sorted(pairs, key=lambda pair: pair.name):
+        other = first.setdefault(pair.digest or pair.name, pair)
+        if other is pair:
+            continue
+        again.append(f"{pair.image} and {other.image}")
+        here, there = lead(pair.group or pair.name), lead(other.group or other.name)
+        if here != there:
+            leader[here] = there
+    if again:
+        print(f"{len(again)} pictures are there twice, and are kept in one part: {again[0]} first")
+    return {pair.name: lead(pair.group or pair.name) for pair in pairs}
+
+
+def split(pairs, seed):
+    """Set the part of every pair: groups in seeded order, cut at int(.7 n) and int(.8 n) images, or
+    slides; a group that a cut falls into stays whole. Few large groups fill each part with at least
+    one, where there are three."""
+    groups = join_duplicates(pairs)
+    units = collections.defaultdict(set)        # the images, or slides, of a group
+    for pair in pairs:
+        units[groups[pair.name]].add(pair.slide or pair.name)
+    order = np.random.default_rng(seed).permutation(sorted(units)).tolist()
+    ends = np.cumsum([0] + [len(units[group]) for group in order])
+    first, second = np.searchsorted(ends, [int(0.7 * ends[-1]), int(0.8 * ends[-1])]).tolist()
+    if 3 <= len(order) < ends[-1]:
+        first = max(1, min(first, len(order) - 2))
+        second = min(max(second, first + 1), len(order) - 1)
+    place = {group: k for k, group in enumerate(order)}
+    for pair in pairs:
+        k = place[groups[pair.name]]
+        pair.part = PARTS[(k >= first) + (k >= second)]
+
+
+def stratify(pairs, seed):
+    """Set the part of every pair: ceil(20 %) test, then ceil(13 %) of the rest validation, of each
+    class its like share; what rounding leaves over goes to the classes with the largest remainders.
+    A picture that is there twice changes places with one of its class, to be in one part."""
+    classes = collections.defaultdict(list)
+    for pair in sorted(pairs, key=lambda pair: pair.name):
+        pair.part = "train"
+        classes[pair.label].append(pair)
+    rest = {}
+    for label, members in classes.items():
+        order = np.random.default_rng([seed, len(label)]).permutation(len(members))
+        rest[label] = [members[i] for i in order]
+    for part, share in (("test", 0.2), ("val", 0.13)):
+        n = sum(map(len, rest.values()))
+        exact = {label: len(members) * math.ceil(share * n) / n for label, members in rest.items()}
+        take = {label: int(value) for label, value in exact.items()}
+        order = sorted(exact, key=lambda label: (take[label] - exact[label], label))
+        for label in order[:math.ceil(share * n) - sum(take.values())]:
+            take[label] += 1
+        for label, members in rest.items():
+            for pair in members[:take[label]]:
+                pair.part = part
+            rest[label] = members[take[label]:]
+    groups = join_duplicates(pairs)
+    sizes = collections.Counter(groups.values())
+    part_of = {}
+    for pair in pairs:
+        part = part_of.setdefault(groups[pair.name], pair.part)
+        if pair.part != part:
+            other = next(other for other in classes[pair.label]
+                         if other.part == part and sizes[groups[other.name]] == 1)
+            pair.part, other.part = other.part, pair.part
+
+
+# ---------------------------------------------------------------------- the data sets as published
+
+def unpack(archive):
+    """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of its name. Nothing can
+    leave that folder: both libraries see to it. Ends the program where the archive is broken."""
+    folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
+    if folder.exists():
+        return
+    print(f"{archive}: extracting to {folder}")
+    broken = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
+    with new_folder(folder) as partial:
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(partial)
+            else:
+                with tarfile.open(archive) as file:
+                    file.extractall(partial, filter="data")
+        except broken as error:
+            sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
+
+
+def folders_below(raw, depth=6):
+    """`raw` and the folders below it, near ones first, links followed, hidden ones left out."""
+    level, found = [raw], []
+    for _ in range(depth):
+        found += level
+        level = sorted(path for folder in level for path in folder.iterdir()
+                       if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
+    return found
+
+
+def images_in(folder, bad):
+    """{stem: path} of the image files straight inside a folder; a stem used twice goes to `bad`."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file():
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
             if path.stem in found:
                 bad.append(f"{path}: the stem is used twice, see {found[path.stem].name}")
             found.setdefault(path.stem, path)
     return found
 
 
-def find_pairs(folder, part, bad):
-    """The images of one folder, with their masks if it has masks/: a list of dicts name, image, masks, part."""
-    image_folder = folder / "images" if (folder / "images").is_dir() else folder
-    images = files_by_stem(image_folder, bad)
-    if not images:
-        sys.exit(f"{image_folder}: no images here ({', '.join(sorted(EXTENSIONS))})")
-    masks = files_by_stem(folder / "masks", bad) if (folder / "masks").is_dir() else None
-    if masks is not None and len(set(masks) - set(images)):
-        print(f"{folder / 'masks'}: {len(set(masks) - set(images))} masks have no image and are not used")
-    pairs = []
-    for name, path in images.items():
-        if masks is not None and name not in masks:
-            bad.append(f"{path}: no mask of this name in {folder / 'masks'}")
-        else:
-            pairs.append(dict(name=name, image=str(path), masks=[str(masks[name])] if masks else None, part=part))
-    return pairs
-
-
-def find_folder(raw, args, bad):
-    """All images below --raw, as find_pairs lists them, with group and label added."""
-    given, group_regex = [part for part in PARTS if (raw / part).is_dir()], re.compile(args.group_regex)
-    if given and len(given) < len(PARTS):
-        sys.exit(f"{raw}: has {', '.join(given)} but not {', '.join(p for p in PARTS if p not in given)}; "
-                 "give all three, or images/ to be split here")
-    pairs = [pair for part in given for pair in find_pairs(raw / part, part, bad)] or find_pairs(raw, None, bad)
-    labels = {}
-    if (raw / "labels.csv").is_file():
-        rows = read_table(raw / "labels.csv", ("name", "label"))
-        labels = {row["name"]: row["label"] for row in rows}
-    matched = []
-    for pair in pairs:
-        match = group_regex.search(pair["name"])
-        if match:
-            label = labels.get(pair["name"], labels.get(Path(pair["image"]).name, ""))
-            matched.append(pair | dict(group=match.group(1 if group_regex.groups else 0), label=label))
-        else:
-            bad.append(f"{pair['image']}: the name does not match --group-regex {group_regex.pattern}")
-    return matched
-
-
-def read_table(path, columns):
-    """The rows of a CSV, a list of dicts; ends the program where one of the columns is not there."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not set(columns) <= set(rows.fieldnames or ()):
-            sys.exit(f"{path}: needs the columns {' and '.join(columns)}")
-        return list(rows)
-
-
-def split(pairs, seed):
-    """Set the part of every pair: groups in seeded order, cut at int(.7 n) and int(.8 n) images, or slides; a group that a
-    cut falls into stays whole. Without groups of several images that is the shuffled names, cut there. Few large groups
-    fill each part with at least one, where there are three."""
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
-    for pair in sorted(pairs, key=lambda p: p["name"]):
-        groups[pair["group"] or pair["name"]][pair.get("slide", pair["name"])].append(pair)
-    order = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
-    ends = np.cumsum([0] + [len(groups[group]) for group in order])
-    first, second = (int(np.searchsorted(ends, int(share * ends[-1]))) for share in (0.7, 0.8))
-    if 3 <= len(order) < ends[-1]:
-        first = max(1, min(first, len(order) - 2))
-        second = min(max(second, first + 1), len(order) - 1)
-    for k, group in enumerate(order):
-        for pair in sum(groups[group].values(), []):
-            pair["part"] = "train" if k < first else "val" if k < second else "test"
-
-
-def stratify(pairs, seed):
-    """Set the part of every pair: ceil(20 %) test, then ceil(13 %) of the rest validation, of each class its like share;
-    what rounding leaves over goes to the classes with the largest remainders."""
-    rest = collections.defaultdict(list)
-    for pair in sorted(pairs, key=lambda p: p["name"]):
-        pair["part"] = "train"
-        rest[pair["label"]].append(pair)
-    for name in sorted(rest):
-        rest[name] = [rest[name][i] for i in np.random.default_rng([seed, len(name)]).permutation(len(rest[name]))]
-    for part, share in (("test", 0.2), ("val", 0.13)):
-        n = sum(map(len, rest.values()))
-        exact = {name: len(members) * math.ceil(share * n) / n for name, members in rest.items()}
-        take = {name: int(value) for name, value in exact.items()}
-        order = sorted(exact, key=lambda name: (take[name] - exact[name], name))
-        for name in order[:math.ceil(share * n) - sum(take.values())]:
-            take[name] += 1
-        for name, members in rest.items():
-            for pair in members[:take[name]]:
-                pair["part"] = part
-            rest[name] = members[take[name]:]
-
-
-# ------------------------------------------------------------------------------------------- the data sets as published
-
-def unpack(archive):
-    """Extract a .zip or .tar[.gz] beside itself, once, into a folder of its name. Ends the program where a member would
-    leave that folder, or is a link in a zip, or the disk is too small."""
-    folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
-    if folder.exists():
-        return folder
-    print(f"{archive}: extracting to {folder}")
-    with new_folder(folder) as partial:
-        try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    members = file.infolist()
-                    for member in members:
-                        target = (partial / member.filename).resolve()
-                        is_link = member.external_attr >> 28 == 0xA
-                        if is_link or not target.is_relative_to(partial.resolve()) or "\\" in member.filename:
-                            sys.exit(f"{archive}: its member {member.filename!r} is a link or would "
-                                     "leave the folder: nothing extracted")
-                    room_for(sum(member.file_size for member in members), archive)
-                    for member in tqdm(members, archive.name, unit=" files"):
-                        file.extract(member, partial)
-            else:
-                with tarfile.open(archive) as file:
-                    members = file.getmembers()
-                    room_for(sum(member.size for member in members), archive)
-                    for member in tqdm(members, archive.name, unit=" files"):
-                        file.extract(member, partial, filter="data")
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
-    return folder
-
-
-def room_for(size, archive):
-    """End the program if the disk of `archive` has no room for so many bytes."""
-    free = shutil.disk_usage(archive.parent).free
-    if size > free:
-        sys.exit(f"{archive}: {size / 1e9:.1f} GB when extracted, {free / 1e9:.1f} GB are free: nothing extracted")
-
-
-def folders_below(raw, depth=5):
-    """`raw` and the folders below it, near ones first, links followed, hidden ones and Apple's left out."""
-    level, found = [raw], []
-    for _ in range(depth):
-        found += level
-        level = sorted(Path(entry) for folder in level for entry in os.scandir(folder)
-                       if entry.is_dir() and not entry.name.startswith((".", "__MACOSX")))
-    return found
-
-
-def published_files(folders, names, bad):
-    """{stem: path} of the pictures in the nearest folder of that path, such as ("COVID", "images"); {} where none has any."""
+def published_files(folders, ending, bad):
+    """{stem: path} of the images in the nearest folder whose path ends so, such as "COVID/images",
+    in upper or lower case; {} where none has any."""
     for folder in folders:
-        if [part.lower() for part in folder.parts[-len(names):]] == [name.lower() for name in names]:
-            found = files_by_stem(folder, bad)
+        if folder.resolve().as_posix().lower().endswith(f"/{ending}".lower()):
+            found = images_in(folder, bad)
             if found:
                 return found
     return {}
 
 
 def pair_up(images, masks, bad, **more):
-    """Pairs of {name: image path} and {name: mask path}; an image without a mask goes to `bad`; more: what all have."""
-    for name in sorted(set(images) - set(masks)):
-        bad.append(f"{images[name]}: has no mask")
-    if set(masks) - set(images):
-        print(f"{len(set(masks) - set(images))} masks have no image and are not used, {masks[min(set(masks) - set(images))]} first")
-    return [dict(name=name, image=str(images[name]), masks=[str(masks[name])], group="", label="", part=None) | more
-            for name in sorted(set(images) & set(masks))]
+    """Pairs of {name: image path} and {name: mask path}; an image without a mask goes to `bad`;
+    more: fields that all have."""
+    bad += [f"{images[name]}: has no mask" for name in sorted(images.keys() - masks.keys())]
+    orphans = sorted(masks.keys() - images.keys())
+    if orphans:
+        print(f"{len(orphans)} masks have no image and are not used, {masks[orphans[0]]} first")
+    return [Pair(name, str(images[name]), [str(masks[name])], **more)
+            for name in sorted(images.keys() & masks.keys())]
 
 
 def find_isic(folders, args, bad, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2")):
-        images = published_files(folders, [f"ISIC-2017_{official}_Data"], bad)
-        masks = published_files(folders, [f"ISIC-2017_{official}_Part1_GroundTruth"], bad)
+        images = published_files(folders, f"ISIC-2017_{official}_Data", bad)
+        images = {s: path for s, path in images.items() if not s.endswith("_superpixels")}
+        masks = published_files(folders, f"ISIC-2017_{official}_Part1_GroundTruth", bad)
+        masks = {stem.removesuffix("_segmentation"): path for stem, path in masks.items()}
         tables = [f / f"ISIC-2017_{official}_Part3_GroundTruth.csv" for f in folders]
-        table = next((path for path in tables if path.is_file()), None)
-        missing += [f"ISIC-2017_{official}_{what}" for what, there in (
-            ("Data", images), ("Part1_GroundTruth", masks), ("Part3_GroundTruth.csv (labels)", table)) if not there]
+        tables = [path for path in tables if path.is_file()]
+        there = {"Data": images, "Part1_GroundTruth": masks, "Part3_GroundTruth.csv": tables}
+        missing += [f"ISIC-2017_{official}_{what}" for what in there if not there[what]]
         labels = {}
-        for row in read_table(table, ("image_id", "melanoma", "seborrheic_keratosis")) if table else ():
-            disease = [name for name in ("melanoma", "seborrheic_keratosis") if float(row[name]) == 1]
-            labels[row["image_id"]] = disease[0] if disease else "nevus"
-        new = pair_up({stem: path for stem, path in images.items() if not stem.endswith("_superpixels")},
-                      {stem.removesuffix("_segmentation"): path for stem, path in masks.items()}, bad, part=part)
-        pairs += [pair | dict(label=labels.get(pair["name"], "")) for pair in new]
+        diseases = ("melanoma", "seborrheic_keratosis")
+        for row in read_table(tables[0], ("image_id", *diseases)) if tables else ():
+            found = [disease for disease in diseases if float(row[disease]) == 1]
+            labels[row["image_id"]] = (found or ["nevus"])[0]
+        new = pair_up(images, masks, bad, part=part)
+        for pair in new:
+            pair.label = labels.get(pair.name, "")
+        pairs += new
     return pairs
 
 
@@ -492,176 +1001,180 @@ def find_xray(folders, args, bad, missing):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images, masks = (published_files(folders, [label, kind], bad) for kind in ("images", "masks"))
-        missing += [f"{label}/{kind}" for kind, there in (("images", images), ("masks", masks)) if not there]
+        images = published_files(folders, f"{label}/images", bad)
+        masks = published_files(folders, f"{label}/masks", bad)
+        if not images or not masks:
+            missing.append(f"{label}/images and masks")
         pairs += pair_up(images, masks, bad, label=label, any_shape=True)
     return pairs
 
 
 def find_drone(folders, args, bad, missing):
-    """The Semantic Drone Dataset: foreground is any class but `unlabeled`, which is index 0 and black."""
-    images = published_files(folders, ["original_images"], bad)
-    masks = published_files(folders, ["label_images_semantic"], bad) or published_files(folders, ["RGB_color_image_masks"], bad)
-    missing += [name for name, there in (("original_images", images), ("label_images_semantic", masks)) if not there]
-    return pair_up(images, masks, bad)
+    """The Semantic Drone Dataset, from its own page or from Kaggle: foreground is any class but
+    `unlabeled`, which is index 0 and black, so nearly everything."""
+    layouts = (("original_images", "label_images_semantic"),
+               ("original_images", "RGB_color_image_masks"),
+               ("training_set/images", "gt/semantic/label_images"))
+    for image_folder, mask_folder in layouts:
+        images = published_files(folders, image_folder, bad)
+        masks = published_files(folders, mask_folder, bad)
+        if images and masks:
+            print("foreground is 99.8 % of the pixels of all published masks: a mask of everything "
+                  "scores .998")
+            return pair_up(images, masks, bad)
+    missing += [" with ".join(layout) for layout in layouts]
+    return []
 
 
 def find_dsb2018(folders, args, bad, missing):
-    """BBBC038 stage 1: one folder an image, one mask a nucleus."""
-    images, masks = {}, {}
-    for folder in (f.parent for f in folders if f.name == "images" and (f.parent / "masks").is_dir()):
-        for name, path in files_by_stem(folder / "images", bad).items():
-            images.setdefault(name, path)
-            masks.setdefault(name, sorted(map(str, files_by_stem(folder / "masks", bad).values())))
-    missing += [] if images else ["stage1_train/<id>/images and masks"]
-    pairs = pair_up(images, {name: files[0] for name, files in masks.items() if files}, bad)
-    return [pair | dict(masks=masks[pair["name"]]) for pair in pairs]
+    """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
+    pairs, others = [], []
+    for folder in folders:
+        if not (folder / "images").is_dir() or not (folder / "masks").is_dir():
+            continue
+        images = images_in(folder / "images", bad)
+        masks = [str(path) for path in images_in(folder / "masks", bad).values()]
+        if list(images) != [folder.resolve().name]:
+            others.append(folder)
+        elif masks:
+            pairs.append(Pair(folder.name, str(*images.values()), masks))
+        else:
+            bad.append(f"{folder / 'images'}: has no mask")
+    if others:
+        print(f"{len(others)} folders have other than one image of their name and are not taken, "
+              f"{others[0]} first")
+    missing += [] if pairs else ["stage1_train/<id>/images and masks"]
+    return pairs
 
 
 def find_dm(folders, args, bad, missing):
-    """Dermatomyositis slides, paired by what stands before `_component`, cut into tiles; a slide's tiles stay together, or
-    with --split-by patient all of a patient's (the first two fields of the name)."""
-    images, masks = {}, {}
-    for path in (path for folder in folders for path in sorted(folder.iterdir())):
-        match = re.fullmatch(r"([^.].*)_component_(data|mask_labels)\.tiff?", path.name, re.IGNORECASE)
-        if match:
-            (images if match[2].lower() == "data" else masks).setdefault(match[1], path)
-    missing += [name for name, there in (("*_component_data.tif", images), ("*_component_mask_labels.tiff", masks)) if not there]
+    """Dermatomyositis slides, paired by what stands before `_component`, cut into tiles; a slide's
+    tiles stay together, or with --split-by patient all of a patient's (the first two fields of the
+    name). Masks are named as in either publication."""
+    found = {"data": {}, "mask_labels": {}, "data.tifmask": {}}
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            match = re.fullmatch(r"([^.].*)_component_(data|mask_labels|data\.tifmask)\.tiff?",
+                                 path.name, re.IGNORECASE)
+            if match:
+                found[match[2].lower()].setdefault(match[1], path)
+    images, masks, others = found.values()
+    if masks.keys() & others.keys():
+        print("slides with masks of both namings: *_mask_labels is taken")
+    masks = others | masks
+    missing += [] if images else ["*_component_data.tif"]
+    missing += [] if masks else ["*_component_mask_labels.tiff or *_component_data.tifMask.tif"]
     pairs = []
     for pair in pair_up(images, masks, bad):
         try:
-            with Image.open(pair["image"]) as slide_file:
-                width, height = slide_file.size
+            with Image.open(pair.image) as slide:
+                width, height = slide.size
         except (OSError, SyntaxError) as error:
-            bad.append(f"{pair['image']}: cannot be read: {error}")
+            bad.append(f"{pair.image}: cannot be read: {error}")
             continue
-        group = "_".join(pair["name"].split("_")[:2]) if args.split_by == "patient" else pair["name"]
-        pairs += [pair | dict(name=f"{pair['name']}_{y}_{x}", slide=pair["name"], group=group, tile=(y, x), page=args.page)
-                  for y in range(math.ceil(height / TILE)) for x in range(math.ceil(width / TILE))]
+        group = pair.name
+        if args.split_by == "patient":
+            group = "_".join(pair.name.split("_")[:2])
+        for y in range(math.ceil(height / TILE)):
+            for x in range(math.ceil(width / TILE)):
+                pairs.append(Pair(f"{pair.name}_{y}_{x}", pair.image, pair.masks, group,
+                                  slide=pair.name, tile=(y, x)))
     return pairs
 
 
 def find_tissuenet(folders, args, bad, missing):
-    """TissueNet: the official parts; foreground is the whole cell. The arrays are read as they are needed."""
+    """TissueNet: the official parts; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        found = [path for folder in folders for path in sorted(folder.iterdir())
-                 if re.fullmatch(rf"tissuenet_v[\d.]+_{part}\.npz", path.name, re.IGNORECASE)]
+        found = [folder for folder in folders if (folder / "X.npy").is_file()
+                 and re.fullmatch(rf"tissuenet_v[\d.]+_{part}", folder.name, re.IGNORECASE)]
         if not found:
             missing.append(f"tissuenet_v1.*_{part}.npz")
             continue
-        path = found[-1]                                        # the latest version
-        (n, *shape), (m, *mask_shape) = (next(npy_rows(path, key)) for key in "Xy")
-        if n != m or len(shape) != 3 or shape[2] != 2 or mask_shape != shape:
-            sys.exit(f"{path}: X is {(n, *shape)} and y {(m, *mask_shape)}, not (N, H, W, 2) both")
-        print(f"{path}: {n} images")
-        pairs += [dict(name=f"{part}_{i:05d}", image=f"{path}[{i}]", masks=[f"{path}[{i}]"], npz=path, group="", label="",
-                       part=part) for i in range(n)]
+        folder = found[-1]                      # the latest version
+        try:
+            x = np.load(folder / "X.npy", mmap_mode="r")
+            y = np.load(folder / "y.npy", mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            sys.exit(f"{folder}: cannot be read ({error}); get it again")
+        if x.ndim != 4 or x.shape[3] != 2 or x.shape != y.shape:
+            sys.exit(f"{folder}: X is {x.shape} and y {y.shape}, not (N, H, W, 2) both")
+        print(f"{folder}: {len(x)} images")
+        for i in range(len(x)):
+            path = f"{folder}[{i}]"
+            pairs.append(Pair(f"{part}_{i:05d}", path, [path], part=part, array=(folder, i)))
     return pairs
 
 
-def npy_rows(path, key):
-    """First the shape of an array in an .npz, then its rows, one at a time: it may be larger than the memory. Raises
-    ValueError where it cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(file)
-            if fortran or dtype.hasobject or not shape:
-                raise ValueError("not a plain array in C order")
-            yield shape
-            size = dtype.itemsize * math.prod(shape[1:])
-            for _ in range(shape[0]):
-                yield np.frombuffer(file.read(size), dtype).reshape(shape[1:])
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: {key} cannot be read: {error}") from None
+def two_channels(x):
+    """TissueNet's (H, W, 2), nuclei and membranes -> uint8 (H, W, 3) RGB as DeepCell's
+    documentation shows them: green and blue, each from the 5 and 95 percentiles of its non-zero
+    pixels."""
+    image = np.zeros((*x.shape[:2], 3), np.uint8)
+    for channel in (0, 1):
+        lit = x[..., channel][x[..., channel] > 0]
+        if lit.size:
+            low, high = np.percentile(lit, (5, 95))
+            image[..., channel + 1] = to_eight_bits(x[..., channel], (low, max(high, low + 1e-9)))
+    return image
 
 
-def with_arrays(pairs):
-    """The pairs; those of TissueNet with their rows of X and of y's first channel, read in order."""
-    rows = {}
-    for pair in pairs:
-        if "npz" in pair:
-            if pair["npz"] not in rows:
-                rows[pair["npz"]] = zip(*(npy_rows(pair["npz"], key) for key in "Xy"))
-                next(rows[pair["npz"]])                         # the shapes
-            x, y = next(rows[pair["npz"]])
-            pair = pair | dict(arrays=(x, y[..., 0]))
-        yield pair
+FINDERS = {"isic": find_isic, "xray": find_xray, "drone": find_drone, "dsb2018": find_dsb2018,
+           "dm": find_dm, "tissuenet": find_tissuenet}
 
 
 def find_published(raw, args, bad):
-    """The pairs of a published data set: says what is there and what is missing; ends the program where a part is."""
-    inside = r"ISIC-2017_.*|COVID|Lung_Opacity|Normal|Viral Pneumonia|original_images|label_images_semantic|CD27_.*|Labels"
-    if re.fullmatch(inside, raw.resolve().name):                # a folder inside the one that was meant
-        raw = raw.resolve().parent
-    for archive in sorted(raw.iterdir()):
-        if archive.is_file() and archive.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz")) and archive.name[0] != ".":
-            unpack(archive)
-    missing, facts = [], PUBLISHED[args.dataset]
-    try:
-        pairs = FINDERS[args.dataset](folders_below(raw), args, bad, missing)
-    except ValueError as error:
-        sys.exit(str(error))
-    counts = collections.Counter(pair["part"] for pair in pairs)
-    print(f"{raw}: {len(pairs)} images with masks" + (
-        f" ({', '.join(f'{counts[p]} {p}' for p in PARTS)})" if counts and None not in counts else ""))
+    """The Pairs of a published data set; prints what is there and what is missing, and ends the
+    program where a part is."""
+    facts = PUBLISHED[args.dataset]
+    whole = re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix())
+    if whole != raw.resolve().as_posix():       # a folder inside the one that was meant
+        raw = Path(whole)
+    endings = (".npz",) if args.dataset == "tissuenet" else (".zip", ".tar", ".tar.gz", ".tgz")
+    for path in sorted(raw.iterdir()):
+        if path.name.lower().endswith(endings) and path.is_file() and path.name[0] != ".":
+            unpack(path)
+    missing = []
+    pairs = FINDERS[args.dataset](folders_below(raw), args, bad, missing)
+    counts = collections.Counter(pair.part for pair in pairs)
+    print(f"{raw}: {len(pairs)} images with masks")
     if missing:
-        print(f"missing: {', '.join(missing)}; from {facts['page']}")
+        print(f"missing: {', '.join(missing)}; from {facts.page}")
     if not pairs or (None not in counts and len(counts) < len(PARTS)):
-        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; nothing was written")
-    for pair in pairs:
-        pair["above"] = facts["mask"]
+        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
+                 "nothing was written")
     return pairs
 
 
-FINDERS = dict(isic=find_isic, xray=find_xray, drone=find_drone, dsb2018=find_dsb2018, dm=find_dm, tissuenet=find_tissuenet)
-
-
-def download(url, path, timeout=30, tries=5):
-    """Fetch `url` to `path`; what has come is kept in path.part, and gone on from (HTTP Range) after a stall, a cut or in
-    another call. Ends the program where the server says no, or after `tries` in a row that brought nothing more."""
-    partial, failed, reason = path.with_name(path.name + ".part"), 0, ""
+def download(url, path, timeout=30):
+    """Fetch `url` to `path` with curl; what has come is kept in path.part, and gone on from in
+    another call. Ends the program where that fails."""
+    partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
-        while failed < tries:
-            have = before = partial.stat().st_size if partial.exists() else 0
-            whole, request = False, urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            try:
-                with urllib.request.urlopen(request, timeout=timeout) as answer:
-                    have = have if answer.status == 206 else 0  # else it sends all of it again
-                    length = answer.headers["Content-Length"]
-                    bar.reset(have + int(length) if length else None)
-                    bar.update(have)
-                    with open(partial, "ab" if have else "wb") as file:
-                        while chunk := answer.read(2 ** 18):
-                            file.write(chunk)
-                            bar.update(len(chunk))
-                whole, reason = not length or partial.stat().st_size == have + int(length), "it was cut short"
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
-                if error.code == 416:                           # what is here is no beginning of it
-                    partial.unlink(missing_ok=True)
-                elif error.code < 500 and error.code not in (408, 429):
-                    sys.exit(f"{url}: {reason}; it may have moved, see the data set's page")
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-            if whole:
-                os.replace(partial, path)
-                return
-            failed = 0 if partial.exists() and partial.stat().st_size > before else failed + 1
-            time.sleep(min(failed, 3))
-    sys.exit(f"{url}: given up after {tries} tries that brought nothing ({reason}); the same command goes on from there")
+    command = ["curl", "--fail", "--location", "--output", str(partial), "--continue-at", "-",
+               "--retry", "5", "--speed-limit", "1", "--speed-time", str(timeout), url]
+    try:
+        code = subprocess.run(command).returncode
+        if code in (22, 33, 36):                # the server cannot, or will not, go on from there
+            partial.unlink(missing_ok=True)
+            code = subprocess.run(command).returncode
+    except FileNotFoundError:
+        sys.exit(f"{url}: curl is not installed: install it, or fetch this file to {path}")
+    if code:
+        sys.exit(f"{url}: curl ended with {code}, see above; the same command goes on from there. "
+                 "If it has moved, see the data set's page")
+    os.replace(partial, path)
 
 
 def fetch(args):
-    """--download: the files of a data set that needs no account, into --raw; for another one, say where it is to be had."""
+    """--download: the files of a data set that needs no account, into --raw; of another one, say
+    where it is to be had."""
     facts = PUBLISHED[args.dataset]
-    if "files" not in facts:
-        sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from {facts['page']}, put the files or archives "
-                 f"into a folder, then: python prepare_data.py --dataset {args.dataset} --raw FOLDER")
-    for url in facts["files"]:
+    if not facts.files:
+        sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from {facts.page}, "
+                 "put the files or archives into a folder, then: python prepare_data.py --dataset "
+                 f"{args.dataset} --raw FOLDER")
+    for url in facts.files:
         path = Path(args.raw) / url.rsplit("/", 1)[1]
         if path.exists() or path.with_suffix("").is_dir():
             print(f"{path} is there")
@@ -669,27 +1182,30 @@ def fetch(args):
             download(url, path)
 
 
-# --------------------------------------------------------------------------------------------------- reading them back
+# ------------------------------------------------------------------------------- reading them back
 
 def read_meta(folder):
-    """The meta.json of a prepared data set, a dict; ends the program with one line where there is none."""
+    """The meta.json of a prepared data set, a dict; ends the program where there is none."""
     try:
         return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         name = Path(folder).name
-        sys.exit(f"{folder} is not prepared: run python prepare_data.py " + (
-            "--dataset demo" if name == "demo" else f"--dataset {name} --raw DIR" if name in PUBLISHED else
-            f"--dataset folder --raw DIR --name {name}"))
+        flags = f"folder --raw DIR --name {name}"
+        if name == "demo" or name in PUBLISHED:
+            flags = name if name == "demo" else f"{name} --raw DIR"
+        sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset {flags}")
 
 
 def open_part(folder, part):
-    """(images, masks) of "train", "val" or "test", mapped, not read: uint8 (N, S, S, 3), and uint8 {0, 1} (N, S, S)
-    or None. Ends the program with one line where they cannot be read."""
-    images, masks = (Path(folder) / f"{part}_{kind}.npy" for kind in ("images", "masks"))
+    """(images, masks) of "train", "val" or "test", mapped, not read: uint8 (N, S, S, 3), and uint8
+    {0, 1} (N, S, S) or None. Ends the program with one line where they cannot be read."""
+    masks = Path(folder) / f"{part}_masks.npy"
     try:
-        return np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r") if masks.exists() else None
+        images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
+        return images, np.load(masks, mmap_mode="r") if masks.exists() else None
     except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set again with --overwrite")
+        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set again "
+                 "with --overwrite")
 
 
 def read_names(folder, part):
@@ -698,55 +1214,75 @@ def read_names(folder, part):
         return list(csv.DictReader(file))
 
 
+def digest_of(image):
+    """A hash of a picture's pixels; "" where all are alike, as two blank pictures may well be."""
+    if (image == image[0, 0]).all():
+        return ""
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
 def check(folder):
-    """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that is off."""
-    meta, wrong, digest, seen = read_meta(folder), [], hashlib.sha256(), {}
+    """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
+    is off."""
+    meta, wrong, fingerprint, seen = read_meta(folder), [], hashlib.sha256(), {}
+    side = meta["size"]
     for part in PARTS:
-        (images, masks), rows, size = open_part(folder, part), read_names(folder, part), meta["size"]
-        arrays = {"images": (images, (size, size, 3))} | ({} if masks is None else {"masks": (masks, (size, size))})
-        for kind, (array, shape) in arrays.items():
-            if array.dtype != np.uint8 or array.shape[1:] != shape or not len(rows) == len(array) == meta["counts"][part]:
-                wrong.append(f"{part}_{kind}.npy is {array.dtype} {array.shape}, {part}.csv has {len(rows)} rows, meta.json says "
-                             f"{meta['counts'][part]} of {shape}")
-        share = 0.0
+        images, masks = open_part(folder, part)
+        rows = read_names(folder, part)
+        n = meta["counts"][part]
+        expected = {"images": (images, (n, side, side, 3)), "masks": (masks, (n, side, side))}
+        for kind, (array, shape) in expected.items():
+            if array is None:
+                continue
+            if array.dtype != np.uint8 or array.shape != shape or len(rows) != n:
+                wrong.append(f"{part}_{kind}.npy is {array.dtype} {array.shape}, {part}.csv has "
+                             f"{len(rows)} rows, meta.json says {shape}")
         for row, image in zip(rows, images):
-            digest.update(image.tobytes())
-            keys = dict(name=row["name"], group=row["group"], picture=hashlib.sha256(image.tobytes()).hexdigest())
+            fingerprint.update(image.tobytes())
+            keys = {"name": row["name"], "group": row["group"], "picture": digest_of(image)}
             for kind, key in keys.items():
-                other, name = seen.setdefault((kind, key), (part, row["name"])) if key else (part, "")
-                if other != part:
-                    wrong.append(f"the same {kind} in two parts: {name} of {other} and {row['name']} of {part}")
-        for row, mask in zip(rows, () if masks is None else masks):
-            digest.update(mask.tobytes())
-            share += mask.mean() / len(masks)
-            if mask.max(initial=0) > 1:
-                wrong.append(f"{part}_masks.npy: {row['name']} holds {mask.max()}, not only 0 and 1")
-        print(f"{part}: {len(images)} images of {images.shape[1]}x{images.shape[2]} px, {len({r['group'] for r in rows if r['group']})} "
-              "groups, " + ("no masks" if masks is None else f"foreground {share:.4f} of the pixels"))
-    if digest.hexdigest() != meta["fingerprint"]:
-        wrong.append(f"the arrays are not those that were written: fingerprint {digest.hexdigest()}, meta.json has {meta['fingerprint']}")
+                other, name = seen.setdefault((kind, key), (part, row["name"]))
+                if key and other != part:
+                    wrong.append(f"the same {kind} in two parts: {name} of {other} and "
+                                 f"{row['name']} of {part}")
+        covered = "no masks"
+        if masks is not None:
+            share = 0
+            for row, mask in zip(rows, masks):
+                fingerprint.update(mask.tobytes())
+                share += mask.mean() / len(masks)
+                if mask.max(initial=0) > 1:
+                    wrong.append(f"{part}_masks.npy: {row['name']} holds {mask.max()}, not only 0, 1")
+            covered = f"foreground {share:.4f} of the pixels"
+        groups = {row["group"] for row in rows} - {""}
+        print(f"{part}: {len(images)} images of {side}x{side} px, {len(groups)} groups, {covered}")
+    if fingerprint.hexdigest() != meta["fingerprint"]:
+        wrong.append("the arrays are not those that were written: fingerprint "
+                     f"{fingerprint.hexdigest()}, meta.json has {meta['fingerprint']}")
     if wrong:
-        sys.exit("\n".join(f"{folder}: {line}" for line in wrong[:20] + [f"and {len(wrong) - 20} more"] * (len(wrong) > 20)))
+        lines = [f"{folder}: {line}" for line in wrong[:20]]
+        sys.exit("\n".join([*lines, f"{len(wrong)} things are off"]))
     print(f"{folder}: all is well; fingerprint {meta['fingerprint']}")
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def only_one(path):
-    """Hold a lock, on the file `path`, that ends with the block or with this process, however it ends. Ends the program
-    (exit code 75: try again later) where another process has it. Leaves no file, and no folder made for nothing."""
+    """Hold a lock, on the file `path`, that ends with the block or with this process, however it
+    ends. Ends the program (exit code 75: try again later) where another process has it. Leaves no
+    file, and no folder made for nothing."""
     made = [folder for folder in path.parents if not folder.exists()]
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no child can keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no child keeps it
         except (BlockingIOError, PermissionError):
             print(f"{path.parent}: another process is at work on this", file=sys.stderr)
             sys.exit(75)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break                                               # else its last holder has just removed it
+            break                               # else its last holder has just removed it
     try:
         yield
     finally:
@@ -759,14 +1295,15 @@ def only_one(path):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """A temporary folder that takes the place of `final` when the block ends well, and is removed when it does not."""
+    """A temporary folder that takes the place of `final` when the block ends well, and is removed
+    when it does not."""
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)                  # of a run that was killed
+    old = final.with_name(f".{final.name}.old")
+    for left in (partial, old):                 # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         partial.rename(final)
@@ -776,9 +1313,11 @@ def new_folder(final):
 
 
 def write_npy(path, shape, rows, digest):
-    """Stream uint8 rows into a .npy file, never more than one in memory; update the sha256 `digest`."""
+    """Stream uint8 rows into a .npy file, never more than one in memory; update the sha256
+    `digest`."""
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
         for row in rows:
             data = np.ascontiguousarray(row, dtype=np.uint8).tobytes()
             digest.update(data)
@@ -786,67 +1325,79 @@ def write_npy(path, shape, rows, digest):
 
 
 def contact_sheet(rows, titles, captions=None, cell=112):
-    """A table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption under each row.
-
-    rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (drawn black and white), or None (left empty).
-    """
+    """A table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption under
+    each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (drawn black and white),
+    or None (left empty)."""
     line, gap = 18, 4
     row_height = cell + gap + (line if captions else 0)
     sheet = np.full((line + len(rows) * row_height, len(titles) * (cell + gap), 3), 255, np.uint8)
 
     def write(text, x, y):
-        cv2.putText(sheet, text, (x + 2, y + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(sheet, text, (x + 2, y + 13), font, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
 
     for i, title in enumerate(titles):
         write(title, i * (cell + gap), 0)
     for k, row in enumerate(rows):
         y = line + k * row_height
         for i, tile in enumerate(row):
-            if tile is not None:
-                tile = np.array(tile) if tile.ndim == 3 else np.repeat(tile[..., None].astype(np.uint8) * 255, 3, axis=2)
-                sheet[y:y + cell, i * (cell + gap):][:, :cell] = resize(tile, cell)
+            if tile is None:
+                continue
+            if tile.ndim == 2:
+                tile = np.repeat(tile[..., None].astype(np.uint8) * 255, 3, axis=2)
+            sheet[y:y + cell, i * (cell + gap):][:, :cell] = resize(np.array(tile), cell)
         if captions:
             write(captions[k], 0, y + cell)
     return sheet
 
 
 def write_preview(folder, foreground):
-    """preview.png: image, pseudo-mask and truth side by side, for up to four images of each part."""
+    """preview.png: image, pseudo-mask and truth side by side, for up to four images a part."""
     rows, titles = [[], [], [], []], []
     for part in PARTS:
         images, masks = open_part(folder, part)
-        titles += [f"{part}: image", "Otsu", "truth" if masks is not None else "no truth"]
+        titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
         for k, row in enumerate(rows):
-            row += ([images[k], otsu_mask(np.array(images[k]), foreground), None if masks is None else masks[k]]
-                    if k < len(images) else [None, None, None])
+            if k < len(images):
+                row += [images[k], otsu_mask(np.array(images[k]), foreground)]
+                row.append(None if masks is None else masks[k])
+            else:
+                row += [None, None, None]
     Image.fromarray(contact_sheet(rows, titles)).save(folder / "preview.png")
 
 
 def finish(folder, meta, parts, digest):
-    """The small files of a data set: {part}.csv, preview.png, and last meta.json."""
+    """The small files of a data set: {part}.csv, preview.png, and last meta.json. parts: {part: its
+    Pairs in the order of the arrays}."""
     for part in PARTS:
         with open(folder / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["name", "group", "label"], extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(parts[part])
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["name", "group", "label"])
+            writer.writerows([pair.name, pair.group, pair.label] for pair in parts[part])
     write_preview(folder, meta["foreground"])
-    meta |= dict(counts={part: len(parts[part]) for part in PARTS}, fingerprint=digest.hexdigest())
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    meta["counts"] = {part: len(parts[part]) for part in PARTS}
+    meta["fingerprint"] = digest.hexdigest()
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------------------- demo
+# ------------------------------------------------------------------------------------------- demo
 
 def draw_nuclei(size, rng):
-    """One picture in the look of stained nuclei, and its true mask: uint8 (S, S, 3), uint8 {0, 1} (S, S)."""
-    fine = 4 * size                                             # drawn four times as fine, then averaged down
-    glow = cv2.resize(rng.uniform(10, 60, (3, 3)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    light, mask = np.zeros((size, size), np.float32), np.zeros((size, size), bool)
+    """One picture in the look of stained nuclei, and its true mask: uint8 (S, S, 3), uint8 {0, 1}
+    (S, S)."""
+    fine = 4 * size                             # drawn four times as fine, then averaged down
+    glow = rng.uniform(10, 60, (3, 3)).astype(np.float32)
+    glow = cv2.resize(glow, (size, size), interpolation=cv2.INTER_CUBIC)
+    light = np.zeros((size, size), np.float32)
+    mask = np.zeros((size, size), bool)
     centres = rng.uniform(0, fine, (rng.integers(2, 6), 2))
     for _ in range(rng.integers(6, 16)):
         centre = centres[rng.integers(len(centres))] + rng.normal(0, 0.13 * fine, 2)    # clumped
         axes = rng.uniform(0.04, 0.085, 2) * fine
         nucleus = np.zeros((fine, fine), np.float32)
-        cv2.ellipse(nucleus, tuple(int(c) for c in centre), tuple(int(a) for a in axes), rng.uniform(0, 180), 0, 360, 1, -1)
+        cv2.ellipse(nucleus, centre.astype(int).tolist(), axes.astype(int).tolist(),
+                    rng.uniform(0, 180), 0, 360, 1, -1)
         nucleus = resize(nucleus, size)
         light = np.maximum(light, nucleus * rng.uniform(50, 140))
         mask |= nucleus >= 0.5
@@ -857,21 +1408,22 @@ def draw_nuclei(size, rng):
 
 def prepare_demo(args, final):
     """Draw the demo from the seed; every picture has a generator of its own."""
-    size, digest = args.size or 64, hashlib.sha256()
-    parts = {part: [dict(name=f"{part}_{i:03d}", group="", label="") for i in range(n)] for part, n in DEMO_COUNTS.items()}
+    digest, parts = hashlib.sha256(), {}
     with new_folder(final) as folder:
-        for p, part in enumerate(PARTS):
-            n = len(parts[part])
-            pairs = [draw_nuclei(size, np.random.default_rng([args.seed, p, i])) for i in range(n)]
-            write_npy(folder / f"{part}_images.npy", (n, size, size, 3), (image for image, _ in pairs), digest)
-            write_npy(folder / f"{part}_masks.npy", (n, size, size), (mask for _, mask in pairs), digest)
-        foreground = args.foreground if args.foreground in ("bright", "dark") else "bright"
-        meta = dict(dataset="demo", name=final.name, foreground=foreground, foreground_evidence="drawn so",
-                    size=size, seed=args.seed, source="drawn by prepare_data.py", command=args.command)
+        for p, (part, n) in enumerate(DEMO_COUNTS.items()):
+            parts[part] = [Pair(f"{part}_{i:03d}", "") for i in range(n)]
+            generators = [np.random.default_rng([args.seed, p, i]) for i in range(n)]
+            images, masks = zip(*(draw_nuclei(args.size, generator) for generator in generators))
+            shape = (n, args.size, args.size)
+            write_npy(folder / f"{part}_images.npy", (*shape, 3), images, digest)
+            write_npy(folder / f"{part}_masks.npy", shape, masks, digest)
+        meta = {"dataset": "demo", "name": args.name, "foreground": args.foreground,
+                "foreground_evidence": "drawn so", "size": args.size, "seed": args.seed,
+                "source": "drawn by prepare_data.py", "command": args.command}
         finish(folder, meta, parts, digest)
 
 
-# ------------------------------------------------------------------------------------------- folders and published sets
+# --------------------------------------------------------------------- folders and published sets
 
 def start_worker(parent):
     """In a worker: one thread, and an end when the main process is gone, however it went."""
@@ -884,212 +1436,329 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+@dataclass
+class Reading:
+    """How load_row reads, and the file that it writes to."""
+    size: int
+    page: int
+    rule: MaskRule
+    scratch: Path
+
+
+# A dm slide is read once for its twelve tiles, which follow each other.
+last_image = functools.lru_cache(maxsize=1)(read_picture)
+last_mask = functools.lru_cache(maxsize=1)(read_mask)
+
+
 def load_row(job):
-    """(pair, row, size, folder) -> ({mask value: pixels}, enclosed_areas, error or None). The image, and the mask where it can
-    be made already, go to that row of folder/scratch and folder/scratch_masks: arrays would be slow to send."""
-    pair, row, size, folder = job
-    image, mask, values, error = load_pair(pair, size)
-    if error:
-        return {}, None, error
-    for name, array in (("scratch", image), ("scratch_masks", mask)):
-        if array is not None:
-            with open(folder / name, "r+b") as file:
-                file.seek(row * array.size)
-                file.write(array.tobytes())
-    return values, enclosed_areas(image), None
-
-
-def read_all(pairs, size, folder, pool, bad):
-    """Decode every image once (load_row); set each pair's row and areas. Returns {mask value: pixels}."""
-    values = collections.Counter()
-    for name in ("scratch", "scratch_masks"):
-        (folder / name).touch()
-    jobs = ((pair, row, size, folder) for row, pair in enumerate(with_arrays(pairs)))
-    done = tqdm(pool.imap(load_row, jobs, chunksize=4), "read", len(pairs), unit=" images")
-    for row, (pair, (found, areas, error)) in enumerate(zip(pairs, done)):
-        if error:
-            bad.append(error)
+    """(Pair, Reading) -> the Pair with what was found. Its image (S, S, 3) and mask (S, S) go to
+    its row of the scratch file: arrays would be slow to send."""
+    pair, reading = job
+    path = pair.image
+    size = reading.size
+    try:
+        if pair.array:
+            folder, i = pair.array
+            picture = Picture(two_channels(np.load(folder / "X.npy", mmap_mode="r")[i]))
         else:
-            pair["row"], pair["areas"] = row, areas
-            values.update(found)
-    return values
+            picture = last_image(path, reading.page)
+        image = to_rgb(picture)
+        mask = np.zeros(image.shape[:2], bool)
+        for path in pair.masks or ():
+            if pair.array:
+                mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
+                continue
+            one = foreground_of(last_mask(path, reading.page), reading.rule)
+            if one.shape != mask.shape and not pair.any_shape:
+                raise ValueError(f"the mask is {one.shape[1]}x{one.shape[0]}, its image "
+                                 f"{mask.shape[1]}x{mask.shape[0]}")
+            mask = one if pair.any_shape else mask | one
+    except (ValueError, OSError) as error:
+        pair.error = f"{path}: {error}"
+        return pair
+    if pair.tile:
+        image = cut(image, pair.tile)
+        mask = cut(mask, pair.tile)
+    image = resize(image, size)
+    if image.shape != (size, size, 3) or image.dtype != np.uint8:
+        pair.error = f"{path}: read as {image.shape} {image.dtype}, which is no picture"
+        return pair
+    with open(reading.scratch, "r+b") as file:
+        file.seek(pair.row * 4 * size * size)
+        file.write(image.tobytes() + shrink_mask(mask, size).tobytes())
+    pair.areas = enclosed_areas(image)
+    pair.digest = digest_of(image)
+    pair.pages = picture.pages
+    pair.group = pair.group or picture.patient
+    return pair
 
 
-def scratch_rows(path, pairs, shape):
-    """The uint8 rows of a scratch file that belong to `pairs`, in their order."""
-    size = math.prod(shape)
-    with open(path, "rb") as file:
+def cut(picture, tile):
+    """The tile (row, column) of a slide, (TILE, TILE[, 3]); what lies outside the slide is 0."""
+    y, x = tile[0] * TILE, tile[1] * TILE
+    piece = picture[y:y + TILE, x:x + TILE]
+    out = np.zeros((TILE, TILE, *picture.shape[2:]), picture.dtype)
+    out[:piece.shape[0], :piece.shape[1]] = piece
+    return out
+
+
+def look_at_mask(job):
+    """(path, page) -> MaskValues without its values, or the error."""
+    try:
+        mask = read_mask(*job)
+    except (ValueError, OSError) as error:
+        return f"{job[0]}: {error}"
+    mask.values = mask.values[:0].copy()
+    return mask
+
+
+def mask_rule(pairs, args, pool, bad):
+    """The MaskRule of a data set: as published, or decided on a look at all masks of a folder."""
+    if args.dataset != "folder":
+        above = PUBLISHED[args.dataset].above
+        cuts = {255: above, 65535: above * 257, math.inf: 0}
+        return MaskRule(cuts=cuts, evidence=f"above {above}, as published")
+    jobs = [(path, args.page) for pair in pairs for path in pair.masks or ()]
+    masks = []
+    for mask in tqdm(pool.imap(look_at_mask, jobs, chunksize=4), "masks", len(jobs), unit=" masks"):
+        (bad if isinstance(mask, str) else masks).append(mask)
+    in_alpha = [mask.path for mask in masks if mask.in_alpha]
+    if in_alpha:
+        print(f"{len(in_alpha)} masks are in the alpha channel and taken from there, {in_alpha[0]} "
+              "first")
+    try:
+        rule = decide_mask_rule(args.mask_foreground, masks)
+    except ValueError as error:
+        sys.exit(str(error))
+    if masks:
+        print(f"mask foreground: {rule.evidence}")
+    return rule
+
+
+def read_all(pairs, reading, pool, bad):
+    """The Pairs that can be read, with what load_row found; says how many files have pages."""
+    reading.scratch.touch()
+    for row, pair in enumerate(pairs):
+        pair.row = row
+    jobs = ((pair, reading) for pair in pairs)
+    chunk = 12 if pairs[0].tile else 4
+    done = list(tqdm(pool.imap(load_row, jobs, chunk), "read", len(pairs), unit=" images"))
+    bad += dict.fromkeys(pair.error for pair in done if pair.error and pair.error not in bad)
+    good = [pair for pair in done if not pair.error]
+    stacks = {pair.image: pair.pages for pair in good if pair.pages > 1}
+    if stacks:
+        path, pages = next(iter(stacks.items()))
+        print(f"{len(stacks)} files have several pages or frames ({path}: {pages}): page "
+              f"{reading.page} is taken, counted from 0; --page takes another")
+    return good
+
+
+def scratch_rows(reading, pairs, images):
+    """The images (S, S, 3), or else the masks (S, S), of `pairs` from the scratch file, in order."""
+    pixels = reading.size ** 2
+    with open(reading.scratch, "rb") as file:
         for pair in pairs:
-            file.seek(pair["row"] * size)
-            yield np.frombuffer(file.read(size), np.uint8).reshape(shape)
+            file.seek(4 * pixels * pair.row + (0 if images else 3 * pixels))
+            yield np.frombuffer(file.read(3 * pixels if images else pixels), np.uint8)
 
 
-def write_parts(folder, args, size, pairs, pool, values):
-    """Write the arrays of a data set that was read; returns the parts, the meta data and the fingerprint's digest."""
-    digest = hashlib.sha256()
-    parts = {part: [p for p in sorted(pairs, key=lambda p: p["name"]) if p["part"] == part] for part in PARTS}
-    if args.dataset == "folder":
-        threshold, mask_evidence = decide_mask_threshold(args.mask_foreground, values)
-    else:
-        mask_evidence = f"above {PUBLISHED[args.dataset]['mask']}, as published"
-    if values:
-        print(f"mask foreground: {mask_evidence}")
-    empty, has_masks = {}, {}
+def write_parts(folder, parts, reading):
+    """Write the arrays of {part: Pairs}. Returns the sha256 of all, {part: how many masks are
+    empty} of those with masks, and the share of foreground."""
+    digest, empty, shares = hashlib.sha256(), {}, []
+    size = reading.size
 
-    def masks(part):
-        if args.dataset == "folder":
-            jobs = ((pair["masks"][0], size, threshold) for pair in parts[part])
-            rows = tqdm(pool.imap(load_mask, jobs, chunksize=4), f"{part} masks", len(parts[part]), unit=" masks")
-        else:
-            rows = scratch_rows(folder / "scratch_masks", parts[part], (size, size))
-        for mask in rows:
-            empty[part] += not mask.any()
+    def masks(pairs):
+        for mask in scratch_rows(reading, pairs, images=False):
+            shares.append(mask.mean())
             yield mask
 
-    for part in PARTS:
-        n = len(parts[part])
-        write_npy(folder / f"{part}_images.npy", (n, size, size, 3),
-                  scratch_rows(folder / "scratch", parts[part], (size, size, 3)), digest)
-        has_masks[part] = parts[part][0]["masks"] is not None
-        if has_masks[part]:
-            empty[part] = 0
-            write_npy(folder / f"{part}_masks.npy", (n, size, size), masks(part), digest)
+    for part, pairs in parts.items():
+        n = len(pairs)
+        rows = scratch_rows(reading, pairs, images=True)
+        write_npy(folder / f"{part}_images.npy", (n, size, size, 3), rows, digest)
+        if pairs[0].masks:
+            write_npy(folder / f"{part}_masks.npy", (n, size, size), masks(pairs), digest)
+            empty[part] = shares[-n:].count(0)
             if empty[part]:
                 print(f"{part}: {empty[part]} of {n} masks are empty at {size} px")
-    foreground, evidence = decide_foreground(args.foreground, [pair["areas"] for pair in parts["train"]])
-    print(f"foreground: {foreground} ({evidence})")
-    meta = dict(dataset=args.dataset, name=args.name, foreground=foreground, foreground_evidence=evidence, size=size,
-                seed=args.seed, source=str(args.raw), has_masks=has_masks, mask_foreground=mask_evidence, empty_masks=empty)
-    return parts, meta, digest
-
-
-def facts_of(args, counts):
-    """What meta.json says beyond the arrays: for a folder its groups, for a published data set its licence, its split and
-    where its counts differ from the published ones."""
-    wide = "16-bit and float images are scaled from their own 0.1 and 99.9 percentiles to 0..255"
-    if args.dataset == "folder":
-        return dict(group_regex=args.group_regex, wide_values=wide)
-    facts = PUBLISHED[args.dataset]
-    published = dict(zip(PARTS, facts["counts"]))
-    if dict(counts) != published:
-        print("warning: the counts are not the published ones: " + ", ".join(
-            f"{counts[part]} {part} here, {published[part]} published" for part in PARTS))
-    wide = "5 and 95 percentiles of each channel's non-zero pixels" if args.dataset == "tissuenet" else wide
-    return dict(page=facts["page"], licence=facts["licence"], published_counts=published, wide_values=wide) | (
-        dict(split_by=args.split_by, page_of_slide=args.page) if args.dataset == "dm" else {})
+    if not shares:
+        return digest, empty, None
+    share = float(np.mean(shares))
+    print(f"masks cover {share:.1%} of the pixels" + (
+        ": are they inverted? --mask-foreground zero" if share > 0.5 else ""))
+    return digest, empty, share
 
 
 def prepare_images(args, final):
-    """Prepare a folder of images, or a published data set. Every bad file is found in one pass; without --skip-bad nothing
-    is written then."""
-    size, start, bad, raw = args.size or 224, time.time(), [], Path(args.raw)
+    """Prepare a folder of images, or a published data set. Every bad file is found in one pass;
+    without --skip-bad nothing is written then."""
+    start, bad, raw = time.time(), [], Path(args.raw)
     if not raw.is_dir():
-        sys.exit(f"{raw}: no such folder" + ("" if args.dataset == "folder" else f"; from {PUBLISHED[args.dataset]['page']}"))
-    pairs = (find_folder if args.dataset == "folder" else find_published)(raw, args, bad)
-    with new_folder(final) as folder, multiprocessing.Pool(initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        try:
-            values = read_all(pairs, size, folder, pool, bad)
-        except ValueError as error:                             # an .npz that breaks off
-            sys.exit(str(error))
-        bad = list(dict.fromkeys(bad))                          # a bad slide has twelve tiles
+        where = "" if args.dataset == "folder" else f"; from {PUBLISHED[args.dataset].page}"
+        sys.exit(f"{raw}: no such folder{where}")
+    find = find_folder if args.dataset == "folder" else find_published
+    pairs = find(raw, args, bad)
+    with new_folder(final) as folder, multiprocessing.Pool(
+            initializer=start_worker, initargs=(os.getpid(),)) as pool:
+        rule = mask_rule(pairs, args, pool, bad)
+        reading = Reading(args.size, args.page, rule, folder / "scratch")
+        pairs = read_all(pairs, reading, pool, bad)
         if bad:
             print("\n".join(bad), file=sys.stderr)
             if not args.skip_bad:
-                sys.exit(f"{len(bad)} bad file(s) in {args.raw}, listed above; nothing was written. "
+                sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
                          "Mend them, or leave them out with --skip-bad")
-        pairs = [pair for pair in pairs if "row" in pair]
-        if any(p["part"] is None for p in pairs):
-            (stratify if args.dataset == "xray" else split)(pairs, args.seed)
-        counts = collections.Counter(p["part"] for p in pairs)
-        if any(not counts[part] for part in PARTS):
-            sys.exit(f"{args.raw}: {len(pairs)} usable images in {len({p['group'] or p['name'] for p in pairs})} groups are too few "
-                     f"to fill train, val and test ({', '.join(f'{p} {counts[p]}' for p in PARTS)})")
-        parts, meta, digest = write_parts(folder, args, size, pairs, pool, values)
-        for name in ("scratch", "scratch_masks"):
-            (folder / name).unlink()
-        finish(folder, meta | facts_of(args, counts) | dict(skipped=bad, command=args.command), parts, digest)
+        parts = divide(pairs, args)
+        digest, empty, share = write_parts(folder, parts, reading)
+        reading.scratch.unlink()
+        areas = [pair.areas for pair in parts["train"]]
+        foreground, evidence = decide_foreground(args.foreground, areas)
+        print(f"foreground: {foreground} ({evidence})")
+        meta = {"dataset": args.dataset, "name": args.name, "foreground": foreground,
+                "foreground_evidence": evidence, "size": args.size, "seed": args.seed,
+                "source": str(raw), "has_masks": {part: part in empty for part in PARTS},
+                "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
+                "page": args.page, "group_regex": args.group_regex, "split_by": args.split_by,
+                "skipped": bad, "command": args.command}
+        if args.dataset != "folder":
+            facts = PUBLISHED[args.dataset]
+            meta |= {"from": facts.page, "licence": facts.licence,
+                     "published_counts": dict(zip(PARTS, facts.counts))}
+        finish(folder, meta, parts, digest)
     print(f"{len(pairs) / (time.time() - start):.0f} images per second")
 
+
+def divide(pairs, args):
+    """{part: Pairs by name}, split where the parts are not given. Ends the program where one would
+    be empty."""
+    if pairs and pairs[0].part:
+        first = {}
+        twice = [(pair, first[pair.digest]) for pair in pairs
+                 if pair.digest and first.setdefault(pair.digest, pair).part != pair.part]
+        if twice:
+            pair, other = twice[0]
+            print(f"{len(twice)} pictures are in two parts, as these are given: {pair.image} and "
+                  f"{other.image} first")
+    elif args.dataset == "xray":
+        stratify(pairs, args.seed)
+    else:
+        split(pairs, args.seed)
+    pairs = sorted(pairs, key=lambda pair: pair.name)
+    parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
+    counts = {part: len(parts[part]) for part in PARTS}
+    if not all(counts.values()):
+        groups = {pair.group or pair.name for pair in pairs}
+        sys.exit(f"{args.raw}: {len(pairs)} usable images in {len(groups)} groups are too few to "
+                 f"fill train, val and test ({counts})")
+    published = args.dataset in PUBLISHED and dict(zip(PARTS, PUBLISHED[args.dataset].counts))
+    if published and published != counts:
+        print(f"warning: the counts are not the published ones: {counts} here, {published}")
+    return parts
+
+
+# ------------------------------------------------------------------------------------------- main
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help of every script: the docstring as it is written, and each flag's default."""
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
     add("--dataset", required=True, choices=["demo", "folder", *PUBLISHED], help="what to prepare")
     add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
-    add("--name", help="the data set's name under --out; unset: the raw folder's own name, or the published name")
+    add("--name", help="the data set's name under --out; unset: the raw folder's own name, or the "
+        "published name")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
     add("--size", type=int, help="side of the pictures in pixels; unset: 224 (the paper's), demo 64")
     add("--seed", type=int, default=0, help="of the split, and of the demo's drawing")
-    add("--foreground", choices=["bright", "dark", "auto"], help="what the objects are against their background; unset: "
-        "dark for isic and xray, bright for dm, tissuenet, drone and demo, else auto, label-free")
-    add("--mask-foreground", default="auto", choices=["auto", "half", "nonzero"],
-        help="folder: mask values that count: above half the range, or any but 0")
-    add("--group-regex", default=".+", metavar="REGEX", help="folder: the part of a file's stem that names its patient (first "
-        "group, or the whole match); a patient's images stay in one part")
-    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; the paper's tiles are split by "
-        "slide, so that a patient may be in all parts")
-    add("--page", type=int, default=0, help="dm: the page of a slide, that is its stain; 0 is DAPI")
-    add("--download", action="store_true", help="isic, dsb2018: first fetch the published files into --raw")
-    add("--check", action="store_true", help="read a prepared data set back, report what is off; exit code 1 if anything is")
+    add("--foreground", choices=["bright", "dark", "auto"], help="what the objects are against "
+        "their background; unset: dark for isic and xray, bright for dm, tissuenet, drone and demo, "
+        "else auto, label-free")
+    add("--mask-foreground", default="auto", metavar="RULE", help="folder: the mask values that are "
+        "foreground: half (above half the range), nonzero, zero, a list such as 1 or 85,255, or "
+        "auto, decided on all masks")
+    add("--group-regex", metavar="REGEX", help="folder: the part of an image's name (its path below "
+        "--raw) that says the patient (first group, or the whole match), whose images stay in one "
+        "part; unset: the topmost folder, or DICOM's patient id")
+    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
+        "the paper's tiles are split by slide, so that a patient may be in all parts")
+    add("--page", type=int, default=0, help="the page or frame of files that have several; of a dm "
+        "slide its stain, 0 is DAPI")
+    add("--download", action="store_true", help="isic, dsb2018: first fetch the published files "
+        "into --raw")
+    add("--check", action="store_true", help="read a prepared data set back, report what is off; "
+        "exit code 1 if anything is")
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "prepare_data.py", *given])
+    if args.download and not args.raw:
+        args.raw = f"raw/{args.dataset}"
+    if not args.raw and args.dataset != "demo" and not args.check:
+        where = "the folder with the images"
+        if args.dataset in PUBLISHED:
+            where = f"the folder with the published files; from {PUBLISHED[args.dataset].page}"
+        sys.exit(f"--dataset {args.dataset} needs --raw DIR, {where}")
+    if args.dataset == "folder" and not (args.raw or args.name):
+        sys.exit("--dataset folder --check needs --raw DIR or --name NAME")
+    if not args.name:
+        args.name = Path(args.raw).resolve().name if args.dataset == "folder" else args.dataset
+    if not re.fullmatch(r"[^./\\][^/\\]*", args.name):
+        sys.exit(f"--name {args.name!r} cannot be a folder's name here")
+    args.size = args.size if args.size is not None else 64 if args.dataset == "demo" else 224
+    if args.size < 16 or args.page < 0 or args.seed < 0:
+        sys.exit("--size is at least 16; --page and --seed count from 0")
+    try:
+        re.compile(args.group_regex or "")
+    except re.error as error:
+        sys.exit(f"--group-regex {args.group_regex!r} is not a regular expression: {error}")
+    if not re.fullmatch(r"auto|half|nonzero|zero|\d+(,\d+)*", args.mask_foreground):
+        sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, half, nonzero, zero, or a "
+                 "list of values such as 85,255")
+    if not args.foreground:
+        args.foreground = "bright" if args.dataset == "demo" else "auto"
+        if args.dataset in PUBLISHED:
+            args.foreground = PUBLISHED[args.dataset].foreground
+    name_unused(args, parser)
+    return args
 
 
-def name_unused(args):
-    """Say in one line which flags were given that this data set does not use."""
-    used = dict(raw=args.dataset != "demo", mask_foreground=args.dataset == "folder", group_regex=args.dataset == "folder",
-                split_by=args.dataset == "dm", page=args.dataset == "dm", download=args.dataset in PUBLISHED,
-                skip_bad=args.dataset != "demo")
-    usual = dict(mask_foreground="auto", group_regex=".+", split_by="slide", page=0)
-    given = ["--" + name.replace("_", "-") for name in used if not used[name] and getattr(args, name) not in (usual.get(name), None, False)]
+def name_unused(args, parser):
+    """Print in one line which flags were given that this data set does not use."""
+    used = {"folder": ("raw", "mask_foreground", "group_regex", "page", "skip_bad"),
+            "dm": ("raw", "split_by", "page", "skip_bad", "download"), "demo": ()}
+    used = used.get(args.dataset, ("raw", "skip_bad", "download"))
+    flags = ("raw", "mask_foreground", "group_regex", "split_by", "page", "skip_bad", "download")
+    given = [f"--{flag.replace('_', '-')}" for flag in flags
+             if flag not in used and getattr(args, flag) != parser.get_default(flag)]
     if given:
         print(f"not used by {args.dataset} and ignored: {', '.join(given)}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    args.command = shlex.join(["python", "prepare_data.py", *(sys.argv[1:] if argv is None else argv)])
-    if args.dataset == "folder" and not (args.raw or args.check and args.name):
-        sys.exit("--dataset folder needs --raw DIR, the folder with the images" + (", or --name" if args.check else ""))
-    args.name = args.name or (Path(args.raw).resolve().name if args.dataset == "folder" else args.dataset)
-    if not re.fullmatch(r"[^./\\][^/\\]*", args.name):
-        sys.exit(f"--name {args.name!r} cannot be a folder's name here")
-    if args.size is not None and args.size < 16:
-        sys.exit(f"--size {args.size} is too small: at least 16")
-    if args.page < 0 or args.seed < 0:
-        sys.exit("--page and --seed count from 0")
-    try:
-        re.compile(args.group_regex)
-    except re.error as error:
-        sys.exit(f"--group-regex {args.group_regex!r} is not a regular expression: {error}")
     final = Path(args.out) / args.name
     if args.check:
         return check(final)
-    name_unused(args)
-    args.foreground = args.foreground or PUBLISHED.get(args.dataset, {}).get("foreground", "auto")
-    args.raw = args.raw or (f"raw/{args.dataset}" if args.download else None)
-    if args.dataset != "demo" and not args.raw:
-        sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the published files; from "
-                 f"{PUBLISHED[args.dataset]['page']}")
     with only_one(final.with_name(f".{args.name}.lock")):
         if final.exists() and not args.overwrite:
             sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
         if args.download and args.dataset in PUBLISHED:
             fetch(args)
-        (prepare_demo if args.dataset == "demo" else prepare_images)(args, final)
-    meta = json.loads((final / "meta.json").read_text(encoding="utf-8"))
-    print(f"{final}: " + ", ".join(f"{n} {part}" for part, n in meta["counts"].items())
-          + f", {meta['size']} px, foreground {meta['foreground']}; look at {final / 'preview.png'}")
+        prepare = prepare_demo if args.dataset == "demo" else prepare_images
+        prepare(args, final)
+    meta = read_meta(final)
+    counts = ", ".join(f"{n} {part}" for part, n in meta["counts"].items())
+    print(f"{final}: {counts}, {meta['size']} px, foreground {meta['foreground']}; look at "
+          f"{final / 'preview.png'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
+    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder
         sys.exit(f"prepare_data.py: {error or 'interrupted'}; nothing half-written is left")
