@@ -19,12 +19,12 @@ import collections
 import contextlib
 import csv
 import fcntl
-import functools
+import glob
 import hashlib
 import io
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -32,13 +32,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 import unicodedata
 import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
@@ -60,6 +59,7 @@ DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # an error at twice
+warnings.filterwarnings("ignore", module="pydicom")             # of what it can read all the same
 
 
 @dataclass
@@ -288,30 +288,28 @@ def read_dicom(file, page, as_stored):
         from pydicom import pixels as dicom
     except ImportError:
         raise ValueError("a DICOM file: pip install pydicom (3 or newer) to read it") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # of what is against the standard and can be read
-        try:
-            ds = pydicom.dcmread(file)
-        except pydicom.errors.InvalidDicomError:
-            raise ValueError("named .dcm, but not a DICOM file") from None
-        if "Rows" not in ds:
-            raise ValueError("a DICOM file without an image")
-        pages = int(ds.get("NumberOfFrames") or 1)
-        need_page(page, pages)
-        pixels = dicom.pixel_array(ds, index=page)
-        photometric = ds.PhotometricInterpretation
-        if photometric == "MONOCHROME1" and as_stored:
-            raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
-        if photometric == "PALETTE COLOR":
-            pixels = dicom.apply_color_lut(pixels, ds)
-        elif photometric.startswith("MONOCHROME") and not as_stored:
-            pixels = dicom.apply_modality_lut(pixels, ds)
-            if "VOILUTSequence" in ds:
-                top = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
-                pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, top))
-            elif "WindowCenter" in ds:          # scaled by what becomes of darkest and brightest
-                ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)
-                pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
+    try:
+        ds = pydicom.dcmread(file)
+    except pydicom.errors.InvalidDicomError:
+        raise ValueError("named .dcm, but not a DICOM file") from None
+    if "Rows" not in ds:
+        raise ValueError("a DICOM file without an image")
+    pages = int(ds.get("NumberOfFrames") or 1)
+    need_page(page, pages)
+    pixels = dicom.pixel_array(ds, index=page)
+    photometric = ds.PhotometricInterpretation
+    if photometric == "MONOCHROME1" and as_stored:
+        raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
+    if photometric == "PALETTE COLOR":
+        pixels = dicom.apply_color_lut(pixels, ds)
+    elif photometric.startswith("MONOCHROME") and not as_stored:
+        pixels = dicom.apply_modality_lut(pixels, ds)
+        if "VOILUTSequence" in ds:
+            top = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, top))
+        elif "WindowCenter" in ds:          # scaled by what becomes of darkest and brightest
+            ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)
+            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
@@ -363,23 +361,21 @@ def resize(picture, size):
 # ------------------------------------------------------------------------------------------ masks
 
 @dataclass
-class MaskValues:
-    """A mask file's values (H, W), as stored; its kind, see read_mask; its largest value."""
+class Mask:
+    """A mask file. values: (H, W) integers, or floats that are not whole; kind: see kind_of."""
+    path: str
     values: np.ndarray
     kind: str
-    top: float
-    path: str
-    in_alpha: bool = False
+    top: float                                  # its largest value ...
+    span: float                                 # ... and the range of that: 1, 255, 65535 or more
+    in_alpha: bool
 
 
 def read_mask(path, page=0):
-    """A mask file as MaskValues. A file of one page serves any `page`. Raises ValueError.
+    """A mask file as a Mask; one of a single page serves any `page`. Raises ValueError.
 
-    Values: bool as 0 and 255, colours by their largest channel, palettes by their index (by colour
-    where that is gray, or index 0 is not black), alpha where nothing else varies. Kinds: "empty";
-    "0/1"; "two values"; "ignore", class numbers below 32 and 255; "regions", class or instance
-    numbers that fill regions; "soft", many values that never do, as along blurred, resized or
-    jpg-coded edges; and "few", of which neither can be said.
+    Values are as stored: bool as 0 and 255, colours by their largest channel, palettes by their
+    index (by colour where that is gray, or index 0 is not black), alpha where nothing else varies.
     """
     picture = read_picture(path, as_stored=True)
     if page and picture.pages > 1:
@@ -398,117 +394,105 @@ def read_mask(path, page=0):
     if values.ndim == 3:
         values = values.max(axis=2)
     if values.dtype == bool:
-        values = values.astype(np.uint8) * 255
+        values = values * np.uint8(255)
     is_whole = values.dtype.kind != "f" or (values == np.rint(values)).all()
     if is_whole and values.dtype not in (np.uint8, np.uint16):
         values = np.minimum(values, 2 ** 62).astype(np.int64)
-    values = np.ascontiguousarray(values)
-    mask = MaskValues(values, "regions", values.max(), path, in_alpha)
+    kind = "soft edges"
     if is_whole:
-        mask.kind = kind_of(values, is_jpg(path))
-    else:
-        mask.kind = "soft"
-    return mask
-
-
-def is_jpg(path):
-    """Whether the name says jpg, whose masks have noise around their edges."""
-    return Path(path).suffix.lower() in (".jpg", ".jpeg")
+        kind = kind_of(values, Path(path).suffix.lower() in (".jpg", ".jpeg"))
+    top = values.max()
+    spans = (255, 65535, math.inf) if is_whole and kind != "0/1" else (1, 255, 65535, math.inf)
+    span = next(span for span in spans if top <= span)
+    return Mask(str(path), np.ascontiguousarray(values), kind, top, span, in_alpha)
 
 
 def kind_of(values, is_jpg):
-    """The kind of a mask of whole numbers (H, W): see read_mask."""
+    """What the integers (H, W) of a mask are: "empty"; "0/1"; "0/255", or "two values" else;
+    "classes and 255"; "classes" (below 32), "numbers" (of classes or instances) or "levels" (of a
+    jpg), which fill regions; "soft edges", many values that never do; "few values", anything else.
+    """
     found = np.unique(values)
     top = found[-1]
     inner = found[(found > 0) & (found < top)]
     if found[0] == top == 0:
         return "empty"
-    if top == 1 and not is_jpg:                 # there it is noise
+    if top == 1 and not is_jpg:                 # in a jpg a 1 is noise
         return "0/1"
     if not inner.size:
-        return "two values"
+        return "0/255" if top == 255 else "two values"
     if top == 255 and inner[-1] < 32 and not is_jpg:
-        return "ignore"
+        return "classes and 255"
     if top > 65535 or found[0] < 0:
-        return "regions"
+        return "numbers"
     values = values.astype(np.uint16)
     square = np.ones((3, 3), np.uint8)
     alone = cv2.erode(values, square) == cv2.dilate(values, square)
     between = (values > 0) & (values < top)
     # 0.000 for resized, blurred and jpg-coded masks of nuclei, histology, skin and X-rays
-    if (alone & between).sum() >= 0.02 * between.sum() and (top >= 64 or not is_jpg):
-        return "regions"
-    return "soft" if top >= 64 and inner.size > 2 else "few"
+    if (alone & between).sum() < 0.02 * between.sum() or is_jpg and top < 64:
+        return "soft edges" if top >= 64 and inner.size > 2 else "few values"
+    if is_jpg:
+        return "levels"
+    return "classes" if top < 32 else "numbers"
 
 
 @dataclass
 class MaskRule:
     """What is foreground in the masks of a data set: one of `values`; or unset, what is above
-    `cuts[span_of]`, and not `ignore`."""
+    cuts[Mask.span], and not `ignore`."""
     values: tuple = ()
     cuts: dict = field(default_factory=dict)
     ignore: int | None = None
     evidence: str = ""
 
 
-def span_of(mask):
-    """The range that MaskValues have: 1, 255, 65535, or more."""
-    if mask.kind == "0/1" or mask.values.dtype.kind == "f" and mask.top <= 1:
-        return 1
-    return next((span for span in (255, 65535) if mask.top <= span), math.inf)
+# Kinds of masks that no one rule reads, in one data set; the second may be any.
+CONFLICTS = (("levels", ""), ("0/255", "classes"), ("0/255", "classes and 255"),
+             ("soft edges", "classes"), ("soft edges", "classes and 255"), ("soft edges", "numbers"))
 
 
 def decide_mask_rule(asked, masks):
-    """The MaskRule of a data set. asked: --mask-foreground; masks: MaskValues (without values).
+    """The MaskRule of a data set. asked: --mask-foreground; masks: Mask (values unused).
 
     auto: above half of the range where there are soft edges, else all but 0. Raises ValueError with
-    an example of each kind where files cannot be read by one rule.
+    an example of each kind where no one rule can read all files.
     """
     if asked not in ("auto", "half", "nonzero"):
         values = "0" if asked == "zero" else asked
-        return MaskRule(tuple(map(int, values.split(","))), evidence=f"{asked}, as asked for")
-    kinds = {}
-    rule = MaskRule()
-    tops = collections.Counter()
+        return MaskRule(tuple(map(int, values.split(","))), evidence=asked)
+    example, kinds, tops = {"": ""}, collections.Counter(), {}
     for mask in masks:
-        kinds.setdefault(mask.kind, []).append(mask)
-        tops[span_of(mask)] = max(tops[span_of(mask)], mask.top)
-    two_at_255 = [mask for mask in kinds.get("two values", ()) if mask.top == 255]
-    classes = [mask for mask in kinds.get("regions", ()) if mask.top < 32]
-    classes += kinds.get("ignore", ())
-    if asked == "auto" and two_at_255 and classes:
-        raise ValueError(f"{two_at_255[0].path} holds 0 and 255, {classes[0].path} class numbers: "
-                         "is 255 foreground, or to be ignored? Say which values are foreground: "
-                         "--mask-foreground 1, or 1,2,255")
-    numbers = kinds.get("regions", kinds.get("ignore"))
-    if asked == "auto" and "soft" in kinds and numbers:
-        raise ValueError(f"{kinds['soft'][0].path} has soft edges, {numbers[0].path} classes or "
-                         "instances: give --mask-foreground half or nonzero")
-    jpgs = [mask for mask in kinds.get("regions", ()) if is_jpg(mask.path)]
-    if asked == "auto" and jpgs:
-        raise ValueError(f"{jpgs[0].path}: a jpg mask of more than two levels, which jpg blurs: "
-                         "save masks as png, or give --mask-foreground half")
-    half = asked == "half" or asked == "auto" and "soft" in kinds
-    rule.cuts = {span: max(top, span == 1) / 2 if half else 0 for span, top in tops.items()}
-    if "ignore" in kinds and asked == "auto":
-        rule.ignore = 255
-    counts = ", ".join(f"{len(of_kind)} {kind}" for kind, of_kind in sorted(kinds.items()))
-    cuts = " or ".join(f"{cut:g}" for cut in sorted(set(rule.cuts.values())))
-    rule.evidence = (f"above {cuts or 0} ({'decided' if asked == 'auto' else 'as asked for'}; masks: "
-                     f"{counts}; largest values {', '.join(f'{top:g}' for top in tops.values())})")
+        example.setdefault(mask.kind, mask.path)
+        kinds[mask.kind] += 1
+        tops[mask.span] = max(tops.get(mask.span, 0), mask.top)
+    rule = MaskRule()
+    if asked == "auto":
+        for one, other in CONFLICTS:
+            if one in example and other in example:
+                raise ValueError(f"masks have {one} in {example[one]}, {other} {example[other]}: "
+                                 "which values are foreground? Say --mask-foreground half, nonzero,"
+                                 " or a list such as 1 or 1,255")
+        if "classes and 255" in kinds:
+            rule.ignore = 255
+        asked = "half" if "soft edges" in kinds else "nonzero"
+    for span, top in tops.items():
+        rule.cuts[span] = max(top, span == 1) / 2 if asked == "half" else 0
+    listed = ", ".join(f"{n} with {kind}" for kind, n in sorted(kinds.items()))
+    rule.evidence = (f"{asked}, above {' or '.join(f'{cut:g}' for cut in rule.cuts.values())}, from "
+                     f"masks {listed}")
     if rule.ignore:
-        rule.evidence += "; 255 beside class numbers is the ignore value, and not foreground"
+        rule.evidence += "; 255 beside classes is the ignore value, not foreground"
     return rule
 
 
 def foreground_of(mask, rule):
-    """MaskValues -> bool (H, W). Raises ValueError for values below 0, which a rule must name."""
+    """Mask -> bool (H, W). Raises ValueError for values below 0, unless the rule names values."""
     if rule.values:
         return np.isin(mask.values, rule.values)
     if mask.values.min() < 0:
         raise ValueError("has values below 0: say which are foreground, as in --mask-foreground 1")
-    above = mask.values > rule.cuts.get(span_of(mask), 0)
-    return above & (mask.values != rule.ignore)
+    return (mask.values > rule.cuts.get(mask.span, 0)) & (mask.values != rule.ignore)
 
 
 def shrink_mask(mask, size):
@@ -565,13 +549,13 @@ class Pair:
     """An image with its masks, where it belongs, and what load_row found."""
     name: str
     image: str                                  # its path
-    masks: list | None = None                   # paths; their union is the mask
+    masks: list = field(default_factory=list)   # paths; their union is the mask
     group: str = ""                             # patient, or what else must stay in one part
     label: str = ""
-    part: str | None = None
+    part: str = ""
     slide: str = ""                             # dm: the slide ...
-    tile: tuple | None = None                   # ... and the row and column of the tile
-    array: tuple | None = None                  # tissuenet: folder of X.npy and y.npy, and index
+    tile: tuple = ()                            # ... and the row and column of the tile
+    array: tuple = ()                           # tissuenet: folder of X.npy and y.npy, and index
     any_shape: bool = False                     # mask and image differ in size, as published
     row: int = 0                                # of the scratch file
     areas: tuple = ()                           # enclosed_areas
@@ -582,9 +566,9 @@ class Pair:
 
 @dataclass
 class Files:
-    """The image files below a folder, by name; bad: a line for each that cannot be used."""
+    """The image files below a folder; bad: a line for each that cannot be used."""
     images: dict                                # {name: path}
-    masks: dict                                 # {name: [paths]}
+    masks: dict                                 # {name: [paths]}, of some of these images
     bad: list
 
 
@@ -593,59 +577,54 @@ def find_files(raw, without=None):
 
     A name is the path below raw without suffix, in Unicode NFC, and without folders called images
     or as MASK_FOLDER. Masks are the files in such a folder, and NAME_mask beside NAME. Beside a
-    folder images/ nothing but masks is taken. What is not taken is printed. without: a folder to
-    leave out. Ends the program where two readings are possible.
+    folder images/ only folders of masks are looked into. What is not taken is printed. without: a
+    folder to leave out. Ends the program where two readings are possible.
     """
-    found, unread, kinds, bad = [], set(), collections.Counter(), []
+    images, in_folders, bad = {}, [], []
+    others, unread = collections.Counter(), ""
     for place, folders, files in os.walk(raw, followlinks=True):
-        real = Path(place).resolve()
-        known = (real, *real.parents, without)  # a link to one of these would never end
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and name != "__MACOSX"
-                      and Path(place, name).resolve() not in known]
+        place = Path(place)
+        known = (place.resolve(), *place.resolve().parents, without)   # links there would never end
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
+                            and (place / name).resolve() not in known)
+        if any(name.lower() in IMAGE_FOLDERS for name in folders):
+            taken = [name for name in folders
+                     if name.lower() in IMAGE_FOLDERS or MASK_FOLDER.fullmatch(name)]
+            aside = sorted({*folders, *files} - {*taken, "labels.csv"})
+            if aside:
+                print(f"{place}: beside {', '.join(taken)} not taken: {', '.join(aside[:9])}")
+            folders[:], files = taken, []
+        inside = place.relative_to(raw).parts
+        is_mask = any(MASK_FOLDER.fullmatch(folder) for folder in inside)
         for file in sorted(files):
-            path = Path(place, file)
-            inside = path.relative_to(raw).parts
-            kind = other_kind(path)
-            if file[0] == "." or file == "Thumbs.db" or inside == ("labels.csv",):
+            path = place / file
+            if file[0] == "." or file == "Thumbs.db" or path == raw / "labels.csv":
                 continue
-            if not kind:
-                found.append(inside)
+            other = other_kind(path)
+            if other:
+                others[other] += 1
+                unread = unread or is_mask and str(path)
+                continue
+            if not file.isprintable():
+                shown = os.fsencode(path).decode("utf-8", "replace")
+                bad.append(f"{shown}: its name is not UTF-8 (of a Windows zip?), rename it")
+                continue
+            name = name_of((*inside, file))
+            if is_mask:
+                in_folders.append((name, path))
+            elif name in images:
+                bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
-                kinds[kind] += 1
-                unread.add(inside[:mask_depth(inside)])
-    if kinds:
-        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        hint = "; cut volumes into slices, a file each" if VOLUMES & set(kinds) else ""
+                images[name] = path
+    if others:
+        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        hint = "; cut volumes into slices, a file each" if VOLUMES & set(others) else ""
         print(f"{raw}: of other kinds and not read: {listed}{hint}")
-    unread -= {(), *(inside[:mask_depth(inside)] for inside in found)}
-    if unread:
-        sys.exit(f"{raw.joinpath(*min(unread))}: holds no masks of a kind that is read "
-                 f"({' '.join(sorted(EXTENSIONS))}): convert them, or give the images' folder alone")
-
-    holders = {inside[:k] for inside in found for k, folder in enumerate(inside[:-1])
-               if folder.lower() in IMAGE_FOLDERS}
-    images, masks, aside = {}, [], []
-    for inside in found:
-        path = raw.joinpath(*inside)
-        depth = mask_depth(inside)
-        first = next((k for k in range(len(inside)) if inside[:k] in holders), None)
-        if first is not None and inside[first].lower() not in IMAGE_FOLDERS and depth != first + 1:
-            aside.append(path)
-            continue
-        if not str(path).isprintable():
-            shown = os.fsencode(path).decode("utf-8", "replace")
-            bad.append(f"{shown}: its name is not UTF-8 (of a Windows zip?), rename it")
-            continue
-        name = name_of(inside)
-        if depth:
-            masks.append((name, path))
-        elif name in images:
-            bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
-        else:
-            images[name] = path
-    if aside:
-        print(f"{raw}: {len(aside)} images beside a folder of images are not taken, {aside[0]} first")
-    return Files(images, match_masks(raw, images, masks), bad)
+    masks = match_masks(raw, images, in_folders)
+    if unread and images and not masks:
+        sys.exit(f"{unread}: a mask of a kind that is not read ({' '.join(sorted(EXTENSIONS))} are): "
+                 "convert it, or give the folder of the images alone")
+    return Files(images, masks, bad)
 
 
 def other_kind(path):
@@ -662,22 +641,14 @@ def other_kind(path):
     return suffix or path.name
 
 
-def mask_depth(inside):
-    """Of the parts of a path, how many lead to the first folder of masks; 0 where there is none."""
-    for k, folder in enumerate(inside[:-1]):
-        if MASK_FOLDER.fullmatch(folder):
-            return k + 1
-    return 0
-
-
 def name_of(inside):
     """The name of an image or mask file, from the parts of its path: see find_files."""
-    file = inside[-1]
+    *folders, file = inside
     if Path(file).suffix.lower() in EXTENSIONS:
         file = Path(file).stem
-    if {"imagesTr", "imagesTs"} & set(inside):
+    if {"imagesTr", "imagesTs"} & set(folders):
         file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    folders = [folder for folder in inside[:-1]
+    folders = [folder for folder in folders
                if folder.lower() not in IMAGE_FOLDERS and not MASK_FOLDER.fullmatch(folder)]
     return unicodedata.normalize("NFC", "/".join([*folders, file]))
 
@@ -686,20 +657,18 @@ def match_masks(raw, images, in_folders):
     """{name: [mask paths]}. images: {name: path}, from which masks beside them are taken out;
     in_folders: (name, path) of the files in folders of masks. Ends the program where two readings
     are possible."""
-    beside = []
-    for name in images:
+    beside, unclear = [], []
+    for name, path in images.items():
         match = MASK_NAME.fullmatch(name)
         if match and match[1] in images:
-            beside.append((name, images[name]))
-    plain = images.keys() - dict(beside)
-    unclear = sorted(name for name in plain
-                     if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name))
-    if 0 < len(unclear) < len(plain):
-        sys.exit(f"{images[unclear[0]]}: by its name a mask, but of no image here. Put masks into "
-                 f"{raw / 'masks'} under their images' names, or rename the image "
-                 f"({len(unclear)} such files)")
+            beside.append((name, path))
+        elif match or MASK_FIRST.fullmatch(name):
+            unclear.append(path)
     for name, _ in beside:
         del images[name]
+    if 0 < len(unclear) < len(images):
+        sys.exit(f"{unclear[0]}: by its name a mask, but of no image here. Put masks into "
+                 f"{raw / 'masks'} under their images' names, or rename the image")
     masks, orphans = collections.defaultdict(list), []
     for name, path in beside + in_folders:
         match = MASK_NAME.fullmatch(name)
@@ -711,16 +680,17 @@ def match_masks(raw, images, in_folders):
                  f"{orphans[0]} and {next(iter(images.values()))}")
     if orphans:
         print(f"{len(orphans)} masks have no image and are not used, {orphans[0]} first")
+    folders = set()
     for name, paths in masks.items():
+        folders |= {str(path.parent) for path in paths}
         numbered = [path for path in paths if re.search(r"\d$", path.stem)]
-        folders = {path.parent for path in paths}
-        if len(paths) > 1 and (len(folders) > 1 or len(numbered) < len(paths) - 1):
+        together = len({path.parent for path in paths}) == 1 and len(numbered) >= len(paths) - 1
+        if len(paths) > 1 and not together:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: leave one of them")
     if masks:
-        folders = sorted({str(path.parent) for paths in masks.values() for path in paths})
         several = sum(len(paths) > 1 for paths in masks.values())
-        print(f"masks: of {len(masks)} images, in {', '.join(folders[:3])}"
-              f"{' ...' if folders[3:] else ''}; {several} images have several, which are joined")
+        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}"
+              + (f"; {several} images have several, which are joined" if several else ""))
     return masks
 
 
@@ -741,9 +711,7 @@ def find_folder(raw, args, bad):
                  "give all three, or none, to be split here")
     pairs = []
     for name, path in sorted(files.images.items()):
-        pair = Pair(name, str(path))
-        if name in files.masks:
-            pair.masks = list(map(str, files.masks[name]))
+        pair = Pair(name, str(path), [str(mask) for mask in files.masks.get(name, ())])
         if given:
             pair.part, _, pair.name = name.partition("/")
         if not given or pair.part in PARTS:
@@ -751,9 +719,9 @@ def find_folder(raw, args, bad):
         else:
             print(f"{path}: not in train, val or test, and not taken")
     masked = {pair.part for pair in pairs if pair.masks}
-    bare = [pair for pair in pairs if pair.part in masked and not pair.masks]
-    bad += [f"{pair.image}: has no mask" for pair in bare]
-    pairs = [pair for pair in pairs if pair not in bare]
+    bad += [f"{pair.image}: has no mask" for pair in pairs
+            if pair.part in masked and not pair.masks]
+    pairs = [pair for pair in pairs if pair.masks or pair.part not in masked]
     set_groups(raw, pairs, args.group_regex, bad)
     if (raw / "labels.csv").is_file():
         set_labels(raw, pairs)
@@ -763,27 +731,26 @@ def find_folder(raw, args, bad):
 def set_groups(raw, pairs, regex, bad):
     """Set the group of each pair: what `regex` finds in its name, or without one the topmost folder
     of the name that not all share. Ends the program where few large folders may be classes."""
-    if regex:
-        for pair in pairs:
-            match = re.search(regex, pair.name)
-            if match:
-                pair.group = match[1] if match.re.groups else match[0]
-            else:
-                bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
-        return
     folders = [pair.name.split("/")[:-1] for pair in pairs]
     shared = len(os.path.commonprefix(folders))
     for pair, inside in zip(pairs, folders):
-        pair.group = "".join(inside[shared:shared + 1])
+        match = re.search(regex or "", pair.name)
+        if not match:
+            bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
+        elif regex:
+            pair.group = match[1] if match.re.groups else match[0]
+        else:
+            pair.group = "".join(inside[shared:shared + 1])
     names = sorted({pair.group for pair in pairs} - {""})
+    if regex or not names:
+        return
     groups = {pair.group or pair.name for pair in pairs}
-    if names and len(groups) < 5 and len(pairs) >= 8 * len(groups) and not pairs[0].part:
+    if len(groups) < 5 and len(pairs) >= 8 * len(groups) and not pairs[0].part:
         sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
                  "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
                  "they are classes, give --group-regex '.+'")
-    if names:
-        print(f"{raw}: {len(names)} folders are taken as patients, {names[0]} first, and each stays "
-              "in one part (--group-regex '.+' splits image by image)")
+    print(f"{raw}: {len(names)} folders are taken as patients, {names[0]} first, and each stays in "
+          "one part (--group-regex '.+' splits image by image)")
 
 
 def set_labels(raw, pairs):
@@ -799,17 +766,17 @@ def set_labels(raw, pairs):
     for pair in pairs:
         inside = unicodedata.normalize("NFC", Path(pair.image).relative_to(raw).as_posix())
         file = Path(inside)
-        for name in (pair.name, inside, str(file.with_suffix("")), file.name, file.stem):
-            if name in labels:
-                pair.label = labels[name]
-                used.add(name)
-                break
-    left = [name for name in labels if name not in used]
-    if not used:
+        names = (pair.name, inside, file.with_suffix("").as_posix(), file.name, file.stem)
+        name = next((name for name in names if name in labels), None)
+        pair.label = labels.get(name, "")
+        used.add(name)
+    left = sorted(labels.keys() - used)
+    if len(left) == len(labels):
         sys.exit(f"{path}: none of its {len(labels)} names is that of an image: "
                  f"{', '.join(left[:1])} there, {pairs[0].name} here")
-    print(f"{path}: {sum(pair.label != '' for pair in pairs)} of {len(pairs)} images have a label; "
-          f"{len(left)} rows have no image{': ' + left[0] + ' first' if left else ''}")
+    unlabelled = sum(not pair.label for pair in pairs)
+    print(f"{path}: {unlabelled} of {len(pairs)} images have no label; {len(left)} rows have no "
+          f"image ({', '.join(left[:3]) or 'none'})")
 
 
 def read_table(path, columns):
@@ -836,22 +803,22 @@ def join_duplicates(pairs):
     many pictures are there twice."""
     leader, first, again = {}, {}, []
 
-    def lead(group):
+    def lead(pair):
+        group = pair.group or pair.name
         while group in leader:
             group = leader[group]
         return group
 
-    for pair in sorted(pairs, key=lambda pair: pair.name):
+    for pair in pairs:
         other = first.setdefault(pair.digest or pair.name, pair)
-        if other is pair:
-            continue
-        again.append(f"{pair.image} and {other.image}")
-        here, there = lead(pair.group or pair.name), lead(other.group or other.name)
-        if here != there:
-            leader[here] = there
+        if other is not pair:
+            again.append(f"{pair.image} and {other.image}")
+        if lead(other) != lead(pair):
+            leader[lead(pair)] = lead(other)
     if again:
-        print(f"{len(again)} pictures are there twice, and are kept in one part: {again[0]} first")
-    return {pair.name: lead(pair.group or pair.name) for pair in pairs}
+        print(f"{len(again)} pictures are there twice, {again[0]} first: kept in one part, unless "
+              "parts are given")
+    return {pair.name: lead(pair) for pair in pairs}
 
 
 def split(pairs, seed):
@@ -879,7 +846,7 @@ def stratify(pairs, seed):
     class its like share; what rounding leaves over goes to the classes with the largest remainders.
     A picture that is there twice changes places with one of its class, to be in one part."""
     classes = collections.defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: pair.name):
+    for pair in pairs:
         pair.part = "train"
         classes[pair.label].append(pair)
     rest = {}
@@ -911,8 +878,8 @@ def stratify(pairs, seed):
 # ---------------------------------------------------------------------- the data sets as published
 
 def unpack(archive):
-    """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of its name. Nothing can
-    leave that folder: both libraries see to it. Ends the program where the archive is broken."""
+    """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of its name, which both
+    libraries see to that nothing leaves. Ends the program where the archive is broken."""
     folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
     if folder.exists():
         return
@@ -930,36 +897,20 @@ def unpack(archive):
             sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
 
 
-def folders_below(raw, depth=6):
-    """`raw` and the folders below it, near ones first, links followed, hidden ones left out."""
-    level, found = [raw], []
-    for _ in range(depth):
-        found += level
-        level = sorted(path for folder in level for path in folder.iterdir()
-                       if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
-    return found
+def find_all(raw, pattern):
+    """Paths below `raw` that match a pattern such as COVID/images/*, at any depth, near ones first;
+    links are followed, hidden files left out."""
+    found = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+    return [raw / path for path in sorted(found, key=lambda path: (path.count("/"), path))]
 
 
-def images_in(folder, bad):
-    """{stem: path} of the image files straight inside a folder; a stem used twice goes to `bad`."""
+def images_in(raw, pattern):
+    """{stem: path} of the image files that match find_all's pattern, of one stem the nearest."""
     found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
-            if path.stem in found:
-                bad.append(f"{path}: the stem is used twice, see {found[path.stem].name}")
+    for path in find_all(raw, pattern):
+        if path.suffix.lower() in EXTENSIONS:
             found.setdefault(path.stem, path)
     return found
-
-
-def published_files(folders, ending, bad):
-    """{stem: path} of the images in the nearest folder whose path ends so, such as "COVID/images",
-    in upper or lower case; {} where none has any."""
-    for folder in folders:
-        if folder.resolve().as_posix().lower().endswith(f"/{ending}".lower()):
-            found = images_in(folder, bad)
-            if found:
-                return found
-    return {}
 
 
 def pair_up(images, masks, bad, **more):
@@ -973,94 +924,88 @@ def pair_up(images, masks, bad, **more):
             for name in sorted(images.keys() & masks.keys())]
 
 
-def find_isic(folders, args, bad, missing):
+def find_isic(raw, args, bad, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2")):
-        images = published_files(folders, f"ISIC-2017_{official}_Data", bad)
-        images = {s: path for s, path in images.items() if not s.endswith("_superpixels")}
-        masks = published_files(folders, f"ISIC-2017_{official}_Part1_GroundTruth", bad)
+        images = images_in(raw, f"ISIC-2017_{official}_Data/*")
+        images = {stem: path for stem, path in images.items() if "_superpixels" not in stem}
+        masks = images_in(raw, f"ISIC-2017_{official}_Part1_GroundTruth/*")
         masks = {stem.removesuffix("_segmentation"): path for stem, path in masks.items()}
-        tables = [f / f"ISIC-2017_{official}_Part3_GroundTruth.csv" for f in folders]
-        tables = [path for path in tables if path.is_file()]
+        tables = find_all(raw, f"ISIC-2017_{official}_Part3_GroundTruth.csv")
         there = {"Data": images, "Part1_GroundTruth": masks, "Part3_GroundTruth.csv": tables}
         missing += [f"ISIC-2017_{official}_{what}" for what in there if not there[what]]
+        new = pair_up(images, masks, bad, part=part)
         labels = {}
         diseases = ("melanoma", "seborrheic_keratosis")
         for row in read_table(tables[0], ("image_id", *diseases)) if tables else ():
             found = [disease for disease in diseases if float(row[disease]) == 1]
             labels[row["image_id"]] = (found or ["nevus"])[0]
-        new = pair_up(images, masks, bad, part=part)
         for pair in new:
             pair.label = labels.get(pair.name, "")
         pairs += new
     return pairs
 
 
-def find_xray(folders, args, bad, missing):
+def find_xray(raw, args, bad, missing):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images = published_files(folders, f"{label}/images", bad)
-        masks = published_files(folders, f"{label}/masks", bad)
+        images = images_in(raw, f"{label}/images/*")
+        masks = images_in(raw, f"{label}/masks/*")
         if not images or not masks:
             missing.append(f"{label}/images and masks")
         pairs += pair_up(images, masks, bad, label=label, any_shape=True)
     return pairs
 
 
-def find_drone(folders, args, bad, missing):
-    """The Semantic Drone Dataset, from its own page or from Kaggle: foreground is any class but
+def find_drone(raw, args, bad, missing):
+    """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
     `unlabeled`, which is index 0 and black, so nearly everything."""
-    layouts = (("original_images", "label_images_semantic"),
-               ("original_images", "RGB_color_image_masks"),
-               ("training_set/images", "gt/semantic/label_images"))
-    for image_folder, mask_folder in layouts:
-        images = published_files(folders, image_folder, bad)
-        masks = published_files(folders, mask_folder, bad)
+    layouts = (("original_images/*", "label_images_semantic/*"),
+               ("original_images/*", "RGB_color_image_masks/*"),
+               ("training_set/images/*", "training_set/gt/semantic/label_images/*"))
+    for layout in layouts:
+        images, masks = images_in(raw, layout[0]), images_in(raw, layout[1])
         if images and masks:
-            print("foreground is 99.8 % of the pixels of all published masks: a mask of everything "
-                  "scores .998")
+            print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
             return pair_up(images, masks, bad)
     missing += [" with ".join(layout) for layout in layouts]
     return []
 
 
-def find_dsb2018(folders, args, bad, missing):
+def find_dsb2018(raw, args, bad, missing):
     """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
-    pairs, others = [], []
-    for folder in folders:
-        if not (folder / "images").is_dir() or not (folder / "masks").is_dir():
-            continue
-        images = images_in(folder / "images", bad)
-        masks = [str(path) for path in images_in(folder / "masks", bad).values()]
-        if list(images) != [folder.resolve().name]:
-            others.append(folder)
-        elif masks:
-            pairs.append(Pair(folder.name, str(*images.values()), masks))
+    images, others = {}, 0
+    for path in find_all(raw, "images/*"):
+        folder = path.parent.parent
+        alone = len(list(path.parent.glob("[!.]*"))) == 1
+        if alone and path.stem == folder.name and path.suffix.lower() in EXTENSIONS:
+            images[path.stem] = path
         else:
-            bad.append(f"{folder / 'images'}: has no mask")
+            others += 1
+    masks = {name: sorted(images[name].parent.parent.glob("masks/[!.]*.*")) for name in images}
     if others:
-        print(f"{len(others)} folders have other than one image of their name and are not taken, "
-              f"{others[0]} first")
-    missing += [] if pairs else ["stage1_train/<id>/images and masks"]
+        print(f"{others} files in folders images/ are not the only one, of its folder's name, and "
+              "not taken")
+    missing += [] if images else ["stage1_train/<id>/images/<id>.png"]
+    pairs = pair_up(images, {name: paths[0] for name, paths in masks.items() if paths}, bad)
+    for pair in pairs:
+        pair.masks = [str(path) for path in masks[pair.name]]
     return pairs
 
 
-def find_dm(folders, args, bad, missing):
+def find_dm(raw, args, bad, missing):
     """Dermatomyositis slides, paired by what stands before `_component`, cut into tiles; a slide's
     tiles stay together, or with --split-by patient all of a patient's (the first two fields of the
     name). Masks are named as in either publication."""
-    found = {"data": {}, "mask_labels": {}, "data.tifmask": {}}
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            match = re.fullmatch(r"([^.].*)_component_(data|mask_labels|data\.tifmask)\.tiff?",
-                                 path.name, re.IGNORECASE)
-            if match:
-                found[match[2].lower()].setdefault(match[1], path)
-    images, masks, others = found.values()
+    kinds = {"_data": {}, "_mask_labels": {}, "_data.tifmask": {}}
+    for path in find_all(raw, "*_component*.tif*"):
+        name, _, kind = path.name.partition("_component")
+        kinds.get(Path(kind).stem.lower(), {}).setdefault(name, path)
+    images, masks, others = kinds.values()
     if masks.keys() & others.keys():
-        print("slides with masks of both namings: *_mask_labels is taken")
+        print("there are masks of both namings: *_mask_labels is taken")
     masks = others | masks
     missing += [] if images else ["*_component_data.tif"]
     missing += [] if masks else ["*_component_mask_labels.tiff or *_component_data.tifMask.tif"]
@@ -1082,16 +1027,15 @@ def find_dm(folders, args, bad, missing):
     return pairs
 
 
-def find_tissuenet(folders, args, bad, missing):
+def find_tissuenet(raw, args, bad, missing):
     """TissueNet: the official parts; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        found = [folder for folder in folders if (folder / "X.npy").is_file()
-                 and re.fullmatch(rf"tissuenet_v[\d.]+_{part}", folder.name, re.IGNORECASE)]
+        found = find_all(raw, f"tissuenet_v*_{part}/X.npy")
         if not found:
             missing.append(f"tissuenet_v1.*_{part}.npz")
             continue
-        folder = found[-1]                      # the latest version
+        folder = found[-1].parent               # the latest version
         try:
             x = np.load(folder / "X.npy", mmap_mode="r")
             y = np.load(folder / "y.npy", mmap_mode="r")
@@ -1099,7 +1043,6 @@ def find_tissuenet(folders, args, bad, missing):
             sys.exit(f"{folder}: cannot be read ({error}); get it again")
         if x.ndim != 4 or x.shape[3] != 2 or x.shape != y.shape:
             sys.exit(f"{folder}: X is {x.shape} and y {y.shape}, not (N, H, W, 2) both")
-        print(f"{folder}: {len(x)} images")
         for i in range(len(x)):
             path = f"{folder}[{i}]"
             pairs.append(Pair(f"{part}_{i:05d}", path, [path], part=part, array=(folder, i)))
@@ -1127,20 +1070,18 @@ def find_published(raw, args, bad):
     """The Pairs of a published data set; prints what is there and what is missing, and ends the
     program where a part is."""
     facts = PUBLISHED[args.dataset]
-    whole = re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix())
-    if whole != raw.resolve().as_posix():       # a folder inside the one that was meant
-        raw = Path(whole)
+    raw = Path(re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
     endings = (".npz",) if args.dataset == "tissuenet" else (".zip", ".tar", ".tar.gz", ".tgz")
     for path in sorted(raw.iterdir()):
         if path.name.lower().endswith(endings) and path.is_file() and path.name[0] != ".":
             unpack(path)
     missing = []
-    pairs = FINDERS[args.dataset](folders_below(raw), args, bad, missing)
+    pairs = FINDERS[args.dataset](raw, args, bad, missing)
     counts = collections.Counter(pair.part for pair in pairs)
     print(f"{raw}: {len(pairs)} images with masks")
     if missing:
         print(f"missing: {', '.join(missing)}; from {facts.page}")
-    if not pairs or (None not in counts and len(counts) < len(PARTS)):
+    if not pairs or ("" not in counts and len(counts) < len(PARTS)):
         sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
                  "nothing was written")
     return pairs
@@ -1155,7 +1096,7 @@ def download(url, path, timeout=30):
                "--retry", "5", "--speed-limit", "1", "--speed-time", str(timeout), url]
     try:
         code = subprocess.run(command).returncode
-        if code in (22, 33, 36):                # the server cannot, or will not, go on from there
+        if code in (22, 33, 36):                # the server will not go on from where it stopped
             partial.unlink(missing_ok=True)
             code = subprocess.run(command).returncode
     except FileNotFoundError:
@@ -1225,18 +1166,14 @@ def check(folder):
     """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
     is off."""
     meta, wrong, fingerprint, seen = read_meta(folder), [], hashlib.sha256(), {}
-    side = meta["size"]
     for part in PARTS:
         images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        n = meta["counts"][part]
-        expected = {"images": (images, (n, side, side, 3)), "masks": (masks, (n, side, side))}
-        for kind, (array, shape) in expected.items():
-            if array is None:
-                continue
-            if array.dtype != np.uint8 or array.shape != shape or len(rows) != n:
-                wrong.append(f"{part}_{kind}.npy is {array.dtype} {array.shape}, {part}.csv has "
-                             f"{len(rows)} rows, meta.json says {shape}")
+        shape = (meta["counts"][part], meta["size"], meta["size"])
+        share = "no masks"
+        if (len(rows), *images.shape[1:3]) != shape or images.dtype != np.uint8:
+            wrong.append(f"{part}_images.npy is {images.dtype} {images.shape}, {part}.csv has "
+                         f"{len(rows)} rows, meta.json says {shape}")
         for row, image in zip(rows, images):
             fingerprint.update(image.tobytes())
             keys = {"name": row["name"], "group": row["group"], "picture": digest_of(image)}
@@ -1245,17 +1182,18 @@ def check(folder):
                 if key and other != part:
                     wrong.append(f"the same {kind} in two parts: {name} of {other} and "
                                  f"{row['name']} of {part}")
-        covered = "no masks"
         if masks is not None:
-            share = 0
-            for row, mask in zip(rows, masks):
+            if masks.shape != shape or masks.dtype != np.uint8:
+                wrong.append(f"{part}_masks.npy is {masks.dtype} {masks.shape}, not {shape}")
+            tops = []
+            for mask in masks:
                 fingerprint.update(mask.tobytes())
-                share += mask.mean() / len(masks)
-                if mask.max(initial=0) > 1:
-                    wrong.append(f"{part}_masks.npy: {row['name']} holds {mask.max()}, not only 0, 1")
-            covered = f"foreground {share:.4f} of the pixels"
+                tops.append(mask.max())
+            wrong += [f"{part}_masks.npy: {row['name']} holds {top}, not only 0 and 1"
+                      for row, top in zip(rows, tops) if top > 1]
+            share = f"foreground {np.mean(masks, dtype=np.float64):.4f} of the pixels"
         groups = {row["group"] for row in rows} - {""}
-        print(f"{part}: {len(images)} images of {side}x{side} px, {len(groups)} groups, {covered}")
+        print(f"{part}: {len(rows)} images of {images.shape[1:3]} px, {len(groups)} groups, {share}")
     if fingerprint.hexdigest() != meta["fingerprint"]:
         wrong.append("the arrays are not those that were written: fingerprint "
                      f"{fingerprint.hexdigest()}, meta.json has {meta['fingerprint']}")
@@ -1425,76 +1363,49 @@ def prepare_demo(args, final):
 
 # --------------------------------------------------------------------- folders and published sets
 
-def start_worker(parent):
-    """In a worker: one thread, and an end when the main process is gone, however it went."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    cv2.setNumThreads(0)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@dataclass
-class Reading:
-    """How load_row reads, and the file that it writes to."""
-    size: int
-    page: int
-    rule: MaskRule
-    scratch: Path
-
-
-# A dm slide is read once for its twelve tiles, which follow each other.
-last_image = functools.lru_cache(maxsize=1)(read_picture)
-last_mask = functools.lru_cache(maxsize=1)(read_mask)
-
-
-def load_row(job):
-    """(Pair, Reading) -> the Pair with what was found. Its image (S, S, 3) and mask (S, S) go to
-    its row of the scratch file: arrays would be slow to send."""
-    pair, reading = job
+def load_rows(pairs, args, rule):
+    """Read the image that `pairs` share, the tiles of a slide or else one pair, and their masks;
+    fill in what was found. Returns each pair's row of the scratch file: the bytes of its image
+    (S, S, 3) and its mask (S, S). Raises ValueError with the path of the file that is bad."""
+    pair, size = pairs[0], args.size
     path = pair.image
-    size = reading.size
     try:
         if pair.array:
             folder, i = pair.array
-            picture = Picture(two_channels(np.load(folder / "X.npy", mmap_mode="r")[i]))
+            image = two_channels(np.load(folder / "X.npy", mmap_mode="r")[i])
+            mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
         else:
-            picture = last_image(path, reading.page)
-        image = to_rgb(picture)
-        mask = np.zeros(image.shape[:2], bool)
-        for path in pair.masks or ():
-            if pair.array:
-                mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
-                continue
-            one = foreground_of(last_mask(path, reading.page), reading.rule)
-            if one.shape != mask.shape and not pair.any_shape:
-                raise ValueError(f"the mask is {one.shape[1]}x{one.shape[0]}, its image "
-                                 f"{mask.shape[1]}x{mask.shape[0]}")
-            mask = one if pair.any_shape else mask | one
+            picture = read_picture(path, args.page)
+            pair.pages = picture.pages
+            pair.group = pair.group or picture.patient
+            image = to_rgb(picture)
+            mask = np.zeros(image.shape[:2], bool)
+            for path in pair.masks:
+                one = foreground_of(read_mask(path, args.page), rule)
+                if pair.any_shape:
+                    mask = one
+                elif one.shape == mask.shape:
+                    mask |= one
+                else:
+                    raise ValueError(f"the mask is {one.shape[1]}x{one.shape[0]}, its image "
+                                     f"{mask.shape[1]}x{mask.shape[0]}")
     except (ValueError, OSError) as error:
-        pair.error = f"{path}: {error}"
-        return pair
-    if pair.tile:
-        image = cut(image, pair.tile)
-        mask = cut(mask, pair.tile)
-    image = resize(image, size)
-    if image.shape != (size, size, 3) or image.dtype != np.uint8:
-        pair.error = f"{path}: read as {image.shape} {image.dtype}, which is no picture"
-        return pair
-    with open(reading.scratch, "r+b") as file:
-        file.seek(pair.row * 4 * size * size)
-        file.write(image.tobytes() + shrink_mask(mask, size).tobytes())
-    pair.areas = enclosed_areas(image)
-    pair.digest = digest_of(image)
-    pair.pages = picture.pages
-    pair.group = pair.group or picture.patient
-    return pair
+        raise ValueError(f"{path}: {error}") from None
+    rows = []
+    for pair in pairs:
+        small = resize(cut(image, pair.tile), size)
+        if small.shape != (size, size, 3) or small.dtype != np.uint8:
+            raise ValueError(f"{path}: read as {small.shape} {small.dtype}, which is no picture")
+        pair.areas = enclosed_areas(small)
+        pair.digest = digest_of(small)
+        rows.append(small.tobytes() + shrink_mask(cut(mask, pair.tile), size).tobytes())
+    return rows
 
 
 def cut(picture, tile):
-    """The tile (row, column) of a slide, (TILE, TILE[, 3]); what lies outside the slide is 0."""
+    """The tile (row, column) of a slide, (TILE, TILE[, 3]), 0 outside; without tile the picture."""
+    if not tile:
+        return picture
     y, x = tile[0] * TILE, tile[1] * TILE
     piece = picture[y:y + TILE, x:x + TILE]
     out = np.zeros((TILE, TILE, *picture.shape[2:]), picture.dtype)
@@ -1502,30 +1413,44 @@ def cut(picture, tile):
     return out
 
 
-def look_at_mask(job):
-    """(path, page) -> MaskValues without its values, or the error."""
-    try:
-        mask = read_mask(*job)
-    except (ValueError, OSError) as error:
-        return f"{job[0]}: {error}"
-    mask.values = mask.values[:0].copy()
-    return mask
+def try_each(work, items, what, bad):
+    """(item, work(item)) of each item, in order, on all cores; where work raises ValueError, its
+    words go to `bad` instead. Threads: Pillow and OpenCV let go of Python's lock."""
+    def attempt(item):
+        try:
+            return work(item), ""
+        except ValueError as error:
+            return None, str(error)
+
+    with ThreadPool(os.cpu_count()) as pool:
+        done = pool.imap(attempt, items)
+        for item, (result, error) in zip(items, tqdm(done, what, len(items), unit=f" {what}")):
+            if error:
+                bad.append(error)
+            else:
+                yield item, result
 
 
-def mask_rule(pairs, args, pool, bad):
+def mask_rule(pairs, args, bad):
     """The MaskRule of a data set: as published, or decided on a look at all masks of a folder."""
     if args.dataset != "folder":
         above = PUBLISHED[args.dataset].above
         cuts = {255: above, 65535: above * 257, math.inf: 0}
         return MaskRule(cuts=cuts, evidence=f"above {above}, as published")
-    jobs = [(path, args.page) for pair in pairs for path in pair.masks or ()]
-    masks = []
-    for mask in tqdm(pool.imap(look_at_mask, jobs, chunksize=4), "masks", len(jobs), unit=" masks"):
-        (bad if isinstance(mask, str) else masks).append(mask)
+
+    def look(path):
+        try:
+            mask = read_mask(path, args.page)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        mask.values = None                      # all of them would fill the memory
+        return mask
+
+    paths = [path for pair in pairs for path in pair.masks]
+    masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
     in_alpha = [mask.path for mask in masks if mask.in_alpha]
     if in_alpha:
-        print(f"{len(in_alpha)} masks are in the alpha channel and taken from there, {in_alpha[0]} "
-              "first")
+        print(f"{len(in_alpha)} masks are taken from the alpha channel, {in_alpha[0]} first")
     try:
         rule = decide_mask_rule(args.mask_foreground, masks)
     except ValueError as error:
@@ -1535,83 +1460,82 @@ def mask_rule(pairs, args, pool, bad):
     return rule
 
 
-def read_all(pairs, reading, pool, bad):
-    """The Pairs that can be read, with what load_row found; says how many files have pages."""
-    reading.scratch.touch()
-    for row, pair in enumerate(pairs):
-        pair.row = row
-    jobs = ((pair, reading) for pair in pairs)
-    chunk = 12 if pairs[0].tile else 4
-    done = list(tqdm(pool.imap(load_row, jobs, chunk), "read", len(pairs), unit=" images"))
-    bad += dict.fromkeys(pair.error for pair in done if pair.error and pair.error not in bad)
-    good = [pair for pair in done if not pair.error]
-    stacks = {pair.image: pair.pages for pair in good if pair.pages > 1}
+def read_all(pairs, args, scratch, bad):
+    """The Pairs that can be read, with their rows in the file `scratch`; prints how many files have
+    several pages."""
+    rule = mask_rule(pairs, args, bad)
+    files = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair.image)]
+
+    def load(group):
+        return load_rows(group, args, rule)
+
+    good, stacks = [], []
+    with open(scratch, "wb") as file:
+        for group, rows in try_each(load, files, "images", bad):
+            for pair, row in zip(group, rows):
+                pair.row = len(good)
+                good.append(pair)
+                file.write(row)
+            if group[0].pages > 1:
+                stacks.append(f"{group[0].image} has {group[0].pages}")
     if stacks:
-        path, pages = next(iter(stacks.items()))
-        print(f"{len(stacks)} files have several pages or frames ({path}: {pages}): page "
-              f"{reading.page} is taken, counted from 0; --page takes another")
-    return good
+        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} is "
+              "taken, counted from 0; --page takes another")
+    return good, rule
 
 
-def scratch_rows(reading, pairs, images):
-    """The images (S, S, 3), or else the masks (S, S), of `pairs` from the scratch file, in order."""
-    pixels = reading.size ** 2
-    with open(reading.scratch, "rb") as file:
-        for pair in pairs:
-            file.seek(4 * pixels * pair.row + (0 if images else 3 * pixels))
-            yield np.frombuffer(file.read(3 * pixels if images else pixels), np.uint8)
-
-
-def write_parts(folder, parts, reading):
+def write_parts(folder, parts, size, scratch):
     """Write the arrays of {part: Pairs}. Returns the sha256 of all, {part: how many masks are
     empty} of those with masks, and the share of foreground."""
     digest, empty, shares = hashlib.sha256(), {}, []
-    size = reading.size
+
+    def rows(pairs, first, length):
+        with open(scratch, "rb") as file:
+            for pair in pairs:
+                file.seek(pair.row * 4 * size * size + first)
+                yield np.frombuffer(file.read(length), np.uint8)
 
     def masks(pairs):
-        for mask in scratch_rows(reading, pairs, images=False):
+        for mask in rows(pairs, 3 * size * size, size * size):
             shares.append(mask.mean())
             yield mask
 
     for part, pairs in parts.items():
         n = len(pairs)
-        rows = scratch_rows(reading, pairs, images=True)
-        write_npy(folder / f"{part}_images.npy", (n, size, size, 3), rows, digest)
+        images = rows(pairs, 0, 3 * size * size)
+        write_npy(folder / f"{part}_images.npy", (n, size, size, 3), images, digest)
         if pairs[0].masks:
             write_npy(folder / f"{part}_masks.npy", (n, size, size), masks(pairs), digest)
             empty[part] = shares[-n:].count(0)
             if empty[part]:
                 print(f"{part}: {empty[part]} of {n} masks are empty at {size} px")
-    if not shares:
-        return digest, empty, None
-    share = float(np.mean(shares))
-    print(f"masks cover {share:.1%} of the pixels" + (
-        ": are they inverted? --mask-foreground zero" if share > 0.5 else ""))
+    share = float(np.mean(shares)) if shares else None
+    if shares:
+        question = ": are they inverted? --mask-foreground zero" if share > 0.5 else ""
+        print(f"masks cover {share:.1%} of the pixels{question}")
     return digest, empty, share
 
 
 def prepare_images(args, final):
     """Prepare a folder of images, or a published data set. Every bad file is found in one pass;
     without --skip-bad nothing is written then."""
-    start, bad, raw = time.time(), [], Path(args.raw)
+    bad, raw = [], Path(args.raw)
+    facts = PUBLISHED.get(args.dataset)
     if not raw.is_dir():
-        where = "" if args.dataset == "folder" else f"; from {PUBLISHED[args.dataset].page}"
-        sys.exit(f"{raw}: no such folder{where}")
-    find = find_folder if args.dataset == "folder" else find_published
-    pairs = find(raw, args, bad)
-    with new_folder(final) as folder, multiprocessing.Pool(
-            initializer=start_worker, initargs=(os.getpid(),)) as pool:
-        rule = mask_rule(pairs, args, pool, bad)
-        reading = Reading(args.size, args.page, rule, folder / "scratch")
-        pairs = read_all(pairs, reading, pool, bad)
+        sys.exit(f"{raw}: no such folder" + (f"; from {facts.page}" if facts else ""))
+    pairs = find_published(raw, args, bad) if facts else find_folder(raw, args, bad)
+    with new_folder(final) as folder:
+        scratch = folder / "scratch"
+        pairs, rule = read_all(pairs, args, scratch, bad)
+        bad = list(dict.fromkeys(bad))          # a mask may have been read twice
         if bad:
             print("\n".join(bad), file=sys.stderr)
             if not args.skip_bad:
                 sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
                          "Mend them, or leave them out with --skip-bad")
         parts = divide(pairs, args)
-        digest, empty, share = write_parts(folder, parts, reading)
-        reading.scratch.unlink()
+        digest, empty, share = write_parts(folder, parts, args.size, scratch)
+        scratch.unlink()
         areas = [pair.areas for pair in parts["train"]]
         foreground, evidence = decide_foreground(args.foreground, areas)
         print(f"foreground: {foreground} ({evidence})")
@@ -1621,39 +1545,31 @@ def prepare_images(args, final):
                 "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
                 "page": args.page, "group_regex": args.group_regex, "split_by": args.split_by,
                 "skipped": bad, "command": args.command}
-        if args.dataset != "folder":
-            facts = PUBLISHED[args.dataset]
+        if facts:
             meta |= {"from": facts.page, "licence": facts.licence,
                      "published_counts": dict(zip(PARTS, facts.counts))}
         finish(folder, meta, parts, digest)
-    print(f"{len(pairs) / (time.time() - start):.0f} images per second")
 
 
 def divide(pairs, args):
     """{part: Pairs by name}, split where the parts are not given. Ends the program where one would
     be empty."""
+    pairs = sorted(pairs, key=lambda pair: pair.name)
     if pairs and pairs[0].part:
-        first = {}
-        twice = [(pair, first[pair.digest]) for pair in pairs
-                 if pair.digest and first.setdefault(pair.digest, pair).part != pair.part]
-        if twice:
-            pair, other = twice[0]
-            print(f"{len(twice)} pictures are in two parts, as these are given: {pair.image} and "
-                  f"{other.image} first")
+        join_duplicates(pairs)                  # for its words
     elif args.dataset == "xray":
         stratify(pairs, args.seed)
     else:
         split(pairs, args.seed)
-    pairs = sorted(pairs, key=lambda pair: pair.name)
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = {part: len(parts[part]) for part in PARTS}
     if not all(counts.values()):
         groups = {pair.group or pair.name for pair in pairs}
         sys.exit(f"{args.raw}: {len(pairs)} usable images in {len(groups)} groups are too few to "
                  f"fill train, val and test ({counts})")
-    published = args.dataset in PUBLISHED and dict(zip(PARTS, PUBLISHED[args.dataset].counts))
-    if published and published != counts:
-        print(f"warning: the counts are not the published ones: {counts} here, {published}")
+    if args.dataset in PUBLISHED and tuple(counts.values()) != PUBLISHED[args.dataset].counts:
+        print(f"warning: the counts are not the published ones: {counts} here, "
+              f"{PUBLISHED[args.dataset].counts} published")
     return parts
 
 
