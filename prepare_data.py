@@ -107,36 +107,35 @@ PUBLISHED = {
 
 @dataclass
 class Picture:
-    """One page of an image file. pixels: gray (H, W), bool or numbers, or (H, W, 2, 3 or 4) gray
-    and alpha, RGB, RGB and alpha; values as stored. The readers below leave orientation (EXIF's and
-    TIFF's number) and white_is_zero for read_picture to undo."""
+    """One page of an image file. pixels: gray (H, W), bool or numbers, or (H, W, 2, 3 or 4) for gray
+    and alpha, RGB, RGB and alpha; values as stored. The readers below leave orientation (the number
+    of EXIF and TIFF) and white_is_zero to read_picture."""
     pixels: np.ndarray
-    palette: np.ndarray | None = None           # uint8 (256, 3), where pixels are its indices
+    pages: int = 1                              # of the file
     orientation: int = 1
     white_is_zero: bool = False
-    pages: int = 1                              # of the file
     patient: str = ""                           # DICOM: a hash of the patient's id
 
 
-def read_picture(path, page=0, as_stored=False):
-    """One page of an image file as a Picture that is upright and has bright as the larger value.
+def read_picture(path, page=0, as_mask=False):
+    """Read one page of an image file: a Picture, upright, with bright as the larger value.
 
-    png, jpg, bmp and webp by Pillow; TIFF and DICOM as read_tiff and read_dicom say. as_stored: no
-    DICOM window, for masks. Raises ValueError with the reason for a file that cannot be read to its
-    end, or not rightly.
+    Pillow reads png, jpg, bmp and webp; for TIFF and DICOM see read_tiff and read_dicom. as_mask:
+    keep the stored values of DICOM, and the indices of palettes that start with black and hold
+    colours. Raises ValueError with the reason where a file cannot be read to its end, or rightly.
     """
     try:
-        with open(path, "rb") as file:          # given a path, Pillow reads some turned TIFFs wrong
+        with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
             head = file.read(132)
             file.seek(0)
             if not head:
                 raise ValueError("the file is empty")
             if head[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom"):
-                picture = read_dicom(file, page, as_stored)
+                picture = read_dicom(file, page, as_mask)
             elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                picture = read_tiff(file, page)
+                picture = read_tiff(file, page, as_mask)
             else:
-                picture = read_with_pillow(file, page)
+                picture = read_with_pillow(file, page, as_mask)
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that cannot be read") from None
     except ValueError:
@@ -145,104 +144,107 @@ def read_picture(path, page=0, as_stored=False):
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"cannot be read: {reason}") from None
     pixels = picture.pixels
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+    is_float = pixels.dtype.kind == "f"
+    if pixels.dtype.kind not in "buif":
+        raise ValueError(f"holds {pixels.dtype} values, which cannot be shown")
+    if is_float and not np.isfinite(pixels).all():
         raise ValueError("holds values that are not finite")
     if picture.white_is_zero:
-        pixels = max(1, pixels.max()) - pixels if pixels.dtype.kind == "f" else ~pixels
-    picture.pixels = turn(pixels, picture.orientation)
+        pixels = max(1, pixels.max()) - pixels if is_float else ~pixels
+    if picture.orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if picture.orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if picture.orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    picture.pixels = pixels
     return picture
 
 
-def turn(pixels, orientation):
-    """(H, W, ...) as stored -> as it is to be looked at. orientation: EXIF's and TIFF's tag 274."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
-
-
-def need_page(page, pages):
-    """Raise ValueError where a file of so many pages has no such page."""
+def require_page(page, pages):
+    """Raise ValueError where a file with so many pages has no such page."""
     if page >= pages:
         raise ValueError(f"has no page {page}: it has {pages}, counted from 0")
 
 
-def read_with_pillow(file, page):
-    """An open file as a Picture, by Pillow; 16-bit colour, which it cuts to 8 bits, by OpenCV."""
+def read_with_pillow(file, page, as_mask):
+    """Read an open file with Pillow, or with OpenCV where Pillow would cut 16-bit colour to 8."""
     with Image.open(file) as image:
         pages = getattr(image, "n_frames", 1)
-        need_page(page, pages)
+        require_page(page, pages)
         image.seek(page)
-        deep = ";16" in str(image.tile)
+        is_deep = ";16" in str(image.tile)
         orientation = image.getexif().get(274, 1)
         if image.format == "TIFF":
             orientation = 1                     # Pillow and OpenCV turn TIFFs, and nothing else
         image.load()
-        palette = None
-        if image.mode == "P":
-            colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            palette = np.zeros((256, 3), np.uint8)
-            palette[:len(colours)] = colours
+        if image.mode == "P" and not (as_mask and has_class_palette(image)):
+            image = image.convert("RGB")
         elif image.mode in ("PA", "RGBa", "La"):
             image = image.convert("LA" if image.mode == "La" else "RGBA")
-        elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and image.mode[0] != "I":
+        elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
             image = image.convert("RGB")
         pixels = np.asarray(image)
-    if deep and pixels.ndim == 3:
+    if is_deep and pixels.ndim == 3:
         file.seek(0)
         data = np.frombuffer(file.read(), np.uint8)
         _, decoded = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
         if page >= len(decoded) or decoded[page].dtype != np.uint16:
             raise ValueError("16-bit colour that OpenCV cannot read")
         pixels = decoded[page][..., [2, 1, 0, 3][:decoded[page].shape[2]]]
-    return Picture(pixels, palette, orientation=orientation, pages=pages)
+    return Picture(pixels, pages, orientation)
 
 
-def read_tiff(file, page):
-    """An open TIFF as a Picture: by Pillow where it reads that kind rightly, else by tifffile.
+def has_class_palette(image):
+    """Whether a Pillow image of mode P holds class numbers, not colours or grays: its palette
+    starts with black, and its used entries are not all gray."""
+    palette = np.zeros((256, 3), np.uint8)
+    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    palette[:len(colours)] = colours
+    used = palette[np.unique(np.asarray(image))]
+    return not palette[0].any() and bool((used != used[:, :1]).any())
 
-    Gray, RGB (three channels of gray count as such), palette, CMYK and YCbCr, with alpha or
-    without. Raises ValueError that names the kind ("float64", "5 channels") where neither can.
+
+def read_tiff(file, page, as_mask):
+    """Read an open TIFF with Pillow where it reads that kind rightly, else with tifffile.
+
+    Gray, RGB (three channels of gray count as RGB), palette, CMYK and YCbCr, with alpha or without.
+    Raises ValueError that names the kind ("float64", "5 channels") where neither can read it.
     """
-    tags, pages = tiff_tags(file, page)
+    tags, pages = read_tiff_tags(file, page)
     bits = np.atleast_1d(tags.get(258, 1)).tolist()
     sample_format = np.atleast_1d(tags.get(339, 1)).tolist()[0]
-    form = {2: "int", 3: "float", 5: "complex int", 6: "complex"}.get(sample_format, "uint")
-    kind = f"{form}{bits[0]}"
+    kind = {2: "int", 3: "float", 5: "complex int", 6: "complex"}.get(sample_format, "uint")
+    kind += str(bits[0])
     photometric = tags.get(262, 0)              # 0 and 1 gray, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr
+    orientation = tags.get(274, 1)
     channels = tags.get(277, len(bits))
     colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(photometric, 1)
-    alpha = np.atleast_1d(tags.get(338, ())).tolist() in ([1], [2])
+    has_alpha = colours == 3 or np.atleast_1d(tags.get(338, ())).tolist() in ([1], [2])
     like_rgb = photometric == 1 and channels == 3
-    with_alpha = channels == colours + 1 and (alpha or colours == 3)
-    if not (channels == colours or with_alpha or like_rgb or photometric == 6):
+    if not (channels == colours or channels == colours + 1 and has_alpha or like_rgb):
         raise ValueError(f"a TIFF of {channels} channels ({kind}), neither gray nor colour")
-    if form.startswith("complex") or len(set(bits)) > 1:
-        raise ValueError(f"a TIFF of {kind}, {bits} bits a channel, cannot be shown")
 
     trusted = kind in ("uint1", "uint2", "uint4", "uint8") and not like_rgb
     if channels == 1 and not trusted:
-        native = tags.prefix == b"II" and kind in ("uint32", "int16", "int32", "float32")
-        trusted = native or kind in ("uint12", "uint16")
+        is_little = tags.prefix == b"II" and kind in ("uint32", "int16", "int32", "float32")
+        trusted = is_little or kind in ("uint12", "uint16")
     elif kind == "uint16" and photometric == 2:
-        trusted = tags.get(284, 1) == 1 and tags.get(274, 1) == 1
+        trusted = tags.get(284, 1) == 1 and orientation == 1        # not in separate planes
     if trusted:
-        with contextlib.suppress(UnidentifiedImageError):
+        with contextlib.suppress(UnidentifiedImageError, ValueError):
             file.seek(0)
-            picture = read_with_pillow(file, page)
+            picture = read_with_pillow(file, page, as_mask)
             if kind == "uint32":                # Pillow has no such mode
                 picture.pixels = picture.pixels.view(np.uint32)
-            picture.white_is_zero = photometric == 0 and bits[0] > 8       # the rest it inverts
+            picture.white_is_zero = photometric == 0 and bits[0] > 8       # Pillow inverts the rest
             return picture
 
     try:
         import tifffile
     except ImportError:
-        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation "
-                         f"{tags.get(274, 1)}: pip install tifffile to read it") from None
+        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation {orientation}: pip "
+                         "install tifffile to read it") from None
     if photometric not in (0, 1, 2):
         raise ValueError(f"a TIFF of {kind} with photometric interpretation {photometric}")
     file.seek(0)
@@ -253,36 +255,36 @@ def read_tiff(file, page):
         pixels = np.moveaxis(pixels, 0, -1)
     elif axes not in ("YX", "YXS"):
         raise ValueError(f"a TIFF with the axes {axes}, not one picture a page")
-    return Picture(pixels, None, tags.get(274, 1), photometric == 0, pages)
+    return Picture(pixels, pages, orientation, photometric == 0)
 
 
-def tiff_tags(file, page):
-    """(the tags of a page, a mapping by number; the number of pages) of an open TIFF or BigTIFF."""
+def read_tiff_tags(file, page):
+    """Return the tags of a page, a mapping by number, and the number of pages of an open TIFF."""
     head = file.read(8)
-    if b"+" in head[:4]:
+    if b"+" in head[:4]:                        # BigTIFF
         head += file.read(8)
     tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-    offsets = []
+    offsets, of_page = [], None
     while tags.next and tags.next not in offsets:
         offsets.append(tags.next)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(offsets[-1])
         tags.load(file)
         if len(offsets) == page + 1:
-            found = tags
+            of_page = tags
     pages = len(offsets)
-    if pages == 1:                              # ImageJ describes a large stack by its first page
-        images = re.match(r"ImageJ=[\s\S]*\bimages=(\d+)", str(tags.get(270, "")))
-        pages = int(images[1]) if images else 1
-    need_page(page, pages)
-    if page >= len(offsets):
+    stack = re.match(r"ImageJ=[\s\S]*\bimages=(\d+)", str(tags.get(270, "")))
+    if stack and pages == 1:                    # ImageJ gives a large stack the tags of one page
+        pages = int(stack[1])
+    require_page(page, pages)
+    if of_page is None:
         raise ValueError("an ImageJ stack without pages of its own: save its slices as files")
-    return found, pages
+    return of_page, pages
 
 
-def read_dicom(file, page, as_stored):
-    """An open DICOM file as a Picture, by pydicom: one frame, with the rescale slope, the palette
-    and the first window or VOI lookup table applied; the last not with as_stored."""
+def read_dicom(file, page, as_mask):
+    """Read one frame of an open DICOM file with pydicom. Modality and colour lookup tables are
+    applied, and but for masks the first VOI lookup table or window."""
     try:
         import pydicom
         from pydicom import pixels as dicom
@@ -295,30 +297,30 @@ def read_dicom(file, page, as_stored):
     if "Rows" not in ds:
         raise ValueError("a DICOM file without an image")
     pages = int(ds.get("NumberOfFrames") or 1)
-    need_page(page, pages)
+    require_page(page, pages)
     pixels = dicom.pixel_array(ds, index=page)
     photometric = ds.PhotometricInterpretation
-    if photometric == "MONOCHROME1" and as_stored:
+    if photometric == "MONOCHROME1" and as_mask:
         raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
     if photometric == "PALETTE COLOR":
         pixels = dicom.apply_color_lut(pixels, ds)
-    elif photometric.startswith("MONOCHROME") and not as_stored:
+    elif photometric.startswith("MONOCHROME") and not as_mask:
         pixels = dicom.apply_modality_lut(pixels, ds)
+        shown = dicom.apply_voi_lut(pixels, ds)
         if "VOILUTSequence" in ds:
-            top = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
-            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, top))
-        elif "WindowCenter" in ds:          # scaled by what becomes of darkest and brightest
+            pixels = to_eight_bits(shown, (0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1))
+        elif "WindowCenter" in ds:              # black and white: what becomes of the extremes
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)
-            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
+            pixels = to_eight_bits(shown, ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(pixels, None, 1, photometric == "MONOCHROME1", pages, patient)
+    return Picture(pixels, pages, white_is_zero=photometric == "MONOCHROME1", patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
-    """Numbers of any type -> uint8 of the same shape: `ends`, two values, become 0 and 255; unset:
-    the 0.1 and 99.9 percentiles, or where these are equal the smallest and the largest value."""
+    """Scale numbers of any type to uint8: `ends`, two values, become 0 and 255; unset: the 0.1 and
+    99.9 percentiles, or the smallest and largest value where these are equal."""
     pixels = pixels.astype(np.float64)
     low, high = np.percentile(pixels, (0.1, 99.9)) if ends is None else ends
     if high <= low:
@@ -328,25 +330,23 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """A Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; more than 8
-    bits are scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; more than 8 bits
+    are scaled by to_eight_bits, all channels alike."""
     pixels = picture.pixels
-    if picture.palette is not None:
-        return picture.palette[pixels]
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
     if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * 255
+        pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
-    return np.array(pixels, order="C")          # a copy: what Pillow gives cannot be written to
+    return np.array(pixels, order="C")          # a copy: Pillow's array cannot be written to
 
 
 def read_image(path, page=0):
-    """An image file as uint8 (H, W, 3) RGB, as a viewer shows it. Raises ValueError: read_picture."""
+    """Read an image file as uint8 (H, W, 3) RGB, as a viewer shows it; see read_picture."""
     return to_rgb(read_picture(path, page))
 
 
@@ -362,34 +362,31 @@ def resize(picture, size):
 
 @dataclass
 class Mask:
-    """A mask file. values: (H, W) integers, or floats that are not whole; kind: see kind_of."""
+    """A mask file. values: (H, W) integers, or floats that are not whole; kind: see kind_of; top:
+    the largest value; span: the range in which it lies, up to 1, 255, 65535 or more."""
     path: str
     values: np.ndarray
     kind: str
-    top: float                                  # its largest value ...
-    span: float                                 # ... and the range of that: 1, 255, 65535 or more
-    in_alpha: bool
+    top: float
+    span: float
+    is_alpha: bool
 
 
 def read_mask(path, page=0):
-    """A mask file as a Mask; one of a single page serves any `page`. Raises ValueError.
+    """Read a mask file; one with a single page serves any `page`. Raises ValueError.
 
-    Values are as stored: bool as 0 and 255, colours by their largest channel, palettes by their
-    index (by colour where that is gray, or index 0 is not black), alpha where nothing else varies.
+    Values stay as stored, but bool becomes 0 and 255. Of colours the largest channel counts; of
+    palettes see read_picture; the alpha channel counts where it alone varies.
     """
-    picture = read_picture(path, as_stored=True)
+    picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
-        picture = read_picture(path, page, as_stored=True)
+        picture = read_picture(path, page, as_mask=True)
     values = picture.pixels
-    if picture.palette is not None:
-        used = picture.palette[np.unique(values)]
-        if picture.palette[0].any() or (used == used[:, :1]).all():
-            values = picture.palette[values]
-    in_alpha = False
+    is_alpha = False
     if values.ndim == 3 and values.shape[2] in (2, 4):
         alpha, values = values[..., -1], values[..., :-1]
-        in_alpha = bool((values == values[0, 0]).all() and alpha.min() < alpha.max())
-        if in_alpha:
+        is_alpha = bool((values == values[0, 0]).all() and alpha.min() < alpha.max())
+        if is_alpha:
             values = alpha
     if values.ndim == 3:
         values = values.max(axis=2)
@@ -397,20 +394,22 @@ def read_mask(path, page=0):
         values = values * np.uint8(255)
     is_whole = values.dtype.kind != "f" or (values == np.rint(values)).all()
     if is_whole and values.dtype not in (np.uint8, np.uint16):
-        values = np.minimum(values, 2 ** 62).astype(np.int64)
+        values = values.astype(np.float64).clip(-2 ** 62, 2 ** 62).astype(np.int64)
     kind = "soft edges"
     if is_whole:
         kind = kind_of(values, Path(path).suffix.lower() in (".jpg", ".jpeg"))
     top = values.max()
     spans = (255, 65535, math.inf) if is_whole and kind != "0/1" else (1, 255, 65535, math.inf)
     span = next(span for span in spans if top <= span)
-    return Mask(str(path), np.ascontiguousarray(values), kind, top, span, in_alpha)
+    return Mask(str(path), np.ascontiguousarray(values), kind, top, span, is_alpha)
 
 
 def kind_of(values, is_jpg):
-    """What the integers (H, W) of a mask are: "empty"; "0/1"; "0/255", or "two values" else;
-    "classes and 255"; "classes" (below 32), "numbers" (of classes or instances) or "levels" (of a
-    jpg), which fill regions; "soft edges", many values that never do; "few values", anything else.
+    """Say what the integers (H, W) of a mask are.
+
+    "empty"; "0/1"; "0/255" or another "two values"; "classes and 255"; "classes" (below 32),
+    "numbers" (of classes or instances) or "levels" (of a jpg), which fill regions; "soft edges",
+    many values that never do, as in resized, blurred and jpg-coded masks; else "few values".
     """
     found = np.unique(values)
     top = found[-1]
@@ -427,10 +426,10 @@ def kind_of(values, is_jpg):
         return "numbers"
     values = values.astype(np.uint16)
     square = np.ones((3, 3), np.uint8)
-    alone = cv2.erode(values, square) == cv2.dilate(values, square)
+    in_region = cv2.erode(values, square) == cv2.dilate(values, square)
     between = (values > 0) & (values < top)
-    # 0.000 for resized, blurred and jpg-coded masks of nuclei, histology, skin and X-rays
-    if (alone & between).sum() < 0.02 * between.sum() or is_jpg and top < 64:
+    # Measured on soft masks of nuclei, histology, skin and X-rays: a share of 0.000.
+    if (in_region & between).sum() < 0.02 * between.sum() or is_jpg and top < 64:
         return "soft edges" if top >= 64 and inner.size > 2 else "few values"
     if is_jpg:
         return "levels"
@@ -439,50 +438,50 @@ def kind_of(values, is_jpg):
 
 @dataclass
 class MaskRule:
-    """What is foreground in the masks of a data set: one of `values`; or unset, what is above
-    cuts[Mask.span], and not `ignore`."""
+    """What is foreground in the masks of a data set: one of `values`; where these are unset, what
+    is above cuts[Mask.span] and not `ignored`."""
     values: tuple = ()
     cuts: dict = field(default_factory=dict)
-    ignore: int | None = None
+    ignored: int | None = None
     evidence: str = ""
 
 
-# Kinds of masks that no one rule reads, in one data set; the second may be any.
-CONFLICTS = (("levels", ""), ("0/255", "classes"), ("0/255", "classes and 255"),
+# Kinds of masks that one data set cannot have together, or ("levels") at all.
+CONFLICTS = (("levels", "levels"), ("0/255", "classes"), ("0/255", "classes and 255"),
              ("soft edges", "classes"), ("soft edges", "classes and 255"), ("soft edges", "numbers"))
 
 
 def decide_mask_rule(asked, masks):
-    """The MaskRule of a data set. asked: --mask-foreground; masks: Mask (values unused).
+    """Return the MaskRule of a data set from --mask-foreground and all its Masks (values unused).
 
     auto: above half of the range where there are soft edges, else all but 0. Raises ValueError with
-    an example of each kind where no one rule can read all files.
+    an example of each kind where one rule cannot read all files.
     """
     if asked not in ("auto", "half", "nonzero"):
         values = "0" if asked == "zero" else asked
         return MaskRule(tuple(map(int, values.split(","))), evidence=asked)
-    example, kinds, tops = {"": ""}, collections.Counter(), {}
+    kinds, example, tops = collections.Counter(), {}, {}
     for mask in masks:
-        example.setdefault(mask.kind, mask.path)
         kinds[mask.kind] += 1
+        example.setdefault(mask.kind, mask.path)
         tops[mask.span] = max(tops.get(mask.span, 0), mask.top)
+    listed = ", ".join(f"{n} with {kind}" for kind, n in sorted(kinds.items()))
     rule = MaskRule()
     if asked == "auto":
         for one, other in CONFLICTS:
-            if one in example and other in example:
-                raise ValueError(f"masks have {one} in {example[one]}, {other} {example[other]}: "
-                                 "which values are foreground? Say --mask-foreground half, nonzero,"
-                                 " or a list such as 1 or 1,255")
-        if "classes and 255" in kinds:
-            rule.ignore = 255
+            if one in kinds and other in kinds:
+                raise ValueError(
+                    f"masks: {listed}, such as {example[one]} ({one}) and {example[other]} ({other}):"
+                    " say which values are foreground, --mask-foreground half, nonzero, or a list "
+                    "such as 1 or 1,255; jpg masks are best saved anew as png")
         asked = "half" if "soft edges" in kinds else "nonzero"
+        rule.ignored = 255 if "classes and 255" in kinds else None
     for span, top in tops.items():
         rule.cuts[span] = max(top, span == 1) / 2 if asked == "half" else 0
-    listed = ", ".join(f"{n} with {kind}" for kind, n in sorted(kinds.items()))
-    rule.evidence = (f"{asked}, above {' or '.join(f'{cut:g}' for cut in rule.cuts.values())}, from "
-                     f"masks {listed}")
-    if rule.ignore:
-        rule.evidence += "; 255 beside classes is the ignore value, not foreground"
+    cuts = " or ".join(f"{cut:g}" for cut in rule.cuts.values())
+    rule.evidence = f"above {cuts} ({asked}; masks: {listed})"
+    if rule.ignored:
+        rule.evidence += "; 255 beside class numbers is the ignore value, and not foreground"
     return rule
 
 
@@ -492,7 +491,7 @@ def foreground_of(mask, rule):
         return np.isin(mask.values, rule.values)
     if mask.values.min() < 0:
         raise ValueError("has values below 0: say which are foreground, as in --mask-foreground 1")
-    return (mask.values > rule.cuts.get(mask.span, 0)) & (mask.values != rule.ignore)
+    return (mask.values > rule.cuts.get(mask.span, 0)) & (mask.values != rule.ignored)
 
 
 def shrink_mask(mask, size):
@@ -843,27 +842,20 @@ def split(pairs, seed):
 
 def stratify(pairs, seed):
     """Set the part of every pair: ceil(20 %) test, then ceil(13 %) of the rest validation, of each
-    class its like share; what rounding leaves over goes to the classes with the largest remainders.
-    A picture that is there twice changes places with one of its class, to be in one part."""
+    class its like share, to one image. A picture that is there twice changes places with one of its
+    class, to be in one part."""
     classes = collections.defaultdict(list)
     for pair in pairs:
-        pair.part = "train"
         classes[pair.label].append(pair)
-    rest = {}
-    for label, members in classes.items():
+    ranked = []                                 # the classes, each in seeded order, evenly merged
+    for label, members in sorted(classes.items()):
         order = np.random.default_rng([seed, len(label)]).permutation(len(members))
-        rest[label] = [members[i] for i in order]
-    for part, share in (("test", 0.2), ("val", 0.13)):
-        n = sum(map(len, rest.values()))
-        exact = {label: len(members) * math.ceil(share * n) / n for label, members in rest.items()}
-        take = {label: int(value) for label, value in exact.items()}
-        order = sorted(exact, key=lambda label: (take[label] - exact[label], label))
-        for label in order[:math.ceil(share * n) - sum(take.values())]:
-            take[label] += 1
-        for label, members in rest.items():
-            for pair in members[:take[label]]:
-                pair.part = part
-            rest[label] = members[take[label]:]
+        ranked += [((k + 0.5) / len(members), label, members[i]) for k, i in enumerate(order)]
+    ranked.sort(key=lambda entry: entry[:2])
+    test = math.ceil(0.2 * len(pairs))
+    val = math.ceil(0.13 * (len(pairs) - test))
+    for k, (_, _, pair) in enumerate(ranked):
+        pair.part = PARTS[2 if k < test else 1 if k < test + val else 0]
     groups = join_duplicates(pairs)
     sizes = collections.Counter(groups.values())
     part_of = {}
@@ -1087,24 +1079,26 @@ def find_published(raw, args, bad):
     return pairs
 
 
-def download(url, path, timeout=30):
-    """Fetch `url` to `path` with curl; what has come is kept in path.part, and gone on from in
-    another call. Ends the program where that fails."""
+def download(url, path, timeout=30, tries=5):
+    """Fetch `url` to `path` with curl; what has come is kept in path.part, and the next try, or
+    call, goes on from there. Ends the program where the tries are used up, or the server refuses."""
     partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = ["curl", "--fail", "--location", "--output", str(partial), "--continue-at", "-",
-               "--retry", "5", "--speed-limit", "1", "--speed-time", str(timeout), url]
-    try:
-        code = subprocess.run(command).returncode
-        if code in (22, 33, 36):                # the server will not go on from where it stopped
-            partial.unlink(missing_ok=True)
-            code = subprocess.run(command).returncode
-    except FileNotFoundError:
+    command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(partial),
+               "--speed-limit", "1", "--speed-time", str(timeout), "--write-out", "%{http_code}", url]
+    if not shutil.which("curl"):
         sys.exit(f"{url}: curl is not installed: install it, or fetch this file to {path}")
-    if code:
-        sys.exit(f"{url}: curl ended with {code}, see above; the same command goes on from there. "
-                 "If it has moved, see the data set's page")
-    os.replace(partial, path)
+    for _ in range(tries):
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if ended.returncode == 0:
+            os.replace(partial, path)
+            return
+        if ended.returncode in (33, 36):        # the server cannot go on from there
+            partial.unlink(missing_ok=True)
+        elif ended.stdout.startswith("4"):
+            break
+    sys.exit(f"{url}: not fetched: HTTP status {ended.stdout}, exit code {ended.returncode} of curl. "
+             "The same command goes on from there; if the file has moved, see the data set's page")
 
 
 def fetch(args):
@@ -1448,9 +1442,9 @@ def mask_rule(pairs, args, bad):
 
     paths = [path for pair in pairs for path in pair.masks]
     masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
-    in_alpha = [mask.path for mask in masks if mask.in_alpha]
-    if in_alpha:
-        print(f"{len(in_alpha)} masks are taken from the alpha channel, {in_alpha[0]} first")
+    alpha = [mask.path for mask in masks if mask.is_alpha]
+    if alpha:
+        print(f"{len(alpha)} masks are taken from the alpha channel, {alpha[0]} first")
     try:
         rule = decide_mask_rule(args.mask_foreground, masks)
     except ValueError as error:
@@ -1543,10 +1537,10 @@ def prepare_images(args, final):
                 "foreground_evidence": evidence, "size": args.size, "seed": args.seed,
                 "source": str(raw), "has_masks": {part: part in empty for part in PARTS},
                 "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
-                "page": args.page, "group_regex": args.group_regex, "split_by": args.split_by,
+                "page_taken": args.page, "group_regex": args.group_regex, "split_by": args.split_by,
                 "skipped": bad, "command": args.command}
         if facts:
-            meta |= {"from": facts.page, "licence": facts.licence,
+            meta |= {"page": facts.page, "licence": facts.licence,
                      "published_counts": dict(zip(PARTS, facts.counts))}
         finish(folder, meta, parts, digest)
 

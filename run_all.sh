@@ -354,7 +354,7 @@ demo() {
 }
 
 test_packages() {
-    run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib
+    run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib tifffile pydicom
 }
 
 tests() {
