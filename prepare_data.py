@@ -560,7 +560,6 @@ class Pair:
     areas: tuple = ()                           # enclosed_areas
     digest: str = ""                            # digest_of
     pages: int = 1
-    error: str = ""
 
 
 @dataclass
@@ -604,9 +603,8 @@ def find_files(raw, without=None):
                 others[other] += 1
                 unread = unread or is_mask and str(path)
                 continue
-            if not file.isprintable():
-                shown = os.fsencode(path).decode("utf-8", "replace")
-                bad.append(f"{shown}: its name is not UTF-8 (of a Windows zip?), rename it")
+            if str(path).encode(errors="ignore").decode() != str(path):
+                bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
                 continue
             name = name_of((*inside, file))
             if is_mask:
@@ -653,9 +651,9 @@ def name_of(inside):
 
 
 def match_masks(raw, images, in_folders):
-    """{name: [mask paths]}. images: {name: path}, from which masks beside them are taken out;
-    in_folders: (name, path) of the files in folders of masks. Ends the program where two readings
-    are possible."""
+    """Return {name: [mask paths]}. images: {name: path}, from which masks beside them are removed;
+    in_folders: (name, path) of the files in mask folders. Ends the program where two readings are
+    possible."""
     beside, unclear = [], []
     for name, path in images.items():
         match = MASK_NAME.fullmatch(name)
@@ -674,22 +672,19 @@ def match_masks(raw, images, in_folders):
         if name not in images and match:
             name = match[1]
         (masks[name] if name in images else orphans).append(path)
-    if orphans and images and not masks:
-        sys.exit(f"{raw}: none of {len(orphans)} masks has the name of one of {len(images)} images: "
-                 f"{orphans[0]} and {next(iter(images.values()))}")
-    if orphans:
+    if orphans and images:
         print(f"{len(orphans)} masks have no image and are not used, {orphans[0]} first")
-    folders = set()
+        if not masks:
+            sys.exit(f"{raw}: no mask has the name of an image, such as {min(images)}")
     for name, paths in masks.items():
-        folders |= {str(path.parent) for path in paths}
-        numbered = [path for path in paths if re.search(r"\d$", path.stem)]
-        together = len({path.parent for path in paths}) == 1 and len(numbered) >= len(paths) - 1
-        if len(paths) > 1 and not together:
+        numbered = sum(path.stem[-1].isdigit() for path in paths)
+        if len({path.parent for path in paths}) > 1 or 1 < len(paths) > numbered + 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: leave one of them")
     if masks:
+        folders = sorted({str(path.parent) for paths in masks.values() for path in paths})
         several = sum(len(paths) > 1 for paths in masks.values())
-        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}"
-              + (f"; {several} images have several, which are joined" if several else ""))
+        print(f"masks of {len(masks)} images in {', '.join(folders[:3])}; {several} images have "
+              "several, which are joined")
     return masks
 
 
@@ -763,19 +758,18 @@ def set_labels(raw, pairs):
             sys.exit(f"{path}: {name} has two labels, {labels[name]} and {row['label']}")
     used = set()
     for pair in pairs:
-        inside = unicodedata.normalize("NFC", Path(pair.image).relative_to(raw).as_posix())
-        file = Path(inside)
-        names = (pair.name, inside, file.with_suffix("").as_posix(), file.name, file.stem)
-        name = next((name for name in names if name in labels), None)
-        pair.label = labels.get(name, "")
-        used.add(name)
+        file = Path(unicodedata.normalize("NFC", str(Path(pair.image).relative_to(raw))))
+        for name in (pair.name, str(file), str(file.with_suffix("")), file.name, file.stem):
+            if name in labels:
+                pair.label = labels[name]
+                used.add(name)
+                break
     left = sorted(labels.keys() - used)
-    if len(left) == len(labels):
-        sys.exit(f"{path}: none of its {len(labels)} names is that of an image: "
-                 f"{', '.join(left[:1])} there, {pairs[0].name} here")
     unlabelled = sum(not pair.label for pair in pairs)
     print(f"{path}: {unlabelled} of {len(pairs)} images have no label; {len(left)} rows have no "
           f"image ({', '.join(left[:3]) or 'none'})")
+    if not used:
+        sys.exit(f"{path}: no row has the name of an image, such as {pairs[0].name}")
 
 
 def read_table(path, columns):
@@ -1309,7 +1303,7 @@ def finish(folder, meta, parts, digest):
     write_preview(folder, meta["foreground"])
     meta["counts"] = {part: len(parts[part]) for part in PARTS}
     meta["fingerprint"] = digest.hexdigest()
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(meta, indent=2) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
 
 
@@ -1668,6 +1662,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder
