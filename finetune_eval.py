@@ -1052,16 +1052,16 @@ def predict_folder(args, settings, device):
     source, out = Path(args.predict), Path(args.out)
     if not source.is_dir():
         sys.exit(f"{source}: no such folder")
-    files = prepare_data.find_files(source, without=out.resolve())
-    if not files.images:
-        sys.exit(f"{source}: no images here ({' '.join(sorted(prepare_data.EXTENSIONS))})")
-    inputs = {path.resolve() for path in files.images.values()}
+    if out.resolve().is_relative_to(source.resolve()):
+        sys.exit(f"{out}: lies in {source}, where its masks could overwrite images or pass for some: give another --out")
+    files = prepare_data.find_files(source)
     targets = [out / "foreground.csv", *(out / f"{name}.png" for name in files.images)]
-    for target in targets:
-        if out.resolve() == source.resolve() or target.resolve() in inputs:
-            sys.exit(f"{out}: the images themselves would be overwritten: give another --out")
-        if target.exists() and not args.overwrite:
-            sys.exit(f"{target} would be overwritten: give another --out, or --overwrite")
+    targets += [out / "overlay" / f"{name}.png" for name in files.images] if args.overlay else []
+    if len(set(targets)) < len(targets):
+        sys.exit(f"{source}: has a folder overlay, whose masks would overwrite the pictures of --overlay")
+    there = [target for target in targets if target.exists()]
+    if there and not args.overwrite:
+        sys.exit(f"{there[0]} would be overwritten: give another --out, or --overwrite")
     unet, _ = load_network(args, settings, "pretrained" if settings["train"] == "end2end" else "fresh")
     unet = unet.to(device, memory_format=torch.channels_last).eval()
     shares, stacks, bad = [], [], files.bad
@@ -1240,6 +1240,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C

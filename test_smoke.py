@@ -1522,6 +1522,7 @@ def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
         assert np.mean(np.asarray(mask) > 0) == pytest.approx(rows[f"{name}.tif"], abs=1e-6)
         assert Image.open(out / "overlay" / f"{name}.png").size == size
     refused(lambda: finetune_eval.main(flags), out, "--overwrite")
+    refused(lambda: finetune_eval.main([*flags, "--out", str(source / "out"), "--overwrite"]), source / "out", "another --out")
     (source / "bad.png").write_text("text")
     refused(lambda: finetune_eval.main([*flags, "--overwrite"]), source / "bad.png", "not an image")
     assert not (out / "bad.png").exists() and (out / "c.png").exists()
@@ -1763,27 +1764,36 @@ def test_dicoms_are_shown_as_a_viewer_shows_them(tmp_path, monkeypatch):
     window = ((ds.pixel_array.astype(float) - (centre - .5)) / (width - 1) + .5) * 255      # PS3.3, C.11.2.1.2.1
     for name in ("MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm"):
         assert np.abs(prepare_data.read_image(path(name))[..., 0] - window.clip(0, 255)).max() <= .5 + 1e-6
-    for value, slope in (("MONOCHROME1", 2), ("MONOCHROME2", 3)):
-        ds.PhotometricInterpretation, ds.RescaleSlope, ds.RescaleIntercept = value, slope, -100
-        ds.WindowCenter, ds.WindowWidth = centre * slope - 100, width * slope
+    for value, slope, enhanced in (("MONOCHROME1", 2, False), ("MONOCHROME2", 3, True), ("MONOCHROME2", -1, False)):
+        item, group = pydicom.Dataset(), pydicom.Dataset()
+        item.RescaleSlope, item.RescaleIntercept, item.WindowCenter, item.WindowWidth = slope, -100, centre * slope - 100, width * abs(slope)
+        group.PixelValueTransformationSequence = group.FrameVOILUTSequence = [item]
+        ds.PhotometricInterpretation = value
+        ds.SharedFunctionalGroupsSequence = [group] if enhanced else []
+        ds.update(pydicom.Dataset() if enhanced else item)
         ds.save_as(tmp_path / "plain")                          # no suffix
         values = ds.pixel_array.astype(float) * slope - 100
-        window = (((values - (float(ds.WindowCenter) - .5)) / (float(ds.WindowWidth) - 1) + .5) * 255).clip(0, 255)
+        window = (((values - (float(item.WindowCenter) - .5)) / (float(item.WindowWidth) - 1) + .5) * 255).clip(0, 255)
         expected = 255 - window if value == "MONOCHROME1" else window
-        assert np.abs(prepare_data.read_image(tmp_path / "plain")[..., 0] - expected).max() <= .5 + 1e-6
+        assert np.abs(prepare_data.read_image(tmp_path / "plain")[..., 0] - expected).max() <= .5 + 1e-6, (value, slope)
+    ds.WindowCenter = ds.WindowWidth = None
+    del ds.RescaleSlope, ds.RescaleIntercept
+    ds.save_as(tmp_path / "plain")                              # an empty window is none
+    assert np.array_equal(prepare_data.read_image(tmp_path / "plain")[..., 0], prepare_data.to_eight_bits(ds.pixel_array))
     frames = pydicom.dcmread(path("SC_rgb_rle_2frame.dcm")).pixel_array
     for k in (0, 1):
         assert np.array_equal(prepare_data.read_image(path("SC_rgb_rle_2frame.dcm"), k), frames[k])
     palette = prepare_data.read_image(path("examples_palette.dcm"))
     assert palette.shape == (350, 800, 3) and (palette[..., 0] != palette[..., 2]).any()
-    for name, words in (("rtplan.dcm", "without an image"), ("rtstruct.dcm", "not a DICOM"), ("SC_rgb_rle_2frame.dcm", "no page 9")):
+    for name, words in (("rtplan.dcm", "not a DICOM file with an image"), ("SC_rgb_rle_2frame.dcm", "no page 9")):
         with pytest.raises(ValueError, match=words):
             prepare_data.read_image(path(name), 9)
     raw = tmp_path / "raw"
     raw.mkdir()
-    for k in range(12):
+    for k in range(12):                                         # of one patient in several studies
         ds.PatientID, ds.PixelData = f"Mustermann{k // 3}", np.roll(ds.pixel_array, k + 1).tobytes()
-        ds.save_as(raw / f"{k}.dcm")
+        (raw / f"study{k // 2}").mkdir(exist_ok=True)
+        ds.save_as(raw / f"study{k // 2}/{k}.dcm")
     out = prepare(raw, tmp_path / "out")
     groups = [{row["group"] for row in prepare_data.read_names(out, part)} for part in prepare_data.PARTS]
     assert len(set.union(*groups)) == sum(map(len, groups)) == 4
@@ -1807,6 +1817,9 @@ MASKS = {                                                       # {case: (the fi
     "instances past 2 ** 31": ([halves.astype(np.uint32) * (2 ** 31 + 5), disc.astype(np.int32) * 70000], disc),
     "many instances": ([np.arange(256).reshape(16, 16).repeat(3, 0).repeat(4, 1).astype(np.uint16)],
                        np.arange(256).reshape(16, 16).repeat(3, 0).repeat(4, 1) > 0),
+    "tiny instances": ([np.kron(np.arange(1, 193).reshape(12, 16), [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])],
+                       np.kron(np.ones((12, 16)), [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])),
+    "alpha, and one without an object": ([np.dstack([disc * 0 + 255] * 3 + [disc * a]) for a in (255, 0)], disc),
     "soft edges": ([cv2.resize(disc * 255, (23, 19), interpolation=cv2.INTER_AREA), disc * 255],
                    cv2.resize(disc * 255, (23, 19), interpolation=cv2.INTER_AREA) > 127.5),
     "alpha alone": ([np.dstack([disc * 0] * 3 + [disc * 255])], disc),
@@ -1834,9 +1847,9 @@ def test_masks_mean_what_each_file_means(case, tmp_path, capsys):
         return
     rule = prepare_data.decide_mask_rule("auto", masks)
     for mask in masks:
-        if mask.values.shape == expected.shape:
+        if mask.values.shape == expected.shape and mask.top:
             assert np.array_equal(prepare_data.foreground_of(mask, rule), expected > 0), (rule, mask.kind)
-    assert masks[0].is_alpha == (case == "alpha alone") and (rule.ignored == 255) == ("ignored" in rule.evidence or "ignore" in rule.evidence)
+    assert masks[0].is_alpha == ("alpha" in case) and (rule.ignored == 255) == ("ignored" in rule.evidence or "ignore" in rule.evidence)
 
 
 def test_mask_foreground_by_flag(tmp_path, capsys):
@@ -1871,6 +1884,7 @@ LAYOUTS = {                                                     # {case: (image,
     "nnU-Net": ("imagesTr/{k}_0000.png", "labelsTr/{k}.png"), "patients": ("{p}/{k}.png", "{p}/{k}_mask.png"),
     "patients, deep": ("all/{p}/visit/{k}.png", "all/{p}/visit/masks/{k}.png"), "patients below images": ("images/{p}/{k}.png", "masks/{p}/{k}.png"),
     "parts": ("{t}/images/{k}.png", "{t}/masks/{k}.png"), "parts below": ("images/{t}/{k}.png", "labels/{t}/{k}.png"),
+    "parts by other names": ("set/{T}/{k}.png", "set/{T}/{k}_gt.png"), "unknown folder": ("CXR_png/{k}.png", "mask/{k}_mask.png"),
     "none": ("{k}.png", None), "names": ("images/ä, b.{k} .png", "masks/ä, b.{k} .png")}
 
 
@@ -1878,7 +1892,7 @@ LAYOUTS = {                                                     # {case: (image,
 def test_folders_as_people_have_them(case, tmp_path, capsys):
     raw, expected, layout = tmp_path / "raw", {}, LAYOUTS[case]
     for k, patient in enumerate(PATIENTS):
-        where = dict(k=f"s{k:02d}", p=patient, t=prepare_data.PARTS[k // 4])
+        where = dict(k=f"s{k:02d}", p=patient, t=prepare_data.PARTS[k // 4], T=("Training", "valid", "Test")[k // 4])
         gray, mask = spot(32, 32)
         for pattern, picture in zip(layout, (gray, mask * 255)):
             if pattern:
@@ -1922,11 +1936,17 @@ def test_two_readings_end_in_one_line(tmp_path, capsys):
     raw = start()
     for k, path in enumerate(sorted((raw / "masks").iterdir())):
         path.rename(raw / "masks" / f"other{k}.png")
-    refused(lambda: prepare(raw, tmp_path / "out"), "none of 12 masks", "other0.png")
+    refused(lambda: prepare(raw, tmp_path / "out"), "no mask has the name of an image")
     raw = start()
     for path in sorted((raw / "masks").iterdir())[:3]:
         path.rename(raw / "images" / f"seg_{path.name}")
     refused(lambda: prepare(raw, tmp_path / "out"), "seg_p0_00.png", "by its name a mask")
+    raw = start()
+    for path in (raw / "images").iterdir():
+        (raw / path.stem).mkdir()
+        path.rename(raw / path.stem / "image.png"), (raw / "masks" / path.name).rename(raw / path.stem / "mask.png")
+    (raw / "images").rmdir(), (raw / "masks").rmdir()
+    refused(lambda: prepare(raw, tmp_path / "out"), "mask.png: by its name a mask")
     raw = start()
     for k, path in enumerate([*(raw / "images").iterdir(), *(raw / "images").iterdir(), *(raw / "images").iterdir()]):
         (raw / f"class{k % 2}").mkdir(exist_ok=True)
@@ -1949,11 +1969,12 @@ def test_nothing_is_left_out_silently(tmp_path, capsys):
     for name in ("notes.txt", "old.tif", "images/a.nii.gz", "masks/extra.png"):
         (raw / name).write_bytes((raw / "masks/p0_00.png").read_bytes())
     (raw / "loop").symlink_to(raw), (raw / "images/again").symlink_to(raw)
+    prepare_data.main(["--dataset", "demo", "--size", "16", "--out", str(raw / "images")])
     (raw / "labels.csv").write_text("name,label\np0_00,a\nnobody,b\n")
     prepare(raw, tmp_path / "out")
     out = capsys.readouterr().out
-    for words in ("not taken: notes.txt, old.tif", "1 .nii.gz; cut volumes into slices", "1 masks have no image", "extra.png",
-                  "11 of 12 images have no label", "nobody"):
+    for words in ("beside images, masks not taken: loop, notes.txt, old.tif", "1 .nii.gz; cut volumes into slices", "1 masks have no image", "extra.png",
+                  "11 of 12 images have no label", "nobody", "images/demo: a prepared data set, not taken"):
         assert words in out, (words, out)
     stack = tmp_path / "stack"
     stack.mkdir()
@@ -2284,7 +2305,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(data, run, tmp_path):
     refused(lambda: prepare(few, out), few, "too few")
     refused(lambda: prepare_data.main(["--dataset", "folder", "--out", str(out)]), "--raw")
     write_folder(tmp_path / "half/train")
-    refused(lambda: prepare(tmp_path / "half", out), "has train but not")
+    refused(lambda: prepare(tmp_path / "half", out), "lacks ['val', 'test']")
     refused(lambda: pretrain.main(["--dataset", "isic", *common]), data / "isic", "not prepared", "prepare_data.py")
     refused(lambda: pretrain.main(["--dataset", "demo", "--device", "cuda:99", *common]), "cuda:99")
     refused(lambda: finetune_eval.main(["--run", str(absent), *common]), absent, "not a run folder")
