@@ -56,7 +56,8 @@ MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, g
 MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
     rf"(.*[^/])[ _.-]({MASK_WORD}|lesion|binary)([ _.-]?\d+)?", re.IGNORECASE)
 MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
-PART_NAMES = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
+PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
+              "validation": "val", "test": "test", "testing": "test"}
 DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
@@ -110,7 +111,7 @@ PUBLISHED = {
 
 @dataclass
 class Picture:
-    """One page of an image file. pixels: gray (H, W), bool or numbers, or (H, W, 2, 3 or 4) for gray
+    """One page of an image file. pixels: gray (H, W), bool or numbers; or (H, W, 2, 3 or 4), gray
     and alpha, RGB, RGB and alpha; values as stored. The readers below leave orientation (the number
     of EXIF and TIFF) and white_is_zero to read_picture."""
     pixels: np.ndarray
@@ -420,7 +421,7 @@ def kind_of(values, is_jpg):
     """Say what the integers (H, W) of a mask are.
 
     "empty"; "0/1"; "0/255" or another "two values"; "classes and 255"; "soft edges", more than two
-    values between background and foreground that lie on slopes, as in resized, blurred and jpg-coded
+    values between background and foreground that lie on slopes, as in resized, blurred and jpg
     masks; "classes" (below 32), "numbers" (of classes or instances) or "levels" (of a jpg), which
     do not; else "few values".
     """
@@ -461,7 +462,8 @@ class MaskRule:
 
 # Kinds of masks that one data set cannot have together, or ("levels") at all.
 CONFLICTS = (("levels", "levels"), ("0/255", "classes"), ("0/255", "classes and 255"),
-             ("soft edges", "classes"), ("soft edges", "classes and 255"), ("soft edges", "numbers"))
+             ("soft edges", "classes"), ("soft edges", "classes and 255"),
+             ("soft edges", "numbers"))
 
 
 def decide_mask_rule(asked, masks):
@@ -484,9 +486,8 @@ def decide_mask_rule(asked, masks):
         for one, other in CONFLICTS:
             if one in kinds and other in kinds:
                 raise ValueError(
-                    f"masks: {listed}, such as {example[one]} ({one}) and {example[other]} ({other}):"
-                    " say which values are foreground, --mask-foreground half, nonzero, or a list "
-                    "such as 1 or 1,255; jpg masks are best saved anew as png")
+                    f"masks: {listed}; {example[one]} has {one}, {example[other]} {other}: say "
+                    "what is foreground, --mask-foreground half, nonzero, or a list such as 1,255")
         half = "soft edges" in kinds
         rule.ignored = 255 if "classes and 255" in kinds else None
     for span, top in tops.items():
@@ -610,7 +611,7 @@ def find_files(raw):
             folders[:], files = taken, []
         real = {name: (place / name).resolve() for name in sorted(folders)
                 if name[0] != "." and name != "__MACOSX"}
-        folders[:] = [name for name in real if real[name] not in seen]       # links may go in circles
+        folders[:] = [name for name in real if real[name] not in seen]     # links may go in circles
         seen.update(real.values())
         inside = place.relative_to(raw).parts
         is_mask = any(MASK_FOLDER.fullmatch(folder) for folder in inside)
@@ -637,16 +638,17 @@ def find_files(raw):
         print(f"{raw}: of other kinds and not read: {listed}{hint}")
     masks = match_masks(raw, images, in_folders)
     if unread and images and not masks:
-        sys.exit(f"{unread}: a mask of a kind that is not read ({' '.join(sorted(EXTENSIONS))} are): "
-                 "convert it, or give the folder of the images alone")
+        sys.exit(f"{unread}: a mask of a kind that is not read: convert it, or give the folder of "
+                 "the images alone")
     if not images:
-        aside = f" but masks: {in_folders[0][1]}" if in_folders else ""
-        sys.exit("\n".join([*bad, f"{raw}: no images here{aside} ({' '.join(sorted(EXTENSIONS))})"]))
+        if in_folders:
+            bad.append(f"{in_folders[0][1]}: in a folder of masks")
+        sys.exit("\n".join([*bad, f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})"]))
     return Files(images, masks, bad)
 
 
 def other_kind(path):
-    """"" for a file that can be read as an image, else its suffix, or its name where it has none."""
+    """"" for a file that can be read as an image, else its suffix, or without one its name."""
     suffix = path.suffix.lower()
     if suffix in EXTENSIONS:
         return ""
@@ -732,33 +734,35 @@ def find_folder(raw, args, bad):
     sisters = [path for path in above.iterdir() if MASK_FOLDER.fullmatch(path.name)]
     if sisters and raw.resolve().name.lower() in IMAGE_FOLDERS:
         print(f"{sisters[0]} is not used: give --raw {above} for these masks")
-    folders = [name.split("/")[:-1] for name in files.images]
-    shared = len(os.path.commonprefix(folders))
-    pairs, outside = [], []
+    pairs = []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, str(path), [str(mask) for mask in files.masks.get(name, ())])
-        inside = name.split("/")
-        for k, folder in enumerate(inside[:-1][:shared + 1]):
-            folder = PART_NAMES.get(folder.lower(), folder.lower())
-            if folder in PARTS and not pair.part:
-                pair.part = folder
-                pair.name = "/".join(inside[k + 1:])
-        if not pair.part:
-            outside.append(pair.image)
+        pair.part, pair.name = part_of_name(name)
         pairs.append(pair)
-    given = {pair.part for pair in pairs} - {""}
-    if given and (outside or len(given) < len(PARTS)):
-        missing = [part for part in PARTS if part not in given]
-        sys.exit(f"{raw}: of train, val and test it lacks {missing or 'none'}, with {len(outside)} "
-                 f"images outside of them {outside[:1]}: put images into all three, or none")
+    found = {pair.part for pair in pairs}
+    if found != {""} and found != set(PARTS):
+        outside = [pair.image for pair in pairs if not pair.part]
+        sys.exit(f"{raw}: has {' '.join(sorted(found - {''}))}: give all of train, val and test, "
+                 f"and no images outside of them, or none of them ({len(outside)} are outside)")
     masked = {pair.part for pair in pairs if pair.masks}
-    bad += [f"{pair.image}: has no mask" for pair in pairs
-            if pair.part in masked and not pair.masks]
-    pairs = [pair for pair in pairs if pair.masks or pair.part not in masked]
+    bare = [pair for pair in pairs if pair.part in masked and not pair.masks]
+    bad += [f"{pair.image}: has no mask" for pair in bare]
+    pairs = [pair for pair in pairs if pair not in bare]
     set_groups(raw, pairs, args.group_regex, bad)
     if (raw / "labels.csv").is_file():
         set_labels(raw, pairs)
     return pairs
+
+
+def part_of_name(name):
+    """("train", "val" or "test", the rest of the name) where one of its folders is called so, or
+    else ("", name)."""
+    *folders, _ = inside = name.split("/")
+    for k, folder in enumerate(folders):
+        part = PART_NAMES.get(folder.lower(), "")
+        if part:
+            return part, "/".join(inside[k + 1:])
+    return "", name
 
 
 def set_groups(raw, pairs, regex, bad):
@@ -1114,11 +1118,12 @@ def find_published(raw, args, bad):
 
 def download(url, path, timeout=30, tries=5):
     """Fetch `url` to `path` with curl; what has come is kept in path.part, and the next try, or
-    call, goes on from there. Ends the program where the tries are used up, or the server refuses."""
+    call, goes on from there. Ends the program where all tries fail, or the server refuses."""
     partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(partial),
-               "--speed-limit", "1", "--speed-time", str(timeout), "--write-out", "%{http_code}", url]
+               "--speed-limit", "1", "--speed-time", str(timeout), "--write-out", "%{http_code}",
+               url]
     if not shutil.which("curl"):
         sys.exit(f"{url}: curl is not installed: install it, or fetch this file to {path}")
     for _ in range(tries):
@@ -1130,8 +1135,9 @@ def download(url, path, timeout=30, tries=5):
             partial.unlink(missing_ok=True)
         elif ended.stdout.startswith("4"):
             break
-    sys.exit(f"{url}: not fetched: HTTP status {ended.stdout}, exit code {ended.returncode} of curl. "
-             "The same command goes on from there; if the file has moved, see the data set's page")
+    sys.exit(f"{url}: not fetched: HTTP status {ended.stdout}, exit code of curl "
+             f"{ended.returncode}. The same command goes on from there; if the file has moved, see "
+             "the data set's page")
 
 
 def fetch(args):
@@ -1172,8 +1178,8 @@ def open_part(folder, part):
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
         return images, np.load(masks, mmap_mode="r") if masks.exists() else None
     except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set again "
-                 "with --overwrite")
+        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set "
+                 "again with --overwrite")
 
 
 def read_names(folder, part):
@@ -1192,35 +1198,33 @@ def digest_of(image):
 def check(folder):
     """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
     is off."""
-    meta, wrong, fingerprint, seen = read_meta(folder), [], hashlib.sha256(), {}
+    meta = read_meta(folder)
+    wrong, seen, fingerprint = [], {}, hashlib.sha256()
     for part in PARTS:
         images, masks = open_part(folder, part)
         rows = read_names(folder, part)
         shape = (meta["counts"][part], meta["size"], meta["size"])
-        share = "no masks"
-        if (len(rows), *images.shape[1:3]) != shape or images.dtype != np.uint8:
-            wrong.append(f"{part}_images.npy is {images.dtype} {images.shape}, {part}.csv has "
-                         f"{len(rows)} rows, meta.json says {shape}")
+        if len(rows) != shape[0] or images.shape != (*shape, 3):
+            wrong.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows, "
+                         f"meta.json says {shape}")
         for row, image in zip(rows, images):
-            fingerprint.update(image.tobytes())
+            fingerprint.update(image)
             keys = {"name": row["name"], "group": row["group"], "picture": digest_of(image)}
             for kind, key in keys.items():
                 other, name = seen.setdefault((kind, key), (part, row["name"]))
                 if key and other != part:
                     wrong.append(f"the same {kind} in two parts: {name} of {other} and "
                                  f"{row['name']} of {part}")
+        covered = "no masks"
         if masks is not None:
-            if masks.shape != shape or masks.dtype != np.uint8:
-                wrong.append(f"{part}_masks.npy is {masks.dtype} {masks.shape}, not {shape}")
-            tops = []
+            if masks.shape != shape or masks.max() > 1:
+                wrong.append(f"{part}_masks.npy is {masks.shape} up to {masks.max()}, not {shape} "
+                             "up to 1")
             for mask in masks:
-                fingerprint.update(mask.tobytes())
-                tops.append(mask.max())
-            wrong += [f"{part}_masks.npy: {row['name']} holds {top}, not only 0 and 1"
-                      for row, top in zip(rows, tops) if top > 1]
-            share = f"foreground {np.mean(masks, dtype=np.float64):.4f} of the pixels"
+                fingerprint.update(mask)
+            covered = f"foreground {np.mean(masks):.4f} of the pixels"
         groups = {row["group"] for row in rows} - {""}
-        print(f"{part}: {len(rows)} images of {images.shape[1:3]} px, {len(groups)} groups, {share}")
+        print(f"{part}: {len(rows)} images, {len(groups)} groups, {covered}")
     if fingerprint.hexdigest() != meta["fingerprint"]:
         wrong.append("the arrays are not those that were written: fingerprint "
                      f"{fingerprint.hexdigest()}, meta.json has {meta['fingerprint']}")
@@ -1374,16 +1378,19 @@ def draw_nuclei(size, rng):
 def prepare_demo(args, final):
     """Draw the demo from the seed; every picture has a generator of its own."""
     digest, parts = hashlib.sha256(), {}
+    size = args.size
     with new_folder(final) as folder:
         for p, (part, n) in enumerate(DEMO_COUNTS.items()):
+            images, masks = [], []
+            for i in range(n):
+                image, mask = draw_nuclei(size, np.random.default_rng([args.seed, p, i]))
+                images.append(image)
+                masks.append(mask)
+            write_npy(folder / f"{part}_images.npy", (n, size, size, 3), images, digest)
+            write_npy(folder / f"{part}_masks.npy", (n, size, size), masks, digest)
             parts[part] = [Pair(f"{part}_{i:03d}", "") for i in range(n)]
-            generators = [np.random.default_rng([args.seed, p, i]) for i in range(n)]
-            images, masks = zip(*(draw_nuclei(args.size, generator) for generator in generators))
-            shape = (n, args.size, args.size)
-            write_npy(folder / f"{part}_images.npy", (*shape, 3), images, digest)
-            write_npy(folder / f"{part}_masks.npy", shape, masks, digest)
         meta = {"dataset": "demo", "name": args.name, "foreground": args.foreground,
-                "foreground_evidence": "drawn so", "size": args.size, "seed": args.seed,
+                "foreground_evidence": "drawn so", "size": size, "seed": args.seed,
                 "source": "drawn by prepare_data.py", "command": args.command}
         finish(folder, meta, parts, digest)
 
@@ -1513,8 +1520,8 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(binary)} of {len(good)} images have two values or one, {binary[0]} first: are "
               "they masks? See python prepare_data.py --help for the names of masks")
     if stacks:
-        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} is "
-              "taken, counted from 0; --page takes another")
+        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} "
+              "is taken, counted from 0; --page takes another")
     return good, rule
 
 
@@ -1626,16 +1633,17 @@ def parse_args(argv):
     add("--name", help="the data set's name under --out; unset: the raw folder's own name, or the "
         "published name")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
-    add("--size", type=int, help="side of the pictures in pixels; unset: 224 (the paper's), demo 64")
+    add("--size", type=int, help="side of the pictures in pixels; unset: 224 as in the paper, demo "
+        "64")
     add("--seed", type=int, default=0, help="of the split, and of the demo's drawing")
     add("--foreground", choices=["bright", "dark", "auto"], help="what the objects are against "
-        "their background; unset: dark for isic and xray, bright for dm, tissuenet, drone and demo, "
-        "else auto, label-free")
-    add("--mask-foreground", default="auto", metavar="RULE", help="folder: the mask values that are "
-        "foreground: half (above half the range), nonzero, zero, a list such as 1 or 85,255, or "
-        "auto, decided on all masks")
-    add("--group-regex", metavar="REGEX", help="folder: the part of an image's name (its path below "
-        "--raw) that says the patient (first group, or the whole match), whose images stay in one "
+        "their background; unset: dark for isic and xray, bright for dm, tissuenet, drone and "
+        "demo, else auto, label-free")
+    add("--mask-foreground", default="auto", metavar="RULE", help="folder: the mask values that "
+        "are foreground: half (above half the range), nonzero, zero (the inverse), a list such as "
+        "1 or 85,255, or auto, decided on all masks")
+    add("--group-regex", metavar="REGEX", help="folder: what in an image's name (its path below "
+        "--raw) says the patient (first group, or the whole match), whose images stay in one "
         "part; unset: the topmost folder, or DICOM's patient id")
     add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
         "the paper's tiles are split by slide, so that a patient may be in all parts")
@@ -1712,7 +1720,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")    # for names that the terminal cannot show
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder

@@ -2243,7 +2243,7 @@ def test_check_finds_what_is_off(tmp_path, data):
             "same picture in two parts: train_005 of train and test_003 of test", "fingerprint")
     planted(lambda: edit("val_images.npy", (2, 9, 9, 1), lambda a: a[2, 9, 9, 1] ^ 1), "fingerprint")
     planted(lambda: edit("train_masks.npy", [0, 1], lambda a: a[[1, 0]]), "fingerprint")
-    planted(lambda: edit("train_masks.npy", 7, lambda a: a[7] * 255), "train_007 holds 255")
+    planted(lambda: edit("train_masks.npy", 7, lambda a: a[7] * 255), "train_masks.npy is (64, 32, 32) up to 255")
     planted(lambda: (out / "test.csv").write_text((out / "test.csv").read_text().replace("test_000", "train_000")), "same name")
     planted(lambda: (out / "val.csv").write_text("name,group,label\n"), "val.csv has 0 rows")
 
@@ -2305,7 +2305,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(data, run, tmp_path):
     refused(lambda: prepare(few, out), few, "too few")
     refused(lambda: prepare_data.main(["--dataset", "folder", "--out", str(out)]), "--raw")
     write_folder(tmp_path / "half/train")
-    refused(lambda: prepare(tmp_path / "half", out), "lacks ['val', 'test']")
+    refused(lambda: prepare(tmp_path / "half", out), "has train: give all of")
     refused(lambda: pretrain.main(["--dataset", "isic", *common]), data / "isic", "not prepared", "prepare_data.py")
     refused(lambda: pretrain.main(["--dataset", "demo", "--device", "cuda:99", *common]), "cuda:99")
     refused(lambda: finetune_eval.main(["--run", str(absent), *common]), absent, "not a run folder")
