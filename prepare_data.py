@@ -862,6 +862,9 @@ def split(pairs, seed):
     slides; a group that a cut falls into stays whole. Few large groups fill each part with at least
     one, where there are three."""
     groups = join_duplicates(pairs)
+    if len(set(groups.values())) < len(PARTS):
+        print("nearly all pictures are the same, and so in several parts")
+        groups = {pair.name: pair.group or pair.name for pair in pairs}
     units = collections.defaultdict(set)        # the images, or slides, of a group
     for pair in pairs:
         units[groups[pair.name]].add(pair.slide or pair.name)
@@ -1414,16 +1417,13 @@ def load_rows(pairs, args, rule):
             if picture.patient and not args.group_regex:
                 pair.group = picture.patient
             image = to_rgb(picture)
-            mask = np.zeros(image.shape[:2], bool)
+            mask = None
             for path in pair.masks:
                 one = foreground_of(read_mask(path, args.page), rule)
-                if pair.any_shape:
-                    mask = one
-                elif one.shape == mask.shape:
-                    mask |= one
-                else:
+                if one.shape != image.shape[:2] and not pair.any_shape:
                     raise ValueError(f"the mask is {one.shape[1]}x{one.shape[0]}, its image "
-                                     f"{mask.shape[1]}x{mask.shape[0]}")
+                                     f"{image.shape[1]}x{image.shape[0]}")
+                mask = one if mask is None else mask | one
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
     rows = []
@@ -1435,7 +1435,10 @@ def load_rows(pairs, args, rule):
         pair.is_binary = bool(((coarse == coarse.min()) | (coarse == coarse.max())).all())
         pair.areas = enclosed_areas(small)
         pair.digest = digest_of(small)
-        rows.append(small.tobytes() + shrink_mask(cut(mask, pair.tile), size).tobytes())
+        row = small.tobytes()
+        if pair.masks:
+            row += shrink_mask(cut(mask, pair.tile), size).tobytes()
+        rows.append(row.ljust(4 * size * size, b"\0"))
     return rows
 
 
