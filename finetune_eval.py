@@ -40,15 +40,17 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (THRESHOLDS, Batches, Images, MedSASS, decide_teacher, finished_run, load_checkpoint, normalise,
-                      one_channel, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, seed_from,
-                      separability, train, write_atomically, write_csv)
+from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, decide_refinement, finished_run, load_checkpoint,
+                      normalise, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, refined_name,
+                      seed_from, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
-TEACHERS = {**{threshold: (threshold, "gray", "off") for threshold in THRESHOLDS}, "otsu-chauto": ("otsu", "auto", "off"),
-            "otsu-fovauto": ("otsu", "gray", "auto"), "otsu-chauto-fovauto": ("otsu", "auto", "auto")}  # --threshold --channel --fov
+# Who draws masks without a label: (threshold, parts of --refine).
+TEACHERS = {threshold: (threshold, ()) for threshold in THRESHOLDS}
+for last in (1, 2, 3):                                          # otsu+channel, otsu+channel-frame, otsu+
+    TEACHERS["otsu" + refined_name(REFINEMENTS[:last])] = ("otsu", REFINEMENTS[:last])
 ROWS = (*REFERENCE, *(f"teacher-{name}" for name in TEACHERS))
 COLUMNS = ("tp", "fp", "fn", "tn", "hd95")                     # of a table: what one test image scored
 SCORES = [f"{name}_{kind}" for name in ("iou", "dice", "precision", "recall", "accuracy") for kind in ("global", "image")]
@@ -168,6 +170,9 @@ def read_run(run):
         settings = json.loads((run / "config.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         sys.exit(f"{run} is not a run folder: it has no readable config.json (see python pretrain.py --help)")
+    gone = [key for key in ("channel", "fov", "round") if key in settings]
+    if gone or settings.get("threshold") == "enclosed":
+        sys.exit(f"{run} was made with flags that are gone ({' '.join(gone) or 'enclosed'}): train again, with --refine")
     if not finished_run(run):
         sys.exit(f"{run} is not finished: run its command again, it goes on where it stopped")
     return settings
@@ -358,10 +363,12 @@ def labelled_sets(args, keep=None, classes=None):
     return (true("train", paper_augmentation()), plain, true("val", v2.Identity())), of
 
 
-def teacher_of(data, threshold, foreground, channel="gray", fov="off"):
-    """A teacher of a data set: a dict draw (uint8 (B, S, S, 3) -> bool (B, S, S)), channel and fov as decided."""
-    channel, seen, _ = decide_teacher(data, threshold, foreground, channel, fov)
-    return dict(draw=lambda batch: pseudo_mask(batch, threshold, foreground, channel, seen) > 0, channel=channel, fov=seen)
+def teacher_of(data, threshold, foreground, refine=()):
+    """Who draws masks for a data set without a label: (draw: uint8 (B, S, S, 3) -> bool (B, S, S); evidence of --refine)."""
+    if not refine:
+        return lambda batch: pseudo_mask(batch, threshold, foreground) > 0, {}
+    refinement, evidence = decide_refinement(prepare_data.open_part(data, "train")[0], foreground, refine)
+    return lambda batch: np.stack([refinement.draw(image) for image in batch]), evidence
 
 
 def sheet_of_three(unet, images, masks, table, teacher, names, device):
@@ -400,8 +407,8 @@ def segment(args, settings, meta, device):
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
         result |= took
     unet = method.unet.to(device, memory_format=torch.channels_last).eval()
-    draw = teacher_of(Path(args.data) / args.dataset, settings["threshold"], settings["foreground"],
-                      settings.get("drawn_from", "gray"), settings.get("fov", "off"))["draw"]
+    draw, _ = teacher_of(Path(args.data) / args.dataset, settings["threshold"], settings["foreground"],
+                         settings.get("refine", ()))
     agreed = np.zeros(4, np.int64)                              # with the teacher, on images that neither has seen
 
     def predict(batch):
@@ -430,39 +437,15 @@ def best_constant(data):
     return counts >= max(ranked[iou.argmax()], 1)
 
 
-def label_free(images, teacher):
-    """What can be said of a teacher without a label, over at most 200 images (N, S, S, 3): a dict of means, each in [0, 1].
-    separability: of its two classes (Otsu 1979, eq. 12); foreground_share; stability: the IoU of its masks with those of the
-    same image blurred by a pixel, under Gaussian noise of 5 levels, and under a gamma of 1.2."""
-    gamma = np.rint(255 * (np.arange(256) / 255) ** 1.2).astype(np.uint8)
-    separable, shares, stable, generator = [], [], [], np.random.default_rng(0)
-    for image in images[::-(-len(images) // 200)]:
-        mask, gray = teacher["draw"](image[None])[0], one_channel(image, teacher["channel"])
-        seen = np.ones_like(mask) if teacher["fov"] is None else teacher["fov"]
-        noisy = np.clip(np.rint(image + generator.normal(0, 5, image.shape)), 0, 255).astype(np.uint8)
-        changed = teacher["draw"](np.stack([cv2.GaussianBlur(image, (0, 0), 1), noisy, gamma[image]]))
-        separable.append(separability(gray[seen], mask[seen]))
-        shares.append(mask.mean())
-        stable += scores_from_counts(count_pixels(changed, np.broadcast_to(mask, changed.shape)))["iou"].tolist()
-    means = dict(separability=separable, foreground_share=shares, stability=stable)
-    return {name: float(np.mean(values)) for name, values in means.items()}
-
-
 def reference(args, settings, meta, device):
     """Score what costs nothing on the same test images: trivial masks, the threshold, an untrained network, and each of
-    TEACHERS, with its label-free numbers and a picture of all on training images. Only best_constant uses labels. Without
-    test masks the tables are empty."""
+    TEACHERS, with a picture of all on training images. Only best_constant uses labels. Without test masks the tables are
+    empty."""
     data, foreground = Path(args.data) / args.dataset, settings["foreground"]
-    teachers = {name: teacher_of(data, how[0], foreground, *how[1:]) for name, how in TEACHERS.items()}
+    teachers = {name: teacher_of(data, how[0], foreground, how[1]) for name, how in TEACHERS.items()}
     train_images = prepare_data.open_part(data, "train")[0]
-    numbers = {}
-    for name, teacher in teachers.items():
-        frame = 0.0 if teacher["fov"] is None else float(1 - teacher["fov"].mean())
-        numbers[name] = n = label_free(train_images, teacher) | dict(drawn_from=teacher["channel"], frame=frame)
-        print(f"teacher {name:20} separability {n['separability']:.4f}, foreground {n['foreground_share']:.3f}, stability "
-              f"{n['stability']:.4f}; drawn from {n['drawn_from']}, frame {frame:.1%}")
     shown = [np.array(train_images[k]) for k in range(min(6, len(train_images)))]
-    drawn = [[image, *(teacher["draw"](image[None])[0] for teacher in teachers.values())] for image in shown]
+    drawn = [[image, *(draw(image[None])[0] for draw, _ in teachers.values())] for image in shown]
     sheet = prepare_data.contact_sheet(drawn, ["image", *teachers], cell=144)
     if prepare_data.open_part(data, "test")[1] is None:
         return {}, {}, sheet
@@ -483,11 +466,11 @@ def reference(args, settings, meta, device):
         print(f"{args.dataset} has no training masks: no row best_constant")
     else:
         rows["best_constant"] = lambda batch: np.repeat(constant[None], len(batch), axis=0)
-    rows |= {f"teacher-{name}": teacher["draw"] for name, teacher in teachers.items()}
+    rows |= {f"teacher-{name}": draw for name, (draw, _) in teachers.items()}
     tables = {name: score_images(predict, images, masks) for name, predict in rows.items()}
     result = {name: summarise(table, groups_of(names)) for name, table in tables.items()}
-    for name, values in numbers.items():
-        result[f"teacher-{name}"] |= values
+    for name, (_, evidence) in teachers.items():
+        result[f"teacher-{name}"] |= evidence
     if constant is not None:
         result["best_constant"]["uses_labels"] = True
     return dict(n_test=len(images), **result), tables, sheet
@@ -563,7 +546,7 @@ def evaluate(args, settings, meta, device):
         head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
                     variant=settings["variant"], train=settings["train"], protocol=args.protocol,
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
-        about = ("threshold", "foreground", "channel", "fov", "drawn_from", "round", "loss", "epochs", "batch_size")
+        about = ("threshold", "foreground", "refine", "loss", "epochs", "batch_size")
         head |= {key: settings[key] for key in about if key in settings}
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
         if "n_train" in settings:                               # a run of this script, that has seen labels
@@ -685,7 +668,7 @@ TABLES = [
         for m, v in dict(simsiam=.9932, byol=.9910, medsass=.9744, dino=.9459).items()]),
     *[(f"Figure 10: every label and none, {backbone}", None, "iou_global",
        by_method("end2end", backbone, dict(supervised=(), medsass=()))) for backbone in BACKBONES]]
-USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, channel=None, fov=None, round=None)
+USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, refine=None)
 
 
 def read_results(out):
@@ -719,17 +702,12 @@ def rows_of(r):
     return {name: r[name] for name in ROWS if name in r} if r["protocol"] == "reference" else {"": r}
 
 
-def shown(variant):
-    """A variant's name in reports: what is beyond the paper is medsass+."""
-    return re.sub(r"^medsass(?=(-[^-]+)*-(enclosed|ch(auto|red|green|blue)|fovauto|r\d+)(-|$))", "medsass+", variant)
-
-
 def cells_of(results):
     """Results that differ only in their seed are a cell: {key: list of (result, row), by seed}."""
     cells = collections.defaultdict(list)
     for r in sorted(results, key=lambda r: r["seed"]):
         for row in rows_of(r):
-            where = r["dataset"], r["backbone"], r["protocol"], shown(r["variant"]), r.get("name", r["protocol"]), row
+            where = r["dataset"], r["backbone"], r["protocol"], r["variant"], r.get("name", r["protocol"]), row
             cells[where].append((r, row))
     return cells
 
@@ -775,48 +753,6 @@ def best_trivial(cells, dataset, backbone):
     rows = {key[5]: cell for key, cell in cells.items()
             if key[:4] == (dataset, backbone, "reference", "reference") and key[5] in REFERENCE}
     return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
-
-
-def teacher_section(cells, dataset, backbone):
-    """Each teacher: what its masks score, what can be said without a label, and the students that learned from it; then how
-    far each label-free number ranks the teachers as the truth does."""
-    rows, points = [], []
-    for name, how in TEACHERS.items():
-        alone = cells.get((dataset, backbone, "reference", "reference", "reference", f"teacher-{name}"))
-        students = {key[3]: cell for key, cell in cells.items() if key[:3] == (dataset, backbone, "transfer") and
-                    "teacher_agreement" in (r := cell[0][0]) and r["train"] == "end2end" and
-                    (r["threshold"], r.get("channel", "gray"), r.get("fov", "off")) == how}
-        if not alone:
-            continue
-        block = alone[0][0][f"teacher-{name}"]
-        numbers = [block[key] for key in ("separability", "foreground_share", "stability")]
-        agreements = [r["teacher_agreement"] for cell in students.values() for r, _ in cell if r.get("round", 1) == 1]
-        points.append([block["iou_global"], *numbers, np.mean(agreements) if agreements else np.nan])
-        about = [name, f"{block['iou_global']:.4f}", said_interval(alone), block["drawn_from"], f"{block['frame']:.1%}",
-                 *(f"{value:.3f}" for value in numbers)]
-        if not students:
-            rows.append(about + ["-", "", "", "", ""])
-        for student, cell in sorted(students.items()):
-            gap, agreement = compare(cell, alone), np.mean([r["teacher_agreement"] for r, _ in cell])
-            rows.append(about + [student, mean_std(cell), said_interval(cell), said(gap) if gap else "", f"{agreement:.3f}"])
-            about = [""] * len(about)
-    if not rows:
-        return []
-    lines = ["", f"**Teachers, {backbone}**: the threshold alone on test images; without a label on training images: separability, foreground "
-             "share, stability; then its students, and how much they agree with it (IoU) on test images. " + ranking(points)]
-    return lines + markdown(["teacher", "IoU alone", "95 % interval", "from", "frame", "separability", "share", "stability", "student",
-                             "IoU, mean ± std (seeds)", "95 % interval", "vs teacher", "agreement"], rows)
-
-
-def ranking(points):
-    """A sentence: Spearman's rank correlation with IoU, the first of five columns, of each other one, over different teachers."""
-    parts = []
-    for k, name in enumerate(("separability", "share", "stability", "agreement"), start=1):
-        known = np.unique([(point[0], point[k]) for point in points if not math.isnan(point[k])], axis=0)
-        if len(known) > 2:
-            ranks = known.argsort(axis=0).argsort(axis=0)
-            parts.append(f"{name} {np.corrcoef(ranks.T)[0, 1]:+.2f} ({len(known)})")
-    return "Rank correlation with IoU (number of different teachers): " + (", ".join(parts) or "too few") + "."
 
 
 def markdown(header, rows):
@@ -999,7 +935,7 @@ def report(out):
     for dataset in sorted({r["dataset"] for r in results}):
         lines += ["", f"## {dataset}", *dataset_section(cells, dataset)]
         for backbone in BACKBONES:
-            lines += teacher_section(cells, dataset, backbone) + curve_section(cells, dataset, backbone)
+            lines += curve_section(cells, dataset, backbone)
             try:
                 lines += [line for name in draw_charts(cells, dataset, backbone, out) for line in ("", f"![{name}]({name})")]
             except ImportError:

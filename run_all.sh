@@ -10,7 +10,6 @@ bash run_all.sh main        the paper's Tables 1, 2 and Figures 3, 4, 10: method
 bash run_all.sh ablations   Tables 3, 4, 5, 7, 8 and B.1: threshold, loss, epochs, batch size
 bash run_all.sh classify    Table 9: linear probes
 bash run_all.sh drone       Table 10
-bash run_all.sh teachers    beyond the paper: other teachers, and a second round from each
 bash run_all.sh all         main, ablations, classify and drone
 bash run_all.sh test        set up, add the test-only packages, run the tests
 bash run_all.sh bench       set up, run the benchmarks against other libraries; results/bench.json
@@ -21,7 +20,7 @@ DATASETS   prepared data sets, e.g. "isic xray"; unset: those of the paper that 
            alone is main
 SEEDS      "0 1 2 3 4"; drone "0 1 2"               METHODS    "medsass byol simsiam dino mae simmim"
 BACKBONES  "resnet50 vit_small"                     EPOCHS     50, of pre-training and of training on labels
-PROTOCOLS  "transfer frozen finetune", teachers "transfer"
+PROTOCOLS  "transfer frozen finetune"
 LABELS     "0.01 0.1 1.0", for frozen, finetune and supervised
 SIZE       side of the demo's pictures; other data sets must have been prepared at it
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
@@ -77,11 +76,9 @@ pretrained() {
         case "$1 $2" in
             '--epochs 50' | '--batch-size 16' | '--threshold otsu' | '--loss focal_tversky') shift 2; continue ;;  # defaults
             --method*) method=$2 ;;
+            '--refine all') method+=+; flags+=' --refine'; shift 2; continue ;;
             --epochs*) variant+=-e$2 ;;
             --batch-size*) variant+=-b$2 ;;
-            --channel*) variant+=-ch$2 ;;
-            --fov*) variant+=-fov$2 ;;
-            --rounds*) variant+=-r$2 ;;
             *) variant+=-$2 ;;
         esac
         flags+=" $1 $2"
@@ -139,7 +136,10 @@ plan_main() {
         reference "$dataset" "$backbone" "$seed"
         labelled "$at/supervised/seed$seed" "$at/supervised/seed$seed/supervised" \
             "--dataset $dataset --backbone $backbone --protocol supervised --seed $seed"
-        [[ " $METHODS " != *' medsass '* ]] || pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS"
+        if [[ " $METHODS " == *' medsass '* ]]; then
+            pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS"
+            pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS" --refine all
+        fi
         encoders "$dataset" "$backbone" "$seed" "$PROTOCOLS"
     done; done; done
 }
@@ -180,18 +180,6 @@ plan_drone() {
     done
 }
 
-plan_teachers() {
-    local dataset backbone seed teacher rounds
-    for dataset in $DATASETS; do for seed in $SEEDS; do for backbone in $BACKBONES; do
-        reference "$dataset" "$backbone" "$seed"
-        for rounds in '' '--rounds 2'; do
-            for teacher in '' '--channel auto' '--fov auto' '--channel auto --fov auto' '--threshold enclosed'; do
-                pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS" $teacher $rounds
-            done
-        done
-    done; done; done
-}
-
 # prepared NAMES...: those of the names that are prepared.
 prepared() {
     local name
@@ -203,7 +191,7 @@ prepared() {
 # plan WHAT: the lines of a part of the benchmark, with the defaults of what the environment does not set.
 plan() (
     METHODS=${METHODS:-medsass byol simsiam dino mae simmim} BACKBONES=${BACKBONES:-resnet50 vit_small}
-    PROTOCOLS=${PROTOCOLS:-$([[ $1 == teachers ]] && echo transfer || echo transfer frozen finetune)} LABELS=${LABELS:-0.01 0.1 1.0} own=${DATASETS:-}
+    PROTOCOLS=${PROTOCOLS:-transfer frozen finetune} LABELS=${LABELS:-0.01 0.1 1.0} own=${DATASETS:-}
     SEEDS=${SEEDS:-$([[ $1 == drone ]] && echo 0 1 2 || echo 0 1 2 3 4)}
     case $1 in
         classify) papers='isic xray' ;;
@@ -366,7 +354,7 @@ what=${1:-demo}
 [[ $what != demo || -z ${DATASETS:-} ]] || what=main
 case $what in
     demo) setup; demo ;;
-    main | ablations | classify | drone | teachers) setup; benchmark "$what" ;;
+    main | ablations | classify | drone) setup; benchmark "$what" ;;
     all) setup; benchmark main ablations classify drone ;;
     test) setup; test_packages; tests ;;
     bench) setup; test_packages; run "$PYTHON" -m pytest -q -o markers=bench -m bench test_smoke.py ;;
