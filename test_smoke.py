@@ -403,7 +403,7 @@ def test_position_map_equals_its_definition():
         order = generator.permutation(13)
         pair = [cv2.GaussianBlur(masks[rows].mean(axis=0), (0, 0), 30 / 24) for rows in (order[:6], order[6:])]
         halves.append(np.corrcoef(pair[0].ravel(), pair[1].ravel())[0, 1])
-    c, smooth = np.mean(halves) - np.std(halves), cv2.GaussianBlur(masks.mean(axis=0), (0, 0), 30 / 24)
+    c, smooth = np.mean(halves) - 2 * np.std(halves), cv2.GaussianBlur(masks.mean(axis=0), (0, 0), 30 / 24)
     assert reliability == pytest.approx(2 * c / (1 + c), rel=1e-4)
     assert np.allclose(position, smooth.mean() + reliability * (smooth - smooth.mean()), atol=1e-4)
     mask = masks[0]
