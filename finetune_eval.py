@@ -40,8 +40,8 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, decide_refinement, finished_run, load_checkpoint,
-                      normalise, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, refined_name,
+from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, decide_refinement, explain_memory, finished_run,
+                      load_checkpoint, normalise, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, refined_name,
                       seed_from, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
@@ -195,10 +195,16 @@ def load_network(args, settings, decoder):
 
 
 @torch.inference_mode()
-def predict_logits(unet, images, device):
-    """uint8 ndarray (B, S, S, 3) -> float32 ndarray (B, S, S): logits, foreground where > 0."""
-    batch = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device)      # channels_last as it is
-    return unet(normalise(batch))[:, 0].float().cpu().numpy()
+def predict_logits(unet, images, device, flips=False):
+    """uint8 ndarray (B, S, S, 3) -> float32 ndarray (B, S, S): logits, foreground where > 0; with flips their mean over the
+    picture as it is, flipped up and down, left and right, and both."""
+    batch = normalise(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device))    # channels_last
+    logits = unet(batch)[:, 0].float()                          # (B, S, S)
+    if flips:
+        for axes in ((2,), (3,), (2, 3)):
+            logits += unet(batch.flip(axes)).flip(axes)[:, 0].float()
+        logits /= 4
+    return logits.cpu().numpy()
 
 
 def score_images(predict, images, masks, batch=BATCH):
@@ -412,7 +418,7 @@ def segment(args, settings, meta, device):
     agreed = np.zeros(4, np.int64)                              # with the teacher, on images that neither has seen
 
     def predict(batch):
-        pred = predict_logits(unet, batch, device) > 0
+        pred = predict_logits(unet, batch, device, args.flips) > 0
         agreed[:] += count_pixels(pred, draw(batch)).sum(axis=0)
         return pred
 
@@ -956,7 +962,7 @@ def report(out):
 
 # ------------------------------------------------------------------------------------------------------------- predict
 
-def predict_tiled(unet, image, tile, size, device):
+def predict_tiled(unet, image, tile, size, device, flips=False):
     """uint8 (H, W, 3), however large -> bool (H, W). Windows of tile x tile pixels, each resized to the `size` that the network
     was trained at, overlap by half; their logits are weighted by sin ** 2 towards the middle and summed: the mask is where
     the sum is positive. Memory beyond picture and mask: one row of windows."""
@@ -972,7 +978,7 @@ def predict_tiled(unet, image, tile, size, device):
             windows = [image[y:y + tile, x:x + tile] for x in columns[k:k + BATCH]]
             windows = [cv2.copyMakeBorder(w, 0, tile - w.shape[0], 0, tile - w.shape[1], cv2.BORDER_REFLECT_101) for w in windows]
             batch = np.stack([prepare_data.resize(window, size) for window in windows])
-            for x, logits in zip(columns[k:], predict_logits(unet, batch, device)):
+            for x, logits in zip(columns[k:], predict_logits(unet, batch, device, flips)):
                 logits = cv2.resize(logits, (tile, tile), interpolation=cv2.INTER_LINEAR) * weight
                 band[:, x:x + tile] += logits[:, :width - x]
         done = following - y
@@ -1011,9 +1017,11 @@ def predict_folder(args, settings, device):
         if picture.pages > 1:
             stacks.append(f"{path} has {picture.pages}")
         if args.tile is not None:
-            mask = predict_tiled(unet, image, args.tile or settings["img_size"], settings["img_size"], device)
+            size = settings["img_size"]
+            mask = predict_tiled(unet, image, args.tile or size, size, device, args.flips)
         else:
-            logits = predict_logits(unet, prepare_data.resize(image, settings["img_size"])[None], device)[0]
+            small = prepare_data.resize(image, settings["img_size"])[None]
+            logits = predict_logits(unet, small, device, args.flips)[0]
             mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
         save_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
@@ -1074,6 +1082,7 @@ def parse_args(argv):
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision of training on labels, as in pretrain.py")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
+    add("--flips", action="store_true", help="predict with the mean over the four flips of a picture")
     add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
     add("--tile", type=int, nargs="?", const=0, metavar="PX", help="with --predict, for large pictures: in overlapping windows of so "
         "many pixels a side (no number: the training size) instead of resized as a whole")
@@ -1112,10 +1121,11 @@ def name_unused(args, parser):
     network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
                "reference": {"threshold", "foreground"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
+    used |= {"flips"} if args.protocol not in ("reference", "classify") else set()
     used -= {"loss"} if args.protocol == "classify" else set()
-    used = {"overlay", "tile", "page"} if args.predict else used | {"dataset", "protocol"}
+    used = {"overlay", "tile", "page", "flips"} if args.predict else used | {"dataset", "protocol"}
     used |= set() if args.run else {"backbone"}
-    every = training | {"decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
+    every = training | {"flips", "decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
@@ -1169,7 +1179,7 @@ def main(argv=None):
         args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune") else "fresh"
     short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
     words = [f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)]
-    words += [args.decoder] * (asked != "auto")
+    words += [args.decoder] * (asked != "auto") + ["flips"] * args.flips
     words += [f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))
     args.name = "-".join([args.protocol, *words])               # of the result and of the folder that training is kept in
     evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"]), meta, device)
@@ -1179,5 +1189,8 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
     try:
         main()
+    except RuntimeError as error:
+        explain_memory(error)
+        raise
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
         sys.exit(f"finetune_eval.py: {error or 'interrupted'}; the same command goes on from the last whole epoch")

@@ -8,6 +8,7 @@
 `.encoder` is the part that is transferred; all else is the decoder.
 """
 
+import argparse
 import os
 
 import timm
@@ -226,11 +227,14 @@ def export_encoder(unet_or_backbone, path):
 def _read_encoder(path, backbone):
     """The encoder's tensors of a checkpoint file, prefixes and wrappings taken off. Raises ValueError."""
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # DINO and timm save their settings so
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:                                  # torch raises a dozen kinds for a file that is not one
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        reason = type(error).__name__
+        if "weights_only" in str(error):
+            reason += ": it may hold more than weights, then save only the weights"
         raise ValueError(f"{path} is not a readable PyTorch checkpoint ({reason})") from None
     wrapping = True
     while wrapping and isinstance(file, dict):

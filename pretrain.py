@@ -899,8 +899,9 @@ def build_method(args, meta, defaults):
         method = METHODS[args.method](args.backbone, meta["size"], args.batch_size * ranks()[1], *own)
     except ValueError as error:
         sys.exit(str(error))
-    if args.batch_size < 2 and isinstance(method, (BYOL, SimSiam)):         # it counted the images of all ranks
-        sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: --batch-size 2 or more")
+    if min(args.batch_size, meta["counts"]["train"]) < 2 and isinstance(method, (BYOL, SimSiam)):   # of one rank
+        sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: --batch-size 2 or more, and 2 "
+                 "training images")
     defaults |= dict(lr=method.lr, weight_decay=method.weight_decay, patience=5 if method.stops_early else 0)
     for name in ("lr", "weight_decay", "patience"):
         if getattr(args, name) is None:
@@ -1020,6 +1021,15 @@ def main(argv=None):
         over_ranks()                                            # until the first has written the last file
 
 
+def explain_memory(error):
+    """End the program with one line where a RuntimeError of torch means that some memory was too small."""
+    if "shared memory" in str(error) or "bus error" in str(error).lower():
+        sys.exit("shared memory (/dev/shm) is too small for the processes that load images: --workers 0, or more of it "
+                 "(docker run --shm-size 1g)")
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "allocate memory" in str(error):
+        sys.exit("out of memory in a step: a smaller --batch-size, or pictures prepared at a smaller --size")
+
+
 def terminated(signum, frame):
     """SIGTERM outside of training, where there is nothing to save: ends the program like Ctrl-C."""
     raise KeyboardInterrupt("stopped by SIGTERM")
@@ -1032,6 +1042,7 @@ if __name__ == "__main__":
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
         sys.exit(f"pretrain.py: {error or 'interrupted'}; the same command goes on from where it was saved last")
     except RuntimeError as error:
+        explain_memory(error)
         if not dist.is_initialized():
             raise
         sys.exit(f"pretrain.py: rank {dist.get_rank()} ends, because another one is gone ({str(error).splitlines()[0][:200]}); "

@@ -1,5 +1,6 @@
 """Every stage through its command line, every formula against an independent source.   bash run_all.sh test"""
 
+import argparse
 import copy
 import csv
 import http.server
@@ -237,7 +238,8 @@ def test_encoders_from_elsewhere_load(backbone, tmp_path):
     source = timm.create_model(models.BACKBONES[backbone], num_classes=10)
     state, path = source.state_dict(), tmp_path / "f.pth"
     for wrapped in (state, {"state_dict": state, "epoch": 3}, {"module." + k: v for k, v in state.items()},
-                    {"model": {"module.backbone." + k: v for k, v in state.items()}}):
+                    {"model": {"module.backbone." + k: v for k, v in state.items()}},
+                    {"teacher": {"backbone." + k: v for k, v in state.items()}, "args": argparse.Namespace(arch="vit_small")}):
         torch.save(wrapped, path)
         unet = models.build_unet(backbone, 224)
         unused = models.load_encoder(unet, path)
@@ -1508,6 +1510,12 @@ def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
         assert mask.size == size and set(np.unique(mask)) <= {0, 255}
         assert np.mean(np.asarray(mask) > 0) == pytest.approx(rows[f"{name}.tif"], abs=1e-6)
         assert Image.open(out / "overlay" / f"{name}.png").size == size
+    unet = models.build_unet("resnet50", 32).eval()
+    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
+    image = prepare_data.read_image(source / "c.tif")
+    turned = [finetune_eval.predict_logits(unet, np.ascontiguousarray(image[::y, ::x])[None], "cpu")[0][::y, ::x] for y in (1, -1) for x in (1, -1)]
+    finetune_eval.main([*flags, "--flips", "--overwrite"])
+    assert ((np.asarray(Image.open(out / "c.png")) > 0) == (np.mean(turned, axis=0) > 0)).mean() > .999
     refused(lambda: finetune_eval.main(flags), out, "--overwrite")
     refused(lambda: finetune_eval.main([*flags, "--out", str(source / "out"), "--overwrite"]), source / "out", "another --out")
     (source / "bad.png").write_text("text")
@@ -2315,6 +2323,19 @@ def test_mistakes_on_the_command_line_have_no_traceback(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- promises in writing
+
+def test_too_little_memory_is_said_in_one_line(tmp_path):
+    refused(lambda: pretrain.explain_memory(RuntimeError("unable to allocate shared memory(shm) for file")), "--workers 0")
+    refused(lambda: pretrain.explain_memory(torch.OutOfMemoryError("CUDA out of memory")), "--batch-size")
+    assert pretrain.explain_memory(RuntimeError("shapes differ")) is None
+    prepare_data.main(["--dataset", "demo", "--size", "32", "--out", str(tmp_path)])
+    for kind in ("images", "masks"):
+        np.save(tmp_path / f"demo/train_{kind}.npy", np.load(tmp_path / f"demo/train_{kind}.npy")[:1])
+    meta = json.loads((tmp_path / "demo/meta.json").read_text())
+    meta["counts"]["train"] = 1
+    (tmp_path / "demo/meta.json").write_text(json.dumps(meta))
+    refused(lambda: train(tmp_path, tmp_path / "runs", "--method", "byol"), "at least 2 images")
+
 
 def test_every_flag_has_help():
     for parse in (prepare_data.parse_args, finetune_eval.parse_args, pretrain.parse_args):
