@@ -16,6 +16,7 @@ import copy
 import csv
 import datetime
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -48,7 +50,7 @@ from baselines.mae import MAE
 from baselines.simmim import SimMIM
 from baselines.simsiam import SimSiam
 from losses import LOSSES
-from models import BACKBONES, build_unet, export_encoder
+from models import BACKBONES, build_unet, export_encoder, load_encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # timm's default for both backbones
 
@@ -863,6 +865,7 @@ def run_settings(args, meta):
     names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs", "batch_size",
              "patience", "lr", "weight_decay", "seed")
     beyond = {} if not args.refine else dict(refine=args.refine)
+    beyond |= {} if not args.encoder else dict(encoder=args.encoder, encoder_sha256=args.encoder_sha256)
     beyond |= {} if args.precision == "off" else dict(amp=args.precision)
     return {name: getattr(args, name) for name in names} | beyond | dict(img_size=meta["size"], data=meta["fingerprint"])
 
@@ -872,7 +875,8 @@ def run_folder(args, defaults):
     short = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b", patience="p", lr="lr",
                  weight_decay="wd", amp="")
     method = args.method + (refined_name(args.refine) if args.refine else "")
-    variant = [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
+    variant = [f"from-{Path(args.encoder).stem}"] if args.encoder else []
+    variant += [f"{short[name]}{getattr(args, name)}" for name in short if getattr(args, name) != defaults[name]]
     return Path(args.out) / args.dataset / args.backbone / "-".join([method, *variant]) / f"seed{args.seed}"
 
 
@@ -899,6 +903,7 @@ def build_method(args, meta, defaults):
         method = METHODS[args.method](args.backbone, meta["size"], args.batch_size * ranks()[1], *own)
     except ValueError as error:
         sys.exit(str(error))
+    args.encoder_sha256 = start_from(method, args.encoder, args.backbone) if args.encoder else None
     if min(args.batch_size, meta["counts"]["train"]) < 2 and isinstance(method, (BYOL, SimSiam)):   # of one rank
         sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: --batch-size 2 or more, and 2 "
                  "training images")
@@ -908,6 +913,30 @@ def build_method(args, meta, defaults):
             setattr(args, name, defaults[name])
     method.lr, method.weight_decay = args.lr, args.weight_decay
     return method
+
+
+def start_from(method, source, backbone):
+    """--encoder: load the weights of a file, or timm's of ImageNet, into a method's encoder and its moving average. Returns
+    their sha256. Ends the program where that cannot be done."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(source)
+        if source == "imagenet":
+            path = Path(folder) / "imagenet.pth"
+            try:
+                torch.save(timm.create_model(BACKBONES[backbone], pretrained=True).state_dict(), path)
+            except Exception as error:                          # whatever its hub client raises without a network
+                sys.exit(f"--encoder imagenet: timm cannot fetch its weights of {BACKBONES[backbone]} "
+                         f"({type(error).__name__}): is there a network? Else give a file")
+        try:
+            load_encoder(getattr(method, "unet", method), path)
+        except ValueError as error:
+            sys.exit(str(error))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in ("target", "teacher"):                          # BYOL's and DINO's copy: (encoder, head)
+        copied = getattr(method, name, None)
+        if isinstance(copied, nn.Module):
+            copied[0].load_state_dict(method.encoder.state_dict())
+    return digest
 
 
 def open_run(settings, args, folder):
@@ -950,6 +979,8 @@ def parse_args(argv):
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART", help="better Otsu masks, without a label: from the channel "
         "that Otsu separates best, without the frame of the picture, without what lies where objects never lie; no PART: "
         "channel frame position. Unset: off, as in the paper")
+    add("--encoder", metavar="FILE", help="start from this encoder, ours or any of timm's or torchvision's form, or from "
+        "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
     add("--loss", default="focal_tversky", choices=list(LOSSES), help="Table 4; bce is appendix B.1")
     add("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
     add("--epochs", type=int, default=50, help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")

@@ -562,6 +562,27 @@ def test_encoder_only_leaves_the_decoder_as_drawn(data, tmp_path):
     assert any("running_mean" in name for name in changed)
 
 
+def test_training_starts_from_an_encoder(data, run, tmp_path, monkeypatch):
+    given = torch.load(run / "encoder.pth", weights_only=True)
+    folder = train(data, tmp_path, "--encoder", str(run / "encoder.pth"), "--lr", "0", epochs=1)
+    assert folder.parent.name == "medsass-from-encoder-e1-lr0.0" and "encoder_sha256" in (folder / "config.json").read_text()
+    own = torch.load(folder / "encoder.pth", weights_only=True)
+    assert all(torch.equal(own[name], given[name]) for name in own if "running" not in name and "num_batches" not in name)
+    source = timm.create_model("resnet50")
+    torch.save(source.state_dict(), tmp_path / "timm.pth")
+    method = byol.BYOL("resnet50", 32)
+    pretrain.start_from(method, str(tmp_path / "timm.pth"), "resnet50")
+    for net in (method.encoder, method.target[0]):
+        assert torch.equal(net.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    refused(lambda: train(data, tmp_path, "--encoder", str(tmp_path / "none.pth")), "none.pth", "no such file")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(pretrain.timm, "create_model", no_network)
+    refused(lambda: pretrain.start_from(method, "imagenet", "resnet50"), "--encoder imagenet", "network")
+
+
 def test_patience_stops_and_exports_the_best(data, tmp_path):
     folder = train(data, tmp_path, "--lr", "0", "--patience", "2", epochs=30)   # nothing learns: epoch 1 stays the best
     assert len(list(csv.DictReader(open(folder / "log.csv")))) == 3
