@@ -2186,6 +2186,37 @@ def test_published_layouts_become_right_arrays(dataset, counts, tmp_path, capsys
         assert prepare_data.read_meta(out)["fingerprint"] == meta["fingerprint"]
 
 
+@pytest.mark.parametrize("dataset", ["dm", "drone", "dsb2018", "xray", "isic"])
+def test_published_layouts_by_their_other_names(dataset, tmp_path, capsys):
+    raw, given = tmp_path / "raw", tmp_path / "raw"
+    miniature(dataset, raw)
+    if dataset == "dsb2018":
+        raw = given = raw.rename(tmp_path / "stage1")
+    expected = prepare_data.read_meta(prepare_published(dataset, raw, tmp_path / "out"))["fingerprint"]
+    if dataset == "dm":                                         # as the authors' notebook has them
+        (raw / "Labels/CD27 cell labels/Mask Labels").mkdir(parents=True)
+        for path in list((raw / "Labels").glob("*.tiff")):
+            path.rename(raw / "Labels/CD27 cell labels/Mask Labels" / path.name.replace("mask_labels.tiff", "data.tifMask.tif"))
+        (raw / "CD27_Panel_Component").rename(raw / "CD27 Panel-- Component")
+        given = raw / "CD27 Panel-- Component"
+    elif dataset == "drone":                                    # as its own page has it
+        (raw / "training_set/gt/semantic").mkdir(parents=True)
+        (raw / "original_images").rename(raw / "training_set/images")
+        (raw / "label_images_semantic").rename(raw / "training_set/gt/semantic/label_images")
+    elif dataset == "dsb2018":                                  # something else lies beside it
+        write_folder(raw)
+        write_folder(raw / "stage1_train/two", n=2)
+    elif dataset == "xray":
+        given = raw / "COVID-19_Radiography_Dataset/COVID/images"
+    else:
+        given = raw / "ISIC-2017_Validation_Data"
+    capsys.readouterr()
+    out = prepare_published(dataset, given, tmp_path / "out", "--overwrite")
+    assert prepare_data.read_meta(out)["fingerprint"] == expected
+    out = capsys.readouterr().out
+    assert ("nearly everything" in out) == (dataset == "drone") and ("are not the only one" in out) == (dataset == "dsb2018")
+
+
 def test_published_splits_at_their_full_size():
     sizes = dict(COVID=3616, Lung_Opacity=6012, Normal=10192, Viral=1345)
     pairs = [prepare_data.Pair(f"{label}-{i}", "", label=label) for label, n in sizes.items() for i in range(n)]
