@@ -36,7 +36,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -47,8 +47,7 @@ from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom"}
-VOLUMES = {".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".mgz", ".npy", ".npz", ".h5"}
-IMAGE_FOLDERS = {"image", "images", "img", "imgs", "imagestr", "imagests"}
+IMAGE_FOLDER = re.compile("(image|img)s?|imagest[rs]", re.IGNORECASE)
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|gt|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test))?",
@@ -56,9 +55,11 @@ MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, g
 MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
     rf"(.*[^/])[ _.-]({MASK_WORD}|lesion|binary)([ _.-]?\d+)?", re.IGNORECASE)
 MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
-PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val",
-              "validation": "val", "test": "test", "testing": "test"}
+PART_FOLDER = re.compile(                       # training/x: train, x
+    "(?:.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
+PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "CMYK": "RGB", "YCbCr": "RGB",
+               "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # those of Pillow that we keep
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # an error at twice
@@ -67,41 +68,44 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # errors a
 
 
 @dataclass
-class Published:
-    """What the paper or the authors say of a data set. counts: train, val, test; above: the value
-    above which a mask pixel is foreground; inside: folders that --raw may name instead of the one
-    that holds them; files: what --download fetches, where no account is needed."""
+class Facts:
+    """What we, the paper or the authors say of a data set. above: the value above which a mask
+    pixel is foreground; counts: train, val, test; inside: folders that --raw may name instead of
+    the one that holds them; files: what --download fetches, where no account is needed."""
     foreground: str
-    above: int
-    counts: tuple
-    licence: str
-    page: str
+    above: int = 0
+    counts: tuple = ()
+    licence: str = ""
+    page: str = ""
     inside: str = "-"
     files: tuple = ()
+    size: int = 224
 
 
-PUBLISHED = {
-    "dm": Published(
+FACTS = {
+    "demo": Facts("bright", size=64),
+    "folder": Facts("auto"),
+    "dm": Facts(
         "bright", 0, (1656, 240, 480), "from its authors", "the authors of Van Buren et al. 2022 "
         "(J. Immunol. Methods), https://doi.org/10.1016/j.jim.2022.113233", "CD27[^/]*|Labels.*"),
-    "tissuenet": Published(
+    "tissuenet": Facts(
         "bright", 0, (2580, 3140, 1249), "modified Apache 2.0, non-commercial",
         "https://datasets.deepcell.org/data (free account)"),
-    "isic": Published(
+    "isic": Facts(
         "dark", 127, (2000, 150, 600), "CC0", "https://challenge.isic-archive.com/data/#2017",
         "ISIC-2017_[^/]*",
         [f"https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{part}_{what}"
          for part in ("Training", "Validation", "Test_v2")
          for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
-    "xray": Published(
+    "xray": Facts(
         "dark", 127, (14730, 2202, 4233), "of each source; see the page", "https://www.kaggle.com/"
         "datasets/tawsifurrahman/covid19-radiography-database (free account)",
         "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
-    "drone": Published(
+    "drone": Facts(
         "bright", 0, (280, 40, 80), "research and education, non-commercial",
         "http://dronedataset.icg.tugraz.at (or the Semantic Drone Dataset on Kaggle, free account)",
         "original_images|label_images_semantic|RGB_color_image_masks|training_set.*"),
-    "dsb2018": Published(
+    "dsb2018": Facts(
         "auto", 0, (469, 67, 134), "CC0", "https://bbbc.broadinstitute.org/BBBC038",
         files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
@@ -134,12 +138,12 @@ def read_picture(path, page=0, as_mask=False):
             file.seek(0)
             if not head:
                 raise ValueError("the file is empty")
+            read = read_with_pillow
             if head[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom"):
-                picture = read_dicom(file, page, as_mask)
+                read = read_dicom
             elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                picture = read_tiff(file, page, as_mask)
-            else:
-                picture = read_with_pillow(file, page, as_mask)
+                read = read_tiff
+            picture = read(file, page, as_mask)
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that cannot be read") from None
     except ValueError:
@@ -148,13 +152,13 @@ def read_picture(path, page=0, as_mask=False):
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"cannot be read: {reason}") from None
     pixels = picture.pixels
-    is_float = pixels.dtype.kind == "f"
-    if pixels.dtype.kind not in "buif":
+    kind = pixels.dtype.kind
+    if kind not in "buif":
         raise ValueError(f"holds {pixels.dtype} values, which cannot be shown")
-    if is_float and not np.isfinite(pixels).all():
+    if kind == "f" and not np.isfinite(pixels).all():
         raise ValueError("holds values that are not finite")
     if picture.white_is_zero:
-        pixels = max(1, pixels.max()) - pixels if is_float else ~pixels
+        pixels = max(1, pixels.max()) - pixels if kind == "f" else ~pixels
     if picture.orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if picture.orientation in (3, 4, 7, 8):
@@ -178,35 +182,30 @@ def read_with_pillow(file, page, as_mask):
         require_page(page, pages)
         image.seek(page)
         is_deep = ";16" in str(image.tile)
-        orientation = image.getexif().get(274, 1)
-        if image.format == "TIFF":
-            orientation = 1                     # Pillow and OpenCV turn TIFFs, and nothing else
+        orientation = 1                         # Pillow and OpenCV turn TIFFs, and nothing else
+        if image.format != "TIFF":
+            orientation = image.getexif().get(274, 1)
         image.load()
-        if image.mode == "P" and not (as_mask and has_class_palette(image)):
-            image = image.convert("RGB")
-        elif image.mode in ("PA", "RGBa", "La"):
-            image = image.convert("LA" if image.mode == "La" else "RGBA")
-        elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
+        mode = PLAIN_MODES.get(image.mode, image.mode)
+        if image.mode == "P" and as_mask and has_class_palette(image):
+            mode = "P"
+        pixels = np.asarray(image.convert(mode))
     if is_deep and pixels.ndim == 3:
         file.seek(0)
         data = np.frombuffer(file.read(), np.uint8)
         _, decoded = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
         if page >= len(decoded) or decoded[page].dtype != np.uint16:
             raise ValueError("16-bit colour that OpenCV cannot read")
-        pixels = decoded[page][..., [2, 1, 0, 3][:decoded[page].shape[2]]]
+        pixels = decoded[page][..., [2, 1, 0, 3][:decoded[page].shape[2]]]      # BGR
     return Picture(pixels, pages, orientation)
 
 
 def has_class_palette(image):
     """Whether a Pillow image of mode P holds class numbers, not colours or grays: its palette
     starts with black, and its used entries are not all gray."""
-    palette = np.zeros((256, 3), np.uint8)
-    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
-    palette[:len(colours)] = colours
-    used = palette[np.unique(np.asarray(image))]
-    return not palette[0].any() and bool((used != used[:, :1]).any())
+    palette = image.getpalette("RGB") + 768 * [0]
+    used = np.reshape(palette[:768], (256, 3))[np.unique(image)]
+    return not any(palette[:3]) and bool(np.ptp(used, axis=1).any())
 
 
 def read_tiff(file, page, as_mask):
@@ -216,27 +215,28 @@ def read_tiff(file, page, as_mask):
     Raises ValueError that names the kind ("float64", "5 channels") where neither can read it.
     """
     tags, pages = read_tiff_tags(file, page)
-    bits = np.atleast_1d(tags.get(258, 1)).tolist()
-    sample_format = np.atleast_1d(tags.get(339, 1)).tolist()[0]
+    bits = np.ravel(tags.get(258, 1)).tolist()
+    sample_format = np.ravel(tags.get(339, 1))[0]
     kind = {2: "int", 3: "float", 5: "complex int", 6: "complex"}.get(sample_format, "uint")
     kind += str(bits[0])
     photometric = tags.get(262, 0)              # 0 and 1 gray, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr
     orientation = tags.get(274, 1)
     channels = tags.get(277, len(bits))
+    in_planes = tags.get(284, 1) == 2
     colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(photometric, 1)
-    has_alpha = colours == 3 or np.atleast_1d(tags.get(338, ())).tolist() in ([1], [2])
+    has_alpha = colours == 3 or np.ravel(tags.get(338, ())).tolist() in ([1], [2])
     like_rgb = photometric == 1 and channels == 3
     if not (channels == colours or channels == colours + 1 and has_alpha or like_rgb):
         raise ValueError(f"a TIFF of {channels} channels ({kind}), neither gray nor colour")
 
-    in_planes = tags.get(284, 1) == 2
-    trusted = kind in ("uint1", "uint2", "uint4", "uint8") and not like_rgb
-    trusted = trusted and not (in_planes and channels > colours)
-    if channels == 1 and not trusted:
-        is_little = tags.prefix == b"II" and kind in ("uint32", "int16", "int32", "float32")
-        trusted = is_little or kind in ("uint12", "uint16")
-    elif kind == "uint16" and photometric == 2:
-        trusted = orientation == 1 and not in_planes
+    if kind in ("uint1", "uint2", "uint4", "uint8"):
+        trusted = not like_rgb and not (in_planes and channels > colours)
+    elif channels == 1:
+        trusted = kind in ("uint12", "uint16")
+        if tags.prefix == b"II":
+            trusted = trusted or kind in ("uint32", "int16", "int32", "float32")
+    else:
+        trusted = (kind, photometric, orientation, in_planes) == ("uint16", 2, 1, False)
     if trusted:
         with contextlib.suppress(UnidentifiedImageError, ValueError):
             file.seek(0)
@@ -257,10 +257,10 @@ def read_tiff(file, page, as_mask):
     with tifffile.TiffFile(file) as tiff:
         pixels = tiff.pages[page].asarray()
         axes = tiff.pages[page].axes
+    if axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(f"a TIFF with the axes {axes}, not one picture a page")
     if axes == "SYX":                           # separate planes
         pixels = np.moveaxis(pixels, 0, -1)
-    elif axes not in ("YX", "YXS"):
-        raise ValueError(f"a TIFF with the axes {axes}, not one picture a page")
     return Picture(pixels, pages, orientation, photometric == 0)
 
 
@@ -304,10 +304,11 @@ def read_dicom(file, page, as_mask):
     pages = int(ds.get("NumberOfFrames") or 1)
     require_page(page, pages)
     pixels = dicom.pixel_array(ds, index=page)
-    per_frame = list(ds.get("PerFrameFunctionalGroupsSequence") or ())[page:page + 1]
-    for group in [*(ds.get("SharedFunctionalGroupsSequence") or ()), *per_frame]:
+    groups = [*ds.get("SharedFunctionalGroupsSequence", ())]
+    groups += ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]
+    for group in groups:
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            for item in group.get(name) or ():
+            for item in group.get(name, ()):
                 ds.update(item)                 # where enhanced files keep slope and window
     photometric = ds.PhotometricInterpretation
     if photometric == "MONOCHROME1" and as_mask:
@@ -318,11 +319,12 @@ def read_dicom(file, page, as_mask):
             pixels = (pixels >> 8).astype(np.uint8)
     elif photometric.startswith("MONOCHROME") and not as_mask:
         pixels = dicom.apply_modality_lut(pixels, ds)
+        ends = None
         if ds.get("VOILUTSequence"):
             ends = (0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
-            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
         elif ds.get("WindowCenter") is not None and ds.get("WindowWidth"):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # of darkest and brightest
+        if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
@@ -344,17 +346,16 @@ def to_eight_bits(pixels, ends=None):
 def to_rgb(picture):
     """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; more than 8 bits
     are scaled by to_eight_bits, all channels alike."""
-    pixels = picture.pixels
-    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+    pixels = np.atleast_3d(picture.pixels)
+    if pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
     if pixels.dtype == bool:
         pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if pixels.shape[2] == 1:
-        return np.repeat(pixels, 3, axis=2)
-    return np.array(pixels, order="C")          # a copy: Pillow's array cannot be written to
+    image = np.empty((*pixels.shape[:2], 3), np.uint8)
+    image[:] = pixels
+    return image
 
 
 def read_image(path, page=0):
@@ -393,28 +394,27 @@ def read_mask(path, page=0):
     picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask=True)
-    values = picture.pixels
+    values = np.atleast_3d(picture.pixels)
     is_alpha = False
-    if values.ndim == 3 and values.shape[2] in (2, 4):
-        alpha, values = values[..., -1], values[..., :-1]
+    if values.shape[2] in (2, 4):
+        alpha, values = values[..., -1:], values[..., :-1]
         is_flat = (values == values[0, 0]).all()
         is_alpha = bool(is_flat and (alpha.min() < alpha.max() or not alpha.any()))
         if is_alpha:
             values = alpha
-    if values.ndim == 3:
-        values = values.max(axis=2)
+    values = values.max(axis=2)
     if values.dtype == bool:
         values = values * np.uint8(255)
-    is_whole = values.dtype.kind != "f" or (values == np.rint(values)).all()
-    if is_whole and values.dtype not in (np.uint8, np.uint16):
-        values = values.astype(np.float64).clip(-2 ** 62, 2 ** 62).astype(np.int64)
     kind = "soft edges"
-    if is_whole:
+    spans = (1, 255, 65535)
+    if values.dtype.kind != "f" or (values == np.rint(values)).all():
+        if values.dtype not in (np.uint8, np.uint16):
+            values = values.astype(np.float64).clip(-2 ** 62, 2 ** 62).astype(np.int64)
         kind = kind_of(values, Path(path).suffix.lower() in (".jpg", ".jpeg"))
+        spans = (1,) if kind == "0/1" else (255, 65535)
     top = values.max()
-    spans = (255, 65535, math.inf) if is_whole and kind != "0/1" else (1, 255, 65535, math.inf)
-    span = next(span for span in spans if top <= span)
-    return Mask(str(path), np.ascontiguousarray(values), kind, top, span, is_alpha)
+    span = min([span for span in spans if top <= span], default=math.inf)
+    return Mask(str(path), values, kind, top, span, is_alpha)
 
 
 def kind_of(values, is_jpg):
@@ -484,7 +484,7 @@ def decide_mask_rule(asked, masks):
     half = asked == "half"
     if asked in ("auto", "zero"):
         for one, other in CONFLICTS:
-            if one in kinds and other in kinds:
+            if {one, other} <= kinds.keys():
                 raise ValueError(
                     f"masks: {listed}; {example[one]} has {one}, {example[other]} {other}: say "
                     "what is foreground, --mask-foreground half, nonzero, or a list such as 1,255")
@@ -509,11 +509,6 @@ def foreground_of(mask, rule):
     return (above != rule.inverted) & (mask.values != rule.ignored)
 
 
-def shrink_mask(mask, size):
-    """bool (H, W) -> uint8 {0, 1} (S, S): foreground where at least half the area is."""
-    return (resize(mask.astype(np.float32), size) >= 0.5).astype(np.uint8)
-
-
 # ------------------------------------------------------------------ bright or dark, label-free
 
 def otsu_mask(image, foreground):
@@ -522,8 +517,8 @@ def otsu_mask(image, foreground):
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if gray.min() == gray.max():
         return np.zeros_like(gray)
-    threshold, _ = cv2.threshold(gray, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    return ((gray > threshold) == (foreground == "bright")).astype(np.uint8)
+    side = cv2.THRESH_BINARY if foreground == "bright" else cv2.THRESH_BINARY_INV
+    return cv2.threshold(gray, 0, 1, side | cv2.THRESH_OTSU)[1]
 
 
 def enclosed_areas(image):
@@ -532,10 +527,10 @@ def enclosed_areas(image):
     runs out of it."""
     areas = []
     for foreground in ("bright", "dark"):
-        mask = otsu_mask(image, foreground)
-        _, labels = cv2.connectedComponents(mask, connectivity=4)
-        border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-        areas.append(float((mask.astype(bool) & ~np.isin(labels, border)).mean()))
+        mask = cv2.copyMakeBorder(otsu_mask(image, foreground), 1, 1, 1, 1, cv2.BORDER_CONSTANT,
+                                  value=1)
+        cv2.floodFill(mask, None, (0, 0), 0)    # the border, and all that touches it
+        areas.append(float(mask[1:-1, 1:-1].mean()))
     return tuple(areas)
 
 
@@ -543,16 +538,18 @@ def decide_foreground(asked, areas):
     """"bright" or "dark" for the whole data set, and the evidence. areas: enclosed_areas of the
     training images, (N, 2)."""
     if asked != "auto":
-        return asked, "set by --foreground, or as published"
+        return asked, "set by --foreground, or known of this data set"
     areas = np.array(areas)
     bright, dark = areas.mean(axis=0)
-    decision = "bright" if bright >= dark else "dark"
-    larger = areas[:, 0] > areas[:, 1] if bright >= dark else areas[:, 1] > areas[:, 0]
+    decision = "bright"
+    if dark > bright:
+        decision = "dark"
+        areas = areas[:, ::-1]
+    agree = np.mean(areas[:, 0] > areas[:, 1])
     evidence = (f"enclosed regions cover {bright:.3f} of a training image when bright, {dark:.3f} "
-                f"when dark; {larger.mean():.0%} of {len(areas)} images agree")
-    if larger.mean() < 0.75:
-        evidence += ("; the evidence is thin: look at preview.png and set --foreground yourself if "
-                     "it is wrong")
+                f"when dark; {agree:.0%} of {len(areas)} images agree")
+    if agree < 0.75:
+        evidence += "; the evidence is thin: see preview.png, and set --foreground if it is wrong"
     return decision, evidence
 
 
@@ -560,21 +557,20 @@ def decide_foreground(asked, areas):
 
 @dataclass
 class Pair:
-    """An image with its masks, where it belongs, and what load_row found."""
+    """An image with its masks, where it belongs, and what load found."""
     name: str
-    image: str                                  # its path
+    image: Path
     masks: list = field(default_factory=list)   # paths; their union is the mask
     group: str = ""                             # patient, or what else must stay in one part
     label: str = ""
     part: str = ""
-    slide: str = ""                             # dm: the slide ...
-    tile: tuple = ()                            # ... and the row and column of the tile
-    array: tuple = ()                           # tissuenet: folder of X.npy and y.npy, and index
-    any_shape: bool = False                     # mask and image differ in size, as published
+    slide: str = ""                             # dm: what is cut into tiles
+    index: tuple = ()                           # tissuenet: folder and number; demo: the seed
+    pages: int = 1
     row: int = 0                                # of the scratch file
+    share: float = 0                            # of the mask that is foreground
     areas: tuple = ()                           # enclosed_areas
     digest: str = ""                            # digest_of
-    pages: int = 1
     is_binary: bool = False                     # two values, as masks have
 
 
@@ -586,6 +582,12 @@ class Files:
     bad: list
 
 
+def say(found, words):
+    """Print how many there are of what was found, if any, and the first."""
+    if found:
+        print(f"{len(found)} {words} (the first: {found[0]})")
+
+
 def find_files(raw):
     """All image files below the folder `raw`, as Files; links are followed, hidden files left out.
 
@@ -594,36 +596,36 @@ def find_files(raw):
     folder images/ only folders of masks are looked into. What is not taken is printed. Ends the
     program where two readings are possible.
     """
-    images, in_folders, bad = {}, [], []
-    others, unread, seen = collections.Counter(), "", {raw.resolve()}
+    images, in_folders, bad, unread = {}, [], [], []
+    others = collections.Counter()
+    seen = set()
     for place, folders, files in os.walk(raw, followlinks=True):
         place = Path(place)
-        if {"meta.json", "train_images.npy"} <= {*files}:
+        is_prepared = {"meta.json", "train_images.npy"} <= {*files}
+        if is_prepared:
             print(f"{place}: a prepared data set, not taken")
+        if is_prepared or place.resolve() in seen:      # links may go in circles
             folders.clear()
             continue
-        if any(name.lower() in IMAGE_FOLDERS for name in folders):
-            taken = [name for name in folders
-                     if name.lower() in IMAGE_FOLDERS or MASK_FOLDER.fullmatch(name)]
-            aside = sorted({*folders, *files} - {*taken, "labels.csv"})
+        seen.add(place.resolve())
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        if any(map(IMAGE_FOLDER.fullmatch, folders)):
+            inside = [name for name in folders if is_place(name)]
+            aside = sorted({*folders, *files} - {*inside, "labels.csv"})
             if aside:
-                print(f"{place}: beside {', '.join(taken)} not taken: {', '.join(aside[:9])}")
-            folders[:], files = taken, []
-        real = {name: (place / name).resolve() for name in sorted(folders)
-                if name[0] != "." and name != "__MACOSX"}
-        folders[:] = [name for name in real if real[name] not in seen]     # links may go in circles
-        seen.update(real.values())
-        inside = place.relative_to(raw).parts
-        is_mask = any(MASK_FOLDER.fullmatch(folder) for folder in inside)
+                print(f"{place}: beside {', '.join(inside)} not taken: {', '.join(aside[:9])}")
+            folders[:] = inside
+            continue
+        is_mask = any(map(MASK_FOLDER.fullmatch, place.relative_to(raw).parts))
         for file in sorted(files):
             path = place / file
-            name = name_of((*inside, file))
             if file[0] == "." or file == "Thumbs.db" or path == raw / "labels.csv":
                 continue
-            other = other_kind(path)
-            if other:
-                others[other] += 1
-                unread = unread or is_mask and str(path)
+            kind = kind_of_file(path)
+            name = name_of(path.relative_to(raw))
+            if kind not in EXTENSIONS:
+                others[kind] += 1
+                unread += [path] * is_mask
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif is_mask:
@@ -634,42 +636,44 @@ def find_files(raw):
                 images[name] = path
     if others:
         listed = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
-        hint = "; cut volumes into slices, a file each" if VOLUMES & set(others) else ""
-        print(f"{raw}: of other kinds and not read: {listed}{hint}")
+        print(f"{raw}: of other kinds and not read: {listed} (volumes: cut them into slices, a "
+              "file each)")
     masks = match_masks(raw, images, in_folders)
-    if unread and images and not masks:
-        sys.exit(f"{unread}: a mask of a kind that is not read: convert it, or give the folder of "
-                 "the images alone")
     if not images:
-        if in_folders:
-            bad.append(f"{in_folders[0][1]}: in a folder of masks")
-        sys.exit("\n".join([*bad, f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})"]))
+        bad += [f"{path}: in a folder of masks" for _, path in in_folders[:1]]
+        bad.append(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})")
+        sys.exit("\n".join(bad))
+    if unread and not masks:
+        sys.exit(f"{unread[0]}: a mask of a kind that is not read: convert it, or give the folder "
+                 "of the images alone")
     return Files(images, masks, bad)
 
 
-def other_kind(path):
-    """"" for a file that can be read as an image, else its suffix, or without one its name."""
-    suffix = path.suffix.lower()
-    if suffix in EXTENSIONS:
-        return ""
+def is_place(folder):
+    """Whether a folder is called images, masks or the like, which is no part of a name."""
+    return IMAGE_FOLDER.fullmatch(folder) or MASK_FOLDER.fullmatch(folder)
+
+
+def kind_of_file(path):
+    """The suffix of a file, in lower case, or its name where it has none; .dcm for all DICOM."""
+    kind = path.suffix.lower() or path.name
     if path.name.lower().endswith(".nii.gz"):
         return ".nii.gz"
-    if path.name != "DICOMDIR" and suffix not in VOLUMES:
+    if kind not in EXTENSIONS and kind != "DICOMDIR":
         with open(path, "rb") as file:
             if file.read(132)[128:] == b"DICM":
-                return ""
-    return suffix or path.name
+                return ".dcm"
+    return kind
 
 
-def name_of(inside):
-    """The name of an image or mask file, from the parts of its path: see find_files."""
-    *folders, file = inside
-    if Path(file).suffix.lower() in EXTENSIONS:
-        file = Path(file).stem
+def name_of(path):
+    """The name of an image or mask file from its path below --raw: see find_files."""
+    *folders, file = path.parts
+    if path.suffix.lower() in EXTENSIONS:
+        file = path.stem
     if {"imagesTr", "imagesTs"} & set(folders):
         file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    folders = [folder for folder in folders
-               if folder.lower() not in IMAGE_FOLDERS and not MASK_FOLDER.fullmatch(folder)]
+    folders = [folder for folder in folders if not is_place(folder)]
     return unicodedata.normalize("NFC", "/".join([*folders, file]))
 
 
@@ -677,36 +681,34 @@ def match_masks(raw, images, in_folders):
     """Return {name: [mask paths]}. images: {name: path}, from which masks beside them are removed;
     in_folders: (name, path) of the files in mask folders. Ends the program where two readings are
     possible."""
-    beside, unclear = [], []
-    for name, path in images.items():
+    beside, unclear, names = [], [], {*images}
+    for name, path in [*images.items()]:
         match = MASK_NAME.fullmatch(name)
-        if match and match[1] in images:
-            beside.append((name, path))
+        if match and match[1] in names:
+            beside.append((name, images.pop(name)))
         elif match or MASK_FIRST.fullmatch(name):
             unclear.append(path)
-    for name, _ in beside:
-        del images[name]
     if 0 < len(unclear) < len(images):
         sys.exit(f"{unclear[0]}: by its name a mask, but of no image here. Put masks into "
                  f"{raw / 'masks'} under their images' names, or rename the image")
-    masks, orphans = join_names({name: name for name in images}, beside + in_folders)
-    last = {name.rsplit("/", 1)[-1]: name for name in images}
-    if orphans and not masks and len(last) == len(images):      # original/x with masks/x
-        masks, orphans = join_names(last, [(name.rsplit("/", 1)[-1], path)
-                                           for name, path in in_folders])
-    if orphans and images:
-        print(f"{len(orphans)} masks have no image and are not used, {orphans[0]} first")
-        if not masks:
-            sys.exit(f"{raw}: no mask has the name of an image, such as {min(images)}")
+    masks, orphans = join_names(dict(zip(images, images)), beside + in_folders)
+    by_file = {Path(name).name: name for name in images}
+    if orphans and not masks and len(by_file) == len(images):       # original/x with masks/x
+        masks, orphans = join_names(by_file, [(Path(name).name, path) for name, path in in_folders])
+    say(orphans, "masks have no image and are not used")
+    if orphans and images and not masks:
+        sys.exit(f"{raw}: no mask has the name of an image, such as {min(images)}")
+    folders = set()
     for name, paths in masks.items():
-        numbered = sum(path.stem[-1].isdigit() for path in paths)
-        if len({path.parent for path in paths}) > 1 or 1 < len(paths) > numbered + 1:
+        places = {str(path.parent) for path in paths}
+        unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
+        if len(places) > 1 or len(unnumbered) > 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: leave one of them")
+        folders |= places
     if masks:
-        folders = sorted({str(path.parent) for paths in masks.values() for path in paths})
         several = sum(len(paths) > 1 for paths in masks.values())
-        print(f"masks of {len(masks)} images in {', '.join(folders[:3])}; {several} images have "
-              "several, which are joined")
+        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}; {several} images "
+              "have several, which are joined")
     return masks
 
 
@@ -725,75 +727,70 @@ def join_names(images, candidates):
     return masks, orphans
 
 
-def find_folder(raw, args, bad):
+def find_folder(raw, args, bad, missing):
     """All images below --raw as Pairs: with masks where a part has any, parts as train/, val/ and
     test/ say, groups (set_groups) and labels (set_labels)."""
     files = find_files(raw)
     bad += files.bad
     above = raw.resolve().parent
-    sisters = [path for path in above.iterdir() if MASK_FOLDER.fullmatch(path.name)]
-    if sisters and raw.resolve().name.lower() in IMAGE_FOLDERS:
-        print(f"{sisters[0]} is not used: give --raw {above} for these masks")
+    if IMAGE_FOLDER.fullmatch(raw.resolve().name):
+        for path in above.iterdir():
+            if MASK_FOLDER.fullmatch(path.name):
+                print(f"{path} is not used: give --raw {above} for these masks")
     pairs = []
     for name, path in sorted(files.images.items()):
-        pair = Pair(name, str(path), [str(mask) for mask in files.masks.get(name, ())])
-        pair.part, pair.name = part_of_name(name)
+        pair = Pair(name, path, files.masks.get(name, []))
+        match = PART_FOLDER.fullmatch(name)
+        if match:
+            pair.part = match[1].lower()
+            pair.name = match[2]
         pairs.append(pair)
-    found = {pair.part for pair in pairs}
-    if found != {""} and found != set(PARTS):
-        outside = [pair.image for pair in pairs if not pair.part]
-        sys.exit(f"{raw}: has {' '.join(sorted(found - {''}))}: give all of train, val and test, "
-                 f"and no images outside of them, or none of them ({len(outside)} are outside)")
+    outside = sum(not pair.part for pair in pairs)
+    found = {pair.part for pair in pairs} - {""}
+    if found and (outside or len(found) < 3):
+        sys.exit(f"{raw}: has {' '.join(sorted(found))}: give all of train, val and test, and no "
+                 f"images outside of them, or none of them ({outside} are outside)")
     masked = {pair.part for pair in pairs if pair.masks}
-    bare = [pair for pair in pairs if pair.part in masked and not pair.masks]
-    bad += [f"{pair.image}: has no mask" for pair in bare]
-    pairs = [pair for pair in pairs if pair not in bare]
-    set_groups(raw, pairs, args.group_regex, bad)
+    kept = []
+    for pair in pairs:
+        if pair.masks or pair.part not in masked:
+            kept.append(pair)
+        else:
+            bad.append(f"{pair.image}: has no mask")
+    set_groups(raw, kept, args.group_regex, bad)
     if (raw / "labels.csv").is_file():
-        set_labels(raw, pairs)
-    return pairs
-
-
-def part_of_name(name):
-    """("train", "val" or "test", the rest of the name) where one of its folders is called so, or
-    else ("", name)."""
-    *folders, _ = inside = name.split("/")
-    for k, folder in enumerate(folders):
-        part = PART_NAMES.get(folder.lower(), "")
-        if part:
-            return part, "/".join(inside[k + 1:])
-    return "", name
+        set_labels(raw / "labels.csv", kept)
+    return kept
 
 
 def set_groups(raw, pairs, regex, bad):
     """Set the group of each pair: what `regex` finds in its name, or without one the topmost folder
     of the name that not all share. Ends the program where few large folders may be classes."""
+    if regex:
+        for pair in pairs:
+            match = re.search(regex, pair.name)
+            pair.group = match and match[match.re.groups > 0]
+            if pair.group is None:
+                bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
+        return
     folders = [pair.name.split("/")[:-1] for pair in pairs]
     shared = len(os.path.commonprefix(folders))
     for pair, inside in zip(pairs, folders):
         pair.group = "".join(inside[shared:shared + 1])
-        if regex:
-            match = re.search(regex, pair.name)
-            pair.group = match and match[1 if match.re.groups else 0]
-        if pair.group is None:
-            bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
     names = sorted({pair.group for pair in pairs} - {""})
-    if regex or not names:
-        return
-    groups = {pair.group or pair.name for pair in pairs}
-    has_id = Path(pairs[0].image).suffix.lower() not in EXTENSIONS - {".dcm", ".dicom"}
-    if len(groups) < 5 and len(pairs) >= 8 * len(groups) and not pairs[0].part and not has_id:
+    n = len({pair.group or pair.name for pair in pairs})
+    may_be_classes = names and n < 5 and len(pairs) >= 8 * n and not pairs[0].part
+    if may_be_classes and kind_of_file(pairs[0].image) not in (".dcm", ".dicom"):   # has an id
         sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
                  "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
                  "they are classes, give --group-regex '.+'")
-    print(f"{raw}: {len(names)} folders are taken as patients, {names[0]} first, and each stays in "
-          "one part (--group-regex '.+' splits image by image)")
+    say(names, f"folders of {raw} are taken as patients, and each stays in one part: --group-regex "
+        "'.+' splits image by image")
 
 
-def set_labels(raw, pairs):
-    """Set the label of each pair from labels.csv, where it stands by its name or its file's. Ends
-    the program where none does."""
-    path = raw / "labels.csv"
+def set_labels(path, pairs):
+    """Set the label of each pair from the table labels.csv, where it stands by the pair's name or
+    its file's. Ends the program where none does."""
     labels = {}
     for row in read_table(path, ("name", "label")):
         name = unicodedata.normalize("NFC", row["name"])
@@ -801,16 +798,15 @@ def set_labels(raw, pairs):
             sys.exit(f"{path}: {name} has two labels, {labels[name]} and {row['label']}")
     used = set()
     for pair in pairs:
-        file = Path(unicodedata.normalize("NFC", str(Path(pair.image).relative_to(raw))))
-        for name in (pair.name, str(file), str(file.with_suffix("")), file.name, file.stem):
-            if name in labels:
+        file = Path(unicodedata.normalize("NFC", str(pair.image.relative_to(path.parent))))
+        for name in (file.stem, file.name, str(file.with_suffix("")), str(file), pair.name):
+            if name in labels:                  # the last that is there counts
                 pair.label = labels[name]
                 used.add(name)
-                break
-    left = sorted(labels.keys() - used)
     unlabelled = sum(not pair.label for pair in pairs)
-    print(f"{path}: {unlabelled} of {len(pairs)} images have no label; {len(left)} rows have no "
-          f"image ({', '.join(left[:3]) or 'none'})")
+    print(f"{path}: {unlabelled} of {len(pairs)} images have no label")
+    left = sorted(labels.keys() - used)
+    say(left, "rows of it have no image")
     if not used:
         sys.exit(f"{path}: no row is of an image: {left[:1]} there, {pairs[0].name} here")
 
@@ -835,26 +831,17 @@ def read_table(path, columns):
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """{name: group} of the pairs: groups that share a picture (Pair.digest) become one. Prints how
-    many pictures are there twice."""
-    leader, first, again = {}, {}, []
-
-    def lead(pair):
-        group = pair.group or pair.name
-        while group in leader:
-            group = leader[group]
-        return group
-
-    for pair in pairs:
-        other = first.setdefault(pair.digest or pair.name, pair)
-        if other is not pair:
-            again.append(f"{pair.image} and {other.image}")
-        if lead(other) != lead(pair):
-            leader[lead(pair)] = lead(other)
-    if again:
-        print(f"{len(again)} pictures are there twice, {again[0]} first: kept in one part, unless "
-              "parts are given")
-    return {pair.name: lead(pair) for pair in pairs}
+    """The group of each pair, a list: groups that share a picture (Pair.digest) become one. Prints
+    how many pictures are there twice."""
+    names, groups = np.unique([pair.group or pair.name for pair in pairs], return_inverse=True)
+    first, again = {}, []
+    for k, pair in enumerate(pairs):
+        other = first.setdefault(pair.digest or pair.name, k)
+        if other != k:
+            again.append(f"{pair.image} and {pairs[other].image}")
+            groups[groups == groups[k]] = groups[other]
+    say(again, "pictures are there twice: kept in one part, unless parts are given")
+    return names[groups].tolist()
 
 
 def split(pairs, seed):
@@ -862,49 +849,47 @@ def split(pairs, seed):
     slides; a group that a cut falls into stays whole. Few large groups fill each part with at least
     one, where there are three."""
     groups = join_duplicates(pairs)
-    if len(set(groups.values())) < len(PARTS):
+    if len(set(groups)) < len(PARTS):
         print("nearly all pictures are the same, and so in several parts")
-        groups = {pair.name: pair.group or pair.name for pair in pairs}
+        groups = [pair.group or pair.name for pair in pairs]
     units = collections.defaultdict(set)        # the images, or slides, of a group
-    for pair in pairs:
-        units[groups[pair.name]].add(pair.slide or pair.name)
+    for pair, group in zip(pairs, groups):
+        units[group].add(pair.slide or pair.name)
     order = np.random.default_rng(seed).permutation(sorted(units)).tolist()
     ends = np.cumsum([0] + [len(units[group]) for group in order])
-    first, second = np.searchsorted(ends, [int(0.7 * ends[-1]), int(0.8 * ends[-1])]).tolist()
-    if 3 <= len(order) < ends[-1]:
-        first = max(1, min(first, len(order) - 2))
-        second = min(max(second, first + 1), len(order) - 1)
-    place = {group: k for k, group in enumerate(order)}
-    for pair in pairs:
-        k = place[groups[pair.name]]
-        pair.part = PARTS[(k >= first) + (k >= second)]
+    n, total = len(order), ends[-1]
+    cuts = np.searchsorted(ends, [int(0.7 * total), int(0.8 * total)])
+    if 3 <= n < total:
+        cuts[0] = np.clip(cuts[0], 1, n - 2)
+        cuts[1] = np.clip(cuts[1], cuts[0] + 1, n - 1)
+    place_of = dict(zip(order, np.searchsorted(cuts, np.arange(n), "right")))
+    for pair, group in zip(pairs, groups):
+        pair.part = PARTS[place_of[group]]
 
 
 def stratify(pairs, seed):
     """Set the part of every pair: ceil(20 %) test, then ceil(13 %) of the rest validation, of each
-    class its like share, to one image. A picture that is there twice changes places with one of its
-    class, to be in one part."""
+    class its like share, to one image. Pictures that are there twice go together to the first part
+    that has room for them."""
     classes = collections.defaultdict(list)
-    for pair in pairs:
-        classes[pair.label].append(pair)
+    members = collections.defaultdict(list)
+    for pair, group in zip(pairs, join_duplicates(pairs)):
+        classes[pair.label].append(group)
+        members[group].append(pair)
     ranked = []                                 # the classes, each in seeded order, evenly merged
-    for label, members in sorted(classes.items()):
-        order = np.random.default_rng([seed, len(label)]).permutation(len(members))
-        ranked += [((k + 0.5) / len(members), label, members[i]) for k, i in enumerate(order)]
-    ranked.sort(key=lambda entry: entry[:2])
+    for label, groups in sorted(classes.items()):
+        n = len(groups)
+        order = np.random.default_rng([seed, len(label)]).permutation(n)
+        ranked += [((k + 0.5) / n, label, groups[i]) for k, i in enumerate(order)]
     test = math.ceil(0.2 * len(pairs))
     val = math.ceil(0.13 * (len(pairs) - test))
-    for k, (_, _, pair) in enumerate(ranked):
-        pair.part = PARTS[2 if k < test else 1 if k < test + val else 0]
-    groups = join_duplicates(pairs)
-    sizes = collections.Counter(groups.values())
-    part_of = {}
-    for pair in pairs:
-        part = part_of.setdefault(groups[pair.name], pair.part)
-        if pair.part != part:
-            other = next(other for other in classes[pair.label]
-                         if other.part == part and sizes[groups[other.name]] == 1)
-            pair.part, other.part = other.part, pair.part
+    room = {"test": test, "val": val, "train": len(pairs)}
+    for _, _, group in sorted(ranked, key=lambda entry: entry[:2]):
+        together = members.pop(group, [])
+        part = next(part for part in room if room[part] >= len(together))
+        room[part] -= len(together)
+        for pair in together:
+            pair.part = part
 
 
 # ---------------------------------------------------------------------- the data sets as published
@@ -916,63 +901,63 @@ def unpack(archive):
     if folder.exists():
         return
     print(f"{archive}: extracting to {folder}")
-    broken = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
     with new_folder(folder) as partial:
         try:
             if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    file.extractall(partial)
+                shutil.unpack_archive(archive, partial, "zip")
             else:
-                with tarfile.open(archive) as file:
-                    file.extractall(partial, filter="data")
-        except broken as error:
+                shutil.unpack_archive(archive, partial, "tar", filter="data")
+        except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError,
+                RuntimeError) as error:
             sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
 
 
-def find_all(raw, pattern):
+def find_all(raw, pattern, missing):
     """Paths below `raw` that match a pattern such as COVID/images/*, at any depth, near ones first;
-    links are followed, hidden files left out."""
+    links are followed, hidden files left out. A pattern that none matches goes to `missing`."""
     found = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+    if not found:
+        missing.append(pattern)
     return [raw / path for path in sorted(found, key=lambda path: (path.count("/"), path))]
 
 
-def images_in(raw, pattern):
-    """{stem: path} of the image files that match find_all's pattern, of one stem the nearest."""
+def images_in(raw, pattern, missing, ending=""):
+    """{name: path} of the image files that match find_all's pattern, of one name the nearest: the
+    stem, which must have the ending, without it."""
     found = {}
-    for path in find_all(raw, pattern):
-        if path.suffix.lower() in EXTENSIONS:
-            found.setdefault(path.stem, path)
+    for path in find_all(raw, pattern, missing):
+        if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
+            found.setdefault(path.stem[:len(path.stem) - len(ending)], path)
     return found
 
 
 def pair_up(images, masks, bad, **more):
     """Pairs of {name: image path} and {name: mask path}; an image without a mask goes to `bad`;
     more: fields that all have."""
-    bad += [f"{images[name]}: has no mask" for name in sorted(images.keys() - masks.keys())]
-    orphans = sorted(masks.keys() - images.keys())
-    if orphans:
-        print(f"{len(orphans)} masks have no image and are not used, {masks[orphans[0]]} first")
-    return [Pair(name, str(images[name]), [str(masks[name])], **more)
-            for name in sorted(images.keys() & masks.keys())]
+    say(sorted(masks.keys() - images.keys()), "masks have no image and are not used")
+    pairs = []
+    for name, path in sorted(images.items()):
+        if name in masks:
+            pairs.append(Pair(name, path, [masks[name]], **more))
+        else:
+            bad.append(f"{path}: has no mask")
+    return pairs
 
 
 def find_isic(raw, args, bad, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2")):
-        images = images_in(raw, f"ISIC-2017_{official}_Data/*")
-        images = {stem: path for stem, path in images.items() if "_superpixels" not in stem}
-        masks = images_in(raw, f"ISIC-2017_{official}_Part1_GroundTruth/*")
-        masks = {stem.removesuffix("_segmentation"): path for stem, path in masks.items()}
-        tables = find_all(raw, f"ISIC-2017_{official}_Part3_GroundTruth.csv")
-        there = {"Data": images, "Part1_GroundTruth": masks, "Part3_GroundTruth.csv": tables}
-        missing += [f"ISIC-2017_{official}_{what}" for what in there if not there[what]]
+        stem = f"ISIC-2017_{official}_"
+        images = images_in(raw, stem + "Data/*[0-9].*", missing)           # not *_superpixels.png
+        masks = images_in(raw, stem + "Part1_GroundTruth/*", missing, "_segmentation")
         new = pair_up(images, masks, bad, part=part)
         labels = {}
-        diseases = ("melanoma", "seborrheic_keratosis")
-        for row in read_table(tables[0], ("image_id", *diseases)) if tables else ():
-            found = [disease for disease in diseases if float(row[disease]) == 1]
-            labels[row["image_id"]] = (found or ["nevus"])[0]
+        diseases = ["seborrheic_keratosis", "melanoma"]
+        for table in find_all(raw, stem + "Part3_GroundTruth.csv", missing)[:1]:
+            for row in read_table(table, ["image_id", *diseases]):
+                said = [disease for disease in diseases if float(row[disease]) == 1]
+                labels[row["image_id"]] = ["nevus", *said][-1]
         for pair in new:
             pair.label = labels.get(pair.name, "")
         pairs += new
@@ -983,101 +968,85 @@ def find_xray(raw, args, bad, missing):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images = images_in(raw, f"{label}/images/*")
-        masks = images_in(raw, f"{label}/masks/*")
-        if not images or not masks:
-            missing.append(f"{label}/images and masks")
-        pairs += pair_up(images, masks, bad, label=label, any_shape=True)
+        images = images_in(raw, f"{label}/images/*", missing)
+        masks = images_in(raw, f"{label}/masks/*", missing)
+        pairs += pair_up(images, masks, bad, label=label)
     return pairs
 
 
 def find_drone(raw, args, bad, missing):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
     `unlabeled`, which is index 0 and black, so nearly everything."""
-    layouts = (("original_images/*", "label_images_semantic/*"),
-               ("original_images/*", "RGB_color_image_masks/*"),
-               ("training_set/images/*", "training_set/gt/semantic/label_images/*"))
-    for layout in layouts:
-        images, masks = images_in(raw, layout[0]), images_in(raw, layout[1])
+    for layout in (("original_images/*", "label_images_semantic/*"),
+                   ("original_images/*", "RGB_color_image_masks/*"),
+                   ("training_set/images/*", "training_set/gt/semantic/label_images/*")):
+        images = images_in(raw, layout[0], [])
+        masks = images_in(raw, layout[1], [])
         if images and masks:
             print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
+            missing.clear()
             return pair_up(images, masks, bad)
-    missing += [" with ".join(layout) for layout in layouts]
+        missing.append(" with ".join(layout))
     return []
 
 
 def find_dsb2018(raw, args, bad, missing):
     """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
-    images, others = {}, 0
-    for path in find_all(raw, "images/*"):
+    images, masks, others = {}, {}, []
+    paths = find_all(raw, "images/*", missing)
+    paths = [path for path in paths if path.suffix.lower() in EXTENSIONS]
+    in_folder = collections.Counter(path.parent for path in paths)
+    for path in paths:
         folder = path.parent.parent
-        alone = len(list(path.parent.glob("[!.]*"))) == 1
-        if alone and path.stem == folder.name and path.suffix.lower() in EXTENSIONS:
-            images[path.stem] = path
-        else:
-            others += 1
-    masks = {name: sorted(images[name].parent.parent.glob("masks/[!.]*.*")) for name in images}
-    if others:
-        print(f"{others} files in folders images/ are not the only one, of its folder's name, and "
-              "not taken")
-    missing += [] if images else ["stage1_train/<id>/images/<id>.png"]
-    pairs = pair_up(images, {name: paths[0] for name, paths in masks.items() if paths}, bad)
+        if path.stem != folder.name or in_folder[path.parent] > 1:
+            others.append(path)
+            continue
+        images[path.stem] = path
+        found = sorted(folder.glob("masks/[!.]*.*"))
+        if found:
+            masks[path.stem] = found
+    say(others, "images are not the only one in images/, of the name of the folder above, and not "
+        "taken")
+    pairs = pair_up(images, masks, bad)
     for pair in pairs:
-        pair.masks = [str(path) for path in masks[pair.name]]
+        pair.masks = masks[pair.name]
     return pairs
 
 
 def find_dm(raw, args, bad, missing):
-    """Dermatomyositis slides, paired by what stands before `_component`, cut into tiles; a slide's
-    tiles stay together, or with --split-by patient all of a patient's (the first two fields of the
-    name). Masks are named as in either publication."""
-    kinds = {"_data": {}, "_mask_labels": {}, "_data.tifmask": {}}
-    for path in find_all(raw, "*_component*.tif*"):
-        name, _, kind = path.name.partition("_component")
-        kinds.get(Path(kind).stem.lower(), {}).setdefault(name, path)
-    images, masks, others = kinds.values()
+    """Dermatomyositis slides, paired by what stands before `_component`; a slide's tiles stay
+    together, or with --split-by patient all of a patient's (the first two fields of the name).
+    Masks are named as in either publication."""
+    images = images_in(raw, "*_component_data.tif*", missing, "_component_data")
+    pattern = "*_component*[mM]ask*.tif*"
+    masks = images_in(raw, pattern, missing, "_component_mask_labels")
+    others = images_in(raw, pattern, [], "_component_data.tifmask")
     if masks.keys() & others.keys():
         print("there are masks of both namings: *_mask_labels is taken")
-    masks = others | masks
-    missing += [] if images else ["*_component_data.tif"]
-    missing += [] if masks else ["*_component_mask_labels.tiff or *_component_data.tifMask.tif"]
-    pairs = []
-    for pair in pair_up(images, masks, bad):
-        try:
-            with Image.open(pair.image) as slide:
-                width, height = slide.size
-        except (OSError, SyntaxError) as error:
-            bad.append(f"{pair.image}: cannot be read: {error}")
-            continue
-        group = pair.name
+    pairs = pair_up(images, others | masks, bad)
+    for pair in pairs:
+        pair.slide = pair.group = pair.name
         if args.split_by == "patient":
-            group = "_".join(pair.name.split("_")[:2])
-        for y in range(math.ceil(height / TILE)):
-            for x in range(math.ceil(width / TILE)):
-                pairs.append(Pair(f"{pair.name}_{y}_{x}", pair.image, pair.masks, group,
-                                  slide=pair.name, tile=(y, x)))
+            pair.group = "_".join(pair.name.split("_")[:2])
     return pairs
 
 
 def find_tissuenet(raw, args, bad, missing):
-    """TissueNet: the official parts; foreground is the whole cell."""
+    """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        found = find_all(raw, f"tissuenet_v*_{part}/X.npy")
-        if not found:
-            missing.append(f"tissuenet_v1.*_{part}.npz")
-            continue
-        folder = found[-1].parent               # the latest version
-        try:
-            x = np.load(folder / "X.npy", mmap_mode="r")
-            y = np.load(folder / "y.npy", mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            sys.exit(f"{folder}: cannot be read ({error}); get it again")
-        if x.ndim != 4 or x.shape[3] != 2 or x.shape != y.shape:
-            sys.exit(f"{folder}: X is {x.shape} and y {y.shape}, not (N, H, W, 2) both")
-        for i in range(len(x)):
-            path = f"{folder}[{i}]"
-            pairs.append(Pair(f"{part}_{i:05d}", path, [path], part=part, array=(folder, i)))
+        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)[-1:]:
+            folder = path.parent
+            try:
+                x = np.load(path, mmap_mode="r")
+                y = np.load(folder / "y.npy", mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                sys.exit(f"{folder}: cannot be read ({error}); get it again")
+            if x.ndim != 4 or x.shape[3] != 2 or x.shape != y.shape:
+                sys.exit(f"{folder}: X is {x.shape} and y {y.shape}, not (N, H, W, 2) both")
+            for i in range(len(x)):
+                path = f"{folder}[{i}]"
+                pairs.append(Pair(f"{part}_{i:05d}", path, [path], part=part, index=(folder, i)))
     return pairs
 
 
@@ -1087,33 +1056,43 @@ def two_channels(x):
     pixels."""
     image = np.zeros((*x.shape[:2], 3), np.uint8)
     for channel in (0, 1):
-        lit = x[..., channel][x[..., channel] > 0]
+        values = x[..., channel]
+        lit = values[values > 0]
         if lit.size:
             low, high = np.percentile(lit, (5, 95))
-            image[..., channel + 1] = to_eight_bits(x[..., channel], (low, max(high, low + 1e-9)))
+            image[..., channel + 1] = to_eight_bits(values, (low, max(high, low + 1e-9)))
     return image
 
 
-FINDERS = {"isic": find_isic, "xray": find_xray, "drone": find_drone, "dsb2018": find_dsb2018,
-           "dm": find_dm, "tissuenet": find_tissuenet}
+def find_demo(raw, args, bad, missing):
+    """What draw_nuclei will draw; every picture has a generator of its own."""
+    pairs = []
+    for p, (part, n) in enumerate(DEMO_COUNTS.items()):
+        for i in range(n):
+            name = f"{part}_{i:03d}"
+            pairs.append(Pair(name, name, [name], part=part, index=(args.seed, p, i)))
+    return pairs
+
+
+FINDERS = {"demo": find_demo, "folder": find_folder, "dm": find_dm, "tissuenet": find_tissuenet,
+           "isic": find_isic, "xray": find_xray, "drone": find_drone, "dsb2018": find_dsb2018}
 
 
 def find_published(raw, args, bad):
     """The Pairs of a published data set; prints what is there and what is missing, and ends the
     program where a part is."""
-    facts = PUBLISHED[args.dataset]
+    facts = FACTS[args.dataset]
     raw = Path(re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
     endings = (".npz",) if args.dataset == "tissuenet" else (".zip", ".tar", ".tar.gz", ".tgz")
-    for path in sorted(raw.iterdir()):
-        if path.name.lower().endswith(endings) and path.is_file() and path.name[0] != ".":
+    for path in sorted(raw.glob("[!.]*")):
+        if path.name.lower().endswith(endings) and path.is_file():
             unpack(path)
     missing = []
     pairs = FINDERS[args.dataset](raw, args, bad, missing)
-    counts = collections.Counter(pair.part for pair in pairs)
     print(f"{raw}: {len(pairs)} images with masks")
     if missing:
         print(f"missing: {', '.join(missing)}; from {facts.page}")
-    if not pairs or ("" not in counts and len(counts) < len(PARTS)):
+    if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
         sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
                  "nothing was written")
     return pairs
@@ -1124,15 +1103,14 @@ def download(url, path, timeout=30, tries=5):
     call, goes on from there. Ends the program where all tries fail, or the server refuses."""
     partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(partial),
-               "--speed-limit", "1", "--speed-time", str(timeout), "--write-out", "%{http_code}",
-               url]
     if not shutil.which("curl"):
         sys.exit(f"{url}: curl is not installed: install it, or fetch this file to {path}")
+    command = "curl --fail --location --continue-at - --speed-limit 1 --write-out %{http_code}"
+    command = [*command.split(), "--speed-time", str(timeout), "--output", str(partial), url]
     for _ in range(tries):
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if ended.returncode == 0:
-            os.replace(partial, path)
+            partial.replace(path)
             return
         if ended.returncode in (33, 36):        # the server cannot go on from there
             partial.unlink(missing_ok=True)
@@ -1146,13 +1124,12 @@ def download(url, path, timeout=30, tries=5):
 def fetch(args):
     """--download: the files of a data set that needs no account, into --raw; of another one, say
     where it is to be had."""
-    facts = PUBLISHED[args.dataset]
+    facts = FACTS[args.dataset]
     if not facts.files:
         sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from {facts.page}, "
-                 "put the files or archives into a folder, then: python prepare_data.py --dataset "
-                 f"{args.dataset} --raw FOLDER")
+                 "put the files or archives into a folder, and give --raw FOLDER")
     for url in facts.files:
-        path = Path(args.raw) / url.rsplit("/", 1)[1]
+        path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
             print(f"{path} is there")
         else:
@@ -1167,9 +1144,9 @@ def read_meta(folder):
         return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         name = Path(folder).name
-        flags = f"folder --raw DIR --name {name}"
-        if name == "demo" or name in PUBLISHED:
-            flags = name if name == "demo" else f"{name} --raw DIR"
+        flags = f"{name} --raw DIR" if name in FACTS else f"folder --raw DIR --name {name}"
+        if name == "demo":
+            flags = name
         sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset {flags}")
 
 
@@ -1202,39 +1179,38 @@ def check(folder):
     """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
     is off."""
     meta = read_meta(folder)
+    size, expected = meta["size"], meta["fingerprint"]
     wrong, seen, fingerprint = [], {}, hashlib.sha256()
-    for part in PARTS:
+    for part, n in meta["counts"].items():
         images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        shape = (meta["counts"][part], meta["size"], meta["size"])
-        if len(rows) != shape[0] or images.shape != (*shape, 3):
+        if len(rows) != n or images.shape != (n, size, size, 3):
             wrong.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows, "
-                         f"meta.json says {shape}")
+                         f"meta.json says {n} of {size} px")
         for row, image in zip(rows, images):
             fingerprint.update(image)
+            here = f"{row['name']} of {part}"
             keys = {"name": row["name"], "group": row["group"], "picture": digest_of(image)}
             for kind, key in keys.items():
-                other, name = seen.setdefault((kind, key), (part, row["name"]))
-                if key and other != part:
-                    wrong.append(f"the same {kind} in two parts: {name} of {other} and "
-                                 f"{row['name']} of {part}")
-        covered = "no masks"
-        if masks is not None:
-            if masks.shape != shape or masks.max() > 1:
-                wrong.append(f"{part}_masks.npy is {masks.shape} up to {masks.max()}, not {shape} "
-                             "up to 1")
-            for mask in masks:
-                fingerprint.update(mask)
-            covered = f"foreground {np.mean(masks):.4f} of the pixels"
+                first, there = seen.setdefault((kind, key), (part, here))
+                if key and first != part:
+                    wrong.append(f"the same {kind} in two parts: {there} and {here}")
         groups = {row["group"] for row in rows} - {""}
-        print(f"{part}: {len(rows)} images, {len(groups)} groups, {covered}")
-    if fingerprint.hexdigest() != meta["fingerprint"]:
-        wrong.append("the arrays are not those that were written: fingerprint "
-                     f"{fingerprint.hexdigest()}, meta.json has {meta['fingerprint']}")
+        print(f"{part}: {len(rows)} images, {len(groups)} groups")
+        if masks is None:
+            continue
+        fingerprint.update(masks)
+        print(f"{part}: foreground {masks.mean():.4f} of the pixels")
+        if masks.shape != (n, size, size) or masks.max() > 1:
+            wrong.append(f"{part}_masks.npy is {masks.shape} up to {masks.max()}, not {n} of "
+                         f"{size} px up to 1")
+    found = fingerprint.hexdigest()
+    if found != expected:
+        wrong.append(f"not the arrays that were written: fingerprint {found}, not {expected}")
     if wrong:
-        lines = [f"{folder}: {line}" for line in wrong[:20]]
-        sys.exit("\n".join([*lines, f"{len(wrong)} things are off"]))
-    print(f"{folder}: all is well; fingerprint {meta['fingerprint']}")
+        lines = "\n".join(f"{folder}: {line}" for line in wrong[:20])
+        sys.exit(f"{lines}\n{len(wrong)} things are off")
+    print(f"{folder}: all is well; fingerprint {found}")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -1284,73 +1260,61 @@ def new_folder(final):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_npy(path, shape, rows, digest):
-    """Stream uint8 rows into a .npy file, never more than one in memory; update the sha256
-    `digest`."""
-    with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for row in rows:
-            data = np.ascontiguousarray(row, dtype=np.uint8).tobytes()
-            digest.update(data)
-            file.write(data)
-
-
 def contact_sheet(rows, titles, captions=None, cell=112):
     """A table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption under
     each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (drawn black and white),
     or None (left empty)."""
-    line, gap = 18, 4
-    row_height = cell + gap + (line if captions else 0)
-    sheet = np.full((line + len(rows) * row_height, len(titles) * (cell + gap), 3), 255, np.uint8)
-
-    def write(text, x, y):
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(sheet, text, (x + 2, y + 13), font, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-
-    for i, title in enumerate(titles):
-        write(title, i * (cell + gap), 0)
+    line = 18
+    width = cell + 4
+    height = width + (line if captions else 0)
+    sheet = np.full((line + len(rows) * height, len(titles) * width, 3), 255, np.uint8)
+    texts = [(title, i * width, 0) for i, title in enumerate(titles)]
     for k, row in enumerate(rows):
-        y = line + k * row_height
+        y = line + k * height
         for i, tile in enumerate(row):
-            if tile is None:
-                continue
-            if tile.ndim == 2:
-                tile = np.repeat(tile[..., None].astype(np.uint8) * 255, 3, axis=2)
-            sheet[y:y + cell, i * (cell + gap):][:, :cell] = resize(np.array(tile), cell)
+            if tile is not None:
+                scale = 255 if tile.ndim == 2 else 1
+                tile = np.atleast_3d(resize(tile.astype(np.uint8) * scale, cell))
+                sheet[y:y + cell, i * width:][:, :cell] = tile
         if captions:
-            write(captions[k], 0, y + cell)
+            texts.append((captions[k], 0, y + cell))
+    for text, x, y in texts:
+        cv2.putText(sheet, text, (x + 2, y + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1, cv2.LINE_AA)
     return sheet
 
 
 def write_preview(folder, foreground):
     """preview.png: image, pseudo-mask and truth side by side, for up to four images a part."""
-    rows, titles = [[], [], [], []], []
+    columns, titles = [], []
     for part in PARTS:
         images, masks = open_part(folder, part)
+        images = np.array(images[:4])
+        columns += [images, [otsu_mask(image, foreground) for image in images]]
+        columns.append([] if masks is None else masks[:4])
         titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
-        for k, row in enumerate(rows):
-            if k < len(images):
-                row += [images[k], otsu_mask(np.array(images[k]), foreground)]
-                row.append(None if masks is None else masks[k])
-            else:
-                row += [None, None, None]
+    rows = list(itertools.zip_longest(*columns))
     Image.fromarray(contact_sheet(rows, titles)).save(folder / "preview.png")
 
 
-def finish(folder, meta, parts, digest):
-    """The small files of a data set: {part}.csv, preview.png, and last meta.json. parts: {part: its
-    Pairs in the order of the arrays}."""
-    for part in PARTS:
-        with open(folder / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["name", "group", "label"])
-            writer.writerows([pair.name, pair.group, pair.label] for pair in parts[part])
-    write_preview(folder, meta["foreground"])
-    meta["counts"] = {part: len(parts[part]) for part in PARTS}
-    meta["fingerprint"] = digest.hexdigest()
-    text = json.dumps(meta, indent=2) + "\n"
-    (folder / "meta.json").write_text(text, encoding="utf-8")
+def write_arrays(folder, parts, size, scratch):
+    """Write the arrays of {part: Pairs} from the rows of `scratch`, never more than one in memory.
+    Returns the sha256 of them all."""
+    digest = hashlib.sha256()
+    pixels = size * size
+    for part, pairs in parts.items():
+        arrays = [("images", (size, size, 3), 0)]
+        if pairs[0].masks:
+            arrays.append(("masks", (size, size), 3 * pixels))
+        for kind, shape, first in arrays:
+            with open(folder / f"{part}_{kind}.npy", "wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for pair in pairs:
+                    start = pair.row * 4 * pixels + first
+                    row = np.fromfile(scratch, np.uint8, math.prod(shape), offset=start)
+                    digest.update(row)
+                    file.write(row)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- demo
@@ -1378,37 +1342,18 @@ def draw_nuclei(size, rng):
     return np.repeat(gray[..., None], 3, axis=2), mask.astype(np.uint8)
 
 
-def prepare_demo(args, final):
-    """Draw the demo from the seed; every picture has a generator of its own."""
-    digest, parts = hashlib.sha256(), {}
-    size = args.size
-    with new_folder(final) as folder:
-        for p, (part, n) in enumerate(DEMO_COUNTS.items()):
-            images, masks = [], []
-            for i in range(n):
-                image, mask = draw_nuclei(size, np.random.default_rng([args.seed, p, i]))
-                images.append(image)
-                masks.append(mask)
-            write_npy(folder / f"{part}_images.npy", (n, size, size, 3), images, digest)
-            write_npy(folder / f"{part}_masks.npy", (n, size, size), masks, digest)
-            parts[part] = [Pair(f"{part}_{i:03d}", "") for i in range(n)]
-        meta = {"dataset": "demo", "name": args.name, "foreground": args.foreground,
-                "foreground_evidence": "drawn so", "size": size, "seed": args.seed,
-                "source": "drawn by prepare_data.py", "command": args.command}
-        finish(folder, meta, parts, digest)
+# -------------------------------------------------------------------------------------- preparing
 
-
-# --------------------------------------------------------------------- folders and published sets
-
-def load_rows(pairs, args, rule):
-    """Read the image that `pairs` share, the tiles of a slide or else one pair, and their masks;
-    fill in what was found. Returns each pair's row of the scratch file: the bytes of its image
-    (S, S, 3) and its mask (S, S). Raises ValueError with the path of the file that is bad."""
-    pair, size = pairs[0], args.size
-    path = pair.image
+def load(pair, args, rule):
+    """Read an image and its masks. Returns a Pair, and the bytes of its image (S, S, 3) and its
+    mask (S, S), for each tile of a slide, or else for the one picture. Raises ValueError with the
+    path of the file that is bad."""
+    size, path = args.size, pair.image
     try:
-        if pair.array:
-            folder, i = pair.array
+        if args.dataset == "demo":
+            image, mask = draw_nuclei(size, np.random.default_rng(pair.index))
+        elif args.dataset == "tissuenet":
+            folder, i = pair.index
             image = two_channels(np.load(folder / "X.npy", mmap_mode="r")[i])
             mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
         else:
@@ -1420,37 +1365,54 @@ def load_rows(pairs, args, rule):
             mask = None
             for path in pair.masks:
                 one = foreground_of(read_mask(path, args.page), rule)
-                if one.shape != image.shape[:2] and not pair.any_shape:
-                    raise ValueError(f"the mask is {one.shape[1]}x{one.shape[0]}, its image "
+                height, width = one.shape
+                if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
+                    raise ValueError(f"the mask is {width}x{height}, its image "
                                      f"{image.shape[1]}x{image.shape[0]}")
                 mask = one if mask is None else mask | one
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
+    coarse = image[::4, ::4]
+    pair.is_binary = bool(((coarse == coarse.min()) | (coarse == coarse.max())).all())
+    tiles = cut(pair, image, mask) if pair.slide else [(pair, image, mask)]
     rows = []
-    for pair in pairs:
-        small = resize(cut(image, pair.tile), size)
-        if small.shape != (size, size, 3) or small.dtype != np.uint8:
-            raise ValueError(f"{path}: read as {small.shape} {small.dtype}, which is no picture")
-        coarse = image[::4, ::4]
-        pair.is_binary = bool(((coarse == coarse.min()) | (coarse == coarse.max())).all())
-        pair.areas = enclosed_areas(small)
-        pair.digest = digest_of(small)
-        row = small.tobytes()
-        if pair.masks:
-            row += shrink_mask(cut(mask, pair.tile), size).tobytes()
-        rows.append(row.ljust(4 * size * size, b"\0"))
+    for tile, image, mask in tiles:
+        image = resize(image, size)
+        tile.areas = enclosed_areas(image)
+        tile.digest = digest_of(image)
+        row = image.tobytes()
+        if mask is not None:
+            mask = resize(mask.astype(np.float32), size) >= 0.5     # where half the area is
+            tile.share = mask.mean()
+            row += mask.tobytes()
+        rows.append((tile, row.ljust(4 * size * size, b"\0")))
     return rows
 
 
-def cut(picture, tile):
-    """The tile (row, column) of a slide, (TILE, TILE[, 3]), 0 outside; without tile the picture."""
-    if not tile:
-        return picture
-    y, x = tile[0] * TILE, tile[1] * TILE
-    piece = picture[y:y + TILE, x:x + TILE]
-    out = np.zeros((TILE, TILE, *picture.shape[2:]), picture.dtype)
-    out[:piece.shape[0], :piece.shape[1]] = piece
-    return out
+def cut(pair, image, mask):
+    """The tiles of a slide, each a Pair, its image (TILE, TILE, 3) and mask (TILE, TILE); what lies
+    outside of the slide is 0."""
+    height, width = mask.shape
+    margin = [(0, -height % TILE), (0, -width % TILE)]
+    image = np.pad(image, [*margin, (0, 0)])
+    mask = np.pad(mask, margin)
+    for y in range(0, height, TILE):
+        for x in range(0, width, TILE):
+            window = np.s_[y:y + TILE, x:x + TILE]
+            tile = replace(pair, name=f"{pair.name}_{y // TILE}_{x // TILE}")
+            yield tile, image[window], mask[window]
+
+
+@contextlib.contextmanager
+def thread_pool():
+    """Threads, one a core, gone when the block ends: one that is still in OpenCV when Python ends
+    would abort it."""
+    pool = ThreadPool(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def try_each(work, items, what, bad):
@@ -1458,15 +1420,15 @@ def try_each(work, items, what, bad):
     words go to `bad` instead. Threads: Pillow and OpenCV let go of Python's lock."""
     def attempt(item):
         try:
-            return work(item), ""
+            return work(item)
         except ValueError as error:
-            return None, str(error)
+            return error
 
-    with ThreadPool(os.cpu_count()) as pool:
+    with thread_pool() as pool:
         done = pool.imap(attempt, items)
-        for item, (result, error) in zip(items, tqdm(done, what, len(items), unit=f" {what}")):
-            if error:
-                bad.append(error)
+        for item, result in zip(items, tqdm(done, what, len(items), unit=f" {what}")):
+            if isinstance(result, ValueError):
+                bad.append(str(result))
             else:
                 yield item, result
 
@@ -1474,23 +1436,21 @@ def try_each(work, items, what, bad):
 def mask_rule(pairs, args, bad):
     """The MaskRule of a data set: as published, or decided on a look at all masks of a folder."""
     if args.dataset != "folder":
-        above = PUBLISHED[args.dataset].above
+        above = FACTS[args.dataset].above
         cuts = {255: above, 65535: above * 257, math.inf: 0}
-        return MaskRule(cuts=cuts, evidence=f"above {above}, as published")
+        return MaskRule(cuts=cuts, evidence=f"above {above}, as published or drawn")
 
     def look(path):
         try:
             mask = read_mask(path, args.page)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         mask.values = None                      # all of them would fill the memory
         return mask
 
     paths = [path for pair in pairs for path in pair.masks]
     masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
-    alpha = [mask.path for mask in masks if mask.is_alpha]
-    if alpha:
-        print(f"{len(alpha)} masks are taken from the alpha channel, {alpha[0]} first")
+    say([mask.path for mask in masks if mask.is_alpha], "masks are taken from the alpha channel")
     try:
         rule = decide_mask_rule(args.mask_foreground, masks)
     except ValueError as error:
@@ -1501,102 +1461,29 @@ def mask_rule(pairs, args, bad):
 
 
 def read_all(pairs, args, scratch, bad):
-    """The Pairs that can be read, with their rows in the file `scratch`; prints how many files have
-    several pages."""
+    """The Pairs that can be read, with their rows in the file `scratch`, and the MaskRule; prints
+    how many files have several pages."""
     rule = mask_rule(pairs, args, bad)
-    files = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair.image)]
-
-    def load(group):
-        return load_rows(group, args, rule)
-
     good, stacks = [], []
-    with open(scratch, "wb") as file:
-        for group, rows in try_each(load, files, "images", bad):
-            for pair, row in zip(group, rows):
-                pair.row = len(good)
-                good.append(pair)
+
+    def load_pair(pair):
+        return load(pair, args, rule)
+
+    done = try_each(load_pair, pairs, "images", bad)
+    with open(scratch, "wb") as file, contextlib.closing(done):     # also on a full disk
+        for pair, rows in done:
+            for tile, row in rows:
+                tile.row = len(good)
+                good.append(tile)
                 file.write(row)
-            if group[0].pages > 1:
-                stacks.append(f"{group[0].image} has {group[0].pages}")
-    binary = [pair.image for pair in good if pair.is_binary]
-    if binary and args.dataset == "folder":
-        print(f"{len(binary)} of {len(good)} images have two values or one, {binary[0]} first: are "
-              "they masks? See python prepare_data.py --help for the names of masks")
-    if stacks:
-        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} "
-              "is taken, counted from 0; --page takes another")
+            if pair.pages > 1:
+                stacks.append(f"{pair.image} has {pair.pages}")
+    if args.dataset == "folder":
+        say([pair.image for pair in good if pair.is_binary], "images have two values or one: are "
+            "they masks? See python prepare_data.py --help for the names of masks")
+    say(stacks, f"files have several pages or frames: page {args.page} is taken, counted from 0; "
+        "--page takes another")
     return good, rule
-
-
-def write_parts(folder, parts, size, scratch):
-    """Write the arrays of {part: Pairs}. Returns the sha256 of all, {part: how many masks are
-    empty} of those with masks, and the share of foreground."""
-    digest, empty, shares = hashlib.sha256(), {}, []
-
-    def rows(pairs, first, length):
-        with open(scratch, "rb") as file:
-            for pair in pairs:
-                file.seek(pair.row * 4 * size * size + first)
-                yield np.frombuffer(file.read(length), np.uint8)
-
-    def masks(pairs):
-        for mask in rows(pairs, 3 * size * size, size * size):
-            shares.append(mask.mean())
-            yield mask
-
-    for part, pairs in parts.items():
-        n = len(pairs)
-        images = rows(pairs, 0, 3 * size * size)
-        write_npy(folder / f"{part}_images.npy", (n, size, size, 3), images, digest)
-        if pairs[0].masks:
-            write_npy(folder / f"{part}_masks.npy", (n, size, size), masks(pairs), digest)
-            empty[part] = shares[-n:].count(0)
-            if empty[part]:
-                print(f"{part}: {empty[part]} of {n} masks are empty at {size} px")
-    share = float(np.mean(shares)) if shares else None
-    if shares:
-        question = ""
-        if share > 0.5:
-            question = ": inverted? --mask-foreground zero, or a list of the values that count"
-        print(f"masks cover {share:.1%} of the pixels{question}")
-    return digest, empty, share
-
-
-def prepare_images(args, final):
-    """Prepare a folder of images, or a published data set. Every bad file is found in one pass;
-    without --skip-bad nothing is written then."""
-    bad, raw = [], Path(args.raw)
-    facts = PUBLISHED.get(args.dataset)
-    if not raw.is_dir():
-        sys.exit(f"{raw}: no such folder" + (f"; from {facts.page}" if facts else ""))
-    pairs = find_published(raw, args, bad) if facts else find_folder(raw, args, bad)
-    with new_folder(final) as folder:
-        scratch = folder / "scratch"
-        pairs, rule = read_all(pairs, args, scratch, bad)
-        bad = list(dict.fromkeys(bad))          # a mask may have been read twice
-        if bad:
-            print("\n".join(bad), file=sys.stderr)
-            if not args.skip_bad:
-                sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
-                         "Mend them, or leave them out with --skip-bad")
-        parts = divide(pairs, args)
-        digest, empty, share = write_parts(folder, parts, args.size, scratch)
-        if share == 0 and rule.values:
-            sys.exit(f"{raw}: no mask holds {args.mask_foreground}, see --mask-foreground")
-        scratch.unlink()
-        areas = [pair.areas for pair in parts["train"]]
-        foreground, evidence = decide_foreground(args.foreground, areas)
-        print(f"foreground: {foreground} ({evidence})")
-        meta = {"dataset": args.dataset, "name": args.name, "foreground": foreground,
-                "foreground_evidence": evidence, "size": args.size, "seed": args.seed,
-                "source": str(raw), "has_masks": {part: part in empty for part in PARTS},
-                "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
-                "page_taken": args.page, "group_regex": args.group_regex, "split_by": args.split_by,
-                "skipped": bad, "command": args.command}
-        if facts:
-            meta |= {"page": facts.page, "licence": facts.licence,
-                     "published_counts": dict(zip(PARTS, facts.counts))}
-        finish(folder, meta, parts, digest)
 
 
 def divide(pairs, args):
@@ -1610,15 +1497,79 @@ def divide(pairs, args):
     else:
         split(pairs, args.seed)
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
-    counts = {part: len(parts[part]) for part in PARTS}
+    counts = {part: len(pairs) for part, pairs in parts.items()}
     if not all(counts.values()):
-        groups = {pair.group or pair.name for pair in pairs}
-        sys.exit(f"{args.raw}: {len(pairs)} usable images in {len(groups)} groups are too few to "
-                 f"fill train, val and test ({counts})")
-    if args.dataset in PUBLISHED and tuple(counts.values()) != PUBLISHED[args.dataset].counts:
-        print(f"warning: the counts are not the published ones: {counts} here, "
-              f"{PUBLISHED[args.dataset].counts} published")
+        sys.exit(f"{args.raw}: {len(pairs)} usable images, or their groups, are too few to fill "
+                 f"train, val and test ({counts})")
+    published = FACTS[args.dataset].counts
+    if published and tuple(counts.values()) != published:
+        print(f"warning: the counts are not the published ones: {counts} here, {published} "
+              "published")
     return parts
+
+
+def measure_masks(parts, size):
+    """{part: how many of its masks are empty} of the parts with masks, and the share of all pixels
+    that is foreground, or None; prints both."""
+    empty, shares = {}, []
+    for part, pairs in parts.items():
+        if pairs[0].masks:
+            found = [pair.share for pair in pairs]
+            empty[part] = found.count(0)
+            shares += found
+    if not shares:
+        return empty, None
+    share = float(np.mean(shares))
+    print(f"masks cover {share:.1%} of the pixels; at {size} px {shares.count(0)} of "
+          f"{len(shares)} masks are empty")
+    if share > 0.5:
+        print("are they inverted? --mask-foreground zero, or a list of the values that count")
+    return empty, share
+
+
+def prepare(args, final):
+    """Find, read, split and write a data set. Every bad file is found in one pass; without
+    --skip-bad nothing is written then. meta.json comes last."""
+    facts, bad, raw = FACTS[args.dataset], [], Path(args.raw)
+    if not raw.is_dir() and args.dataset != "demo":
+        sys.exit(f"{raw}: no such folder. {facts.page}".rstrip())
+    if facts.page:
+        pairs = find_published(raw, args, bad)
+    else:
+        pairs = FINDERS[args.dataset](raw, args, bad, [])
+    with new_folder(final) as folder:
+        scratch = folder / "scratch"
+        pairs, rule = read_all(pairs, args, scratch, bad)
+        bad = list(dict.fromkeys(bad))          # a mask may have been read twice
+        if bad:
+            print("\n".join(bad), file=sys.stderr)
+            if not args.skip_bad:
+                sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
+                         "Mend them, or leave them out with --skip-bad")
+        parts = divide(pairs, args)
+        empty, share = measure_masks(parts, args.size)
+        if share == 0 and rule.values:
+            sys.exit(f"{raw}: no mask holds {args.mask_foreground}, see --mask-foreground")
+        foreground, evidence = decide_foreground(args.foreground,
+                                                 [pair.areas for pair in parts["train"]])
+        print(f"foreground: {foreground} ({evidence})")
+        fingerprint = write_arrays(folder, parts, args.size, scratch)
+        scratch.unlink()
+        for part, pairs in parts.items():
+            with open(folder / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["name", "group", "label"])
+                writer.writerows([pair.name, pair.group, pair.label] for pair in pairs)
+        write_preview(folder, foreground)
+        meta = vars(args) | {
+            "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
+            "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
+            "page_taken": args.page, "skipped": bad, "page": facts.page,
+            "licence": facts.licence, "published_counts": dict(zip(PARTS, facts.counts)),
+            "counts": {part: len(parts[part]) for part in PARTS}, "fingerprint": fingerprint}
+        text = json.dumps(meta, indent=2) + "\n"
+        (folder / "meta.json").write_text(text, encoding="utf-8")
+    print(f"{final}: {meta['counts']} of {args.size} px; look at {final / 'preview.png'}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1631,7 +1582,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, allow_abbrev=False,
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
-    add("--dataset", required=True, choices=["demo", "folder", *PUBLISHED], help="what to prepare")
+    add("--dataset", required=True, choices=[*FACTS], help="what to prepare")
     add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
     add("--name", help="the data set's name under --out; unset: the raw folder's own name, or the "
         "published name")
@@ -1659,22 +1610,34 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    args.command = shlex.join(["python", "prepare_data.py", *given])
+    files = [name for name in FACTS if name != "demo"]
+    published = [name for name in files if name != "folder"]
+    users = {"raw": files, "skip_bad": files, "download": published, "split_by": ["dm"],
+             "mask_foreground": ["folder"], "group_regex": ["folder"], "page": ["folder", "dm"]}
+    unused = []
+    for flag, sets in users.items():
+        if args.dataset not in sets and getattr(args, flag) != parser.get_default(flag):
+            unused.append("--" + flag.replace("_", "-"))
+    if unused:
+        print(f"not used by {args.dataset} and ignored: {', '.join(unused)}")
+    args.command = shlex.join(["python", "prepare_data.py", *(argv or sys.argv[1:])])
+    facts = FACTS[args.dataset]
+    if args.dataset == "demo":
+        args.raw = "drawn by prepare_data.py"
     if args.download and not args.raw:
         args.raw = f"raw/{args.dataset}"
-    if not args.raw and args.dataset != "demo" and not args.check:
-        where = "the folder with the images"
-        if args.dataset in PUBLISHED:
-            where = f"the folder with the published files; from {PUBLISHED[args.dataset].page}"
-        sys.exit(f"--dataset {args.dataset} needs --raw DIR, {where}")
-    if args.dataset == "folder" and not (args.raw or args.name):
-        sys.exit("--dataset folder --check needs --raw DIR or --name NAME")
+    if not args.raw and not args.check:
+        sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
+                 f"{facts.page}".rstrip())
     if not args.name:
-        args.name = Path(args.raw).resolve().name if args.dataset == "folder" else args.dataset
+        args.name = args.dataset
+        if args.dataset == "folder":
+            args.name = Path(args.raw or ".").resolve().name
     if not re.fullmatch(r"[^./\\][^/\\]*", args.name):
         sys.exit(f"--name {args.name!r} cannot be a folder's name here")
-    args.size = args.size if args.size is not None else 64 if args.dataset == "demo" else 224
+    if args.size is None:
+        args.size = facts.size
+    args.foreground = args.foreground or facts.foreground
     if args.size < 16 or args.page < 0 or args.seed < 0:
         sys.exit("--size is at least 16; --page and --seed count from 0")
     try:
@@ -1684,24 +1647,7 @@ def parse_args(argv):
     if not re.fullmatch(r"auto|half|nonzero|zero|\d+(,\d+)*", args.mask_foreground):
         sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, half, nonzero, zero, or a "
                  "list of values such as 85,255")
-    if not args.foreground:
-        args.foreground = "bright" if args.dataset == "demo" else "auto"
-        if args.dataset in PUBLISHED:
-            args.foreground = PUBLISHED[args.dataset].foreground
-    name_unused(args, parser)
     return args
-
-
-def name_unused(args, parser):
-    """Print in one line which flags were given that this data set does not use."""
-    used = {"folder": ("raw", "mask_foreground", "group_regex", "page", "skip_bad"),
-            "dm": ("raw", "split_by", "page", "skip_bad", "download"), "demo": ()}
-    used = used.get(args.dataset, ("raw", "skip_bad", "download"))
-    flags = ("raw", "mask_foreground", "group_regex", "split_by", "page", "skip_bad", "download")
-    given = [f"--{flag.replace('_', '-')}" for flag in flags
-             if flag not in used and getattr(args, flag) != parser.get_default(flag)]
-    if given:
-        print(f"not used by {args.dataset} and ignored: {', '.join(given)}")
 
 
 def main(argv=None):
@@ -1712,14 +1658,9 @@ def main(argv=None):
     with only_one(final.with_name(f".{args.name}.lock")):
         if final.exists() and not args.overwrite:
             sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-        if args.download and args.dataset in PUBLISHED:
+        if args.download and FACTS[args.dataset].page:
             fetch(args)
-        prepare = prepare_demo if args.dataset == "demo" else prepare_images
         prepare(args, final)
-    meta = read_meta(final)
-    counts = ", ".join(f"{n} {part}" for part, n in meta["counts"].items())
-    print(f"{final}: {counts}, {meta['size']} px, foreground {meta['foreground']}; look at "
-          f"{final / 'preview.png'}")
 
 
 if __name__ == "__main__":

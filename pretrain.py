@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
@@ -256,7 +255,7 @@ class Refinement:
 
     def draw_all(self, images):
         """The masks of uint8 (N, H, W, 3), may be mapped, one after the other, drawn on all cores."""
-        with ThreadPool(os.cpu_count()) as pool:
+        with prepare_data.thread_pool() as pool:
             for start in range(0, len(images), 256):
                 yield from pool.map(self.draw, [np.array(i) for i in images[start:start + 256]])
 
@@ -714,8 +713,9 @@ def write_masks(refinement, images, path):
     def write(temporary):
         with open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=images.shape[:3]))
-            for mask in refinement.draw_all(images):
-                file.write(mask.astype(np.uint8).tobytes())
+            with contextlib.closing(refinement.draw_all(images)) as masks:     # also on a full disk
+                for mask in masks:
+                    file.write(mask.astype(np.uint8).tobytes())
 
     write_atomically(path, write)
 

@@ -1989,7 +1989,7 @@ def test_nothing_is_left_out_silently(tmp_path, capsys):
     (raw / "labels.csv").write_text("name,label\np0_00,a\nnobody,b\n")
     prepare(raw, tmp_path / "out")
     out = capsys.readouterr().out
-    for words in ("beside images, masks not taken: loop, notes.txt, old.tif", "1 .nii.gz; cut volumes into slices", "1 masks have no image", "extra.png",
+    for words in ("beside images, masks not taken: loop, notes.txt, old.tif", "1 .nii.gz (volumes: cut them into slices", "1 masks have no image", "extra.png",
                   "11 of 12 images have no label", "nobody", "images/demo: a prepared data set, not taken"):
         assert words in out, (words, out)
     stack = tmp_path / "stack"
@@ -2214,7 +2214,7 @@ def test_published_layouts_by_their_other_names(dataset, tmp_path, capsys):
     out = prepare_published(dataset, given, tmp_path / "out", "--overwrite")
     assert prepare_data.read_meta(out)["fingerprint"] == expected
     out = capsys.readouterr().out
-    assert ("nearly everything" in out) == (dataset == "drone") and ("are not the only one" in out) == (dataset == "dsb2018")
+    assert ("nearly everything" in out) == (dataset == "drone") and ("are not the only one in images/" in out) == (dataset == "dsb2018")
 
 
 def test_published_splits_at_their_full_size():
