@@ -1193,4 +1193,4 @@ if __name__ == "__main__":
         explain_memory(error)
         raise
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {error or 'interrupted'}; the same command goes on from the last whole epoch")
+        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command goes on from the last whole epoch")

@@ -56,15 +56,15 @@ MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask
     rf"(.*[^/])[ _.-]({MASK_WORD}|lesion|binary)([ _.-]?\d+)?", re.IGNORECASE)
 MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
 PART_FOLDER = re.compile(                       # training/x: train, x
-    "(?:.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
+    "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 DEMO_COUNTS = {"train": 64, "val": 16, "test": 32}
 PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "CMYK": "RGB", "YCbCr": "RGB",
-               "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # those of Pillow that we keep
+               "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # Pillow's mode: converted to
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # an error at twice
-warnings.filterwarnings("ignore", module="pydicom")             # of what it can read all the same
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # errors are raised as well
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # refused at twice
+warnings.filterwarnings("ignore", module="pydicom")             # of files that it still reads
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what it raises too
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Facts:
     above: int = 0
     counts: tuple = ()
     licence: str = ""
-    page: str = ""
+    homepage: str = ""
     inside: str = "-"
     files: tuple = ()
     size: int = 224
@@ -165,8 +165,7 @@ def read_picture(path, page=0, as_mask=False):
         pixels = pixels[::-1]
     if picture.orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    picture.pixels = pixels
-    return picture
+    return replace(picture, pixels=pixels, orientation=1, white_is_zero=False)
 
 
 def require_page(page, pages):
@@ -249,8 +248,8 @@ def read_tiff(file, page, as_mask):
     try:
         import tifffile
     except ImportError:
-        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation {orientation}: pip "
-                         "install tifffile to read it") from None
+        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation {orientation}, "
+                         "that Pillow misreads: pip install tifffile") from None
     if photometric not in (0, 1, 2):
         raise ValueError(f"a TIFF of {kind} with photometric interpretation {photometric}")
     file.seek(0)
@@ -323,7 +322,7 @@ def read_dicom(file, page, as_mask):
         if ds.get("VOILUTSequence"):
             ends = (0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
         elif ds.get("WindowCenter") is not None and ds.get("WindowWidth"):
-            ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # of darkest and brightest
+            ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
         if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
@@ -334,7 +333,7 @@ def read_dicom(file, page, as_mask):
 
 def to_eight_bits(pixels, ends=None):
     """Scale numbers of any type to uint8: `ends`, two values, become 0 and 255; unset: the 0.1 and
-    99.9 percentiles. Where these are equal the smallest and largest value do."""
+    99.9 percentiles. If both ends are equal, the smallest and the largest value are used."""
     pixels = pixels.astype(np.float64)
     low, high = np.percentile(pixels, (0.1, 99.9)) if ends is None else ends
     if high == low:
@@ -344,8 +343,8 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; more than 8 bits
-    are scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; other types
+    than bool and uint8 are scaled by to_eight_bits, all channels alike."""
     pixels = np.atleast_3d(picture.pixels)
     if pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
@@ -493,7 +492,9 @@ def decide_mask_rule(asked, masks):
     for span, top in tops.items():
         rule.cuts[span] = max(top, span == 1) / 2 if half else 0
     cuts = " or ".join(f"{cut:g}" for cut in rule.cuts.values())
-    rule.evidence = f"{'not ' * rule.inverted}above {cuts} ({asked}; masks: {listed})"
+    rule.evidence = f"above {cuts} ({asked}; masks: {listed})"
+    if rule.inverted:
+        rule.evidence = f"not {rule.evidence}"
     if rule.ignored:
         rule.evidence += "; 255 beside class numbers is the ignore value, and not foreground"
     return rule
@@ -559,13 +560,13 @@ def decide_foreground(asked, areas):
 class Pair:
     """An image with its masks, where it belongs, and what load found."""
     name: str
-    image: Path
+    image: Path                                 # or a name, where it is no file of its own
     masks: list = field(default_factory=list)   # paths; their union is the mask
     group: str = ""                             # patient, or what else must stay in one part
     label: str = ""
     part: str = ""
     slide: str = ""                             # dm: what is cut into tiles
-    index: tuple = ()                           # tissuenet: folder and number; demo: the seed
+    index: tuple = ()                           # tissuenet: folder, number; demo: of default_rng
     pages: int = 1
     row: int = 0                                # of the scratch file
     share: float = 0                            # of the mask that is foreground
@@ -625,7 +626,8 @@ def find_files(raw):
             name = name_of(path.relative_to(raw))
             if kind not in EXTENSIONS:
                 others[kind] += 1
-                unread += [path] * is_mask
+                if is_mask:
+                    unread.append(path)
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif is_mask:
@@ -640,7 +642,8 @@ def find_files(raw):
               "file each)")
     masks = match_masks(raw, images, in_folders)
     if not images:
-        bad += [f"{path}: in a folder of masks" for _, path in in_folders[:1]]
+        if in_folders:
+            bad.append(f"{in_folders[0][1]}: taken as a mask, as its folder is called so")
         bad.append(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})")
         sys.exit("\n".join(bad))
     if unread and not masks:
@@ -655,7 +658,8 @@ def is_place(folder):
 
 
 def kind_of_file(path):
-    """The suffix of a file, in lower case, or its name where it has none; .dcm for all DICOM."""
+    """The suffix of a file, in lower case, or its name where it has none; .dcm for DICOM under an
+    unknown suffix, or none."""
     kind = path.suffix.lower() or path.name
     if path.name.lower().endswith(".nii.gz"):
         return ".nii.gz"
@@ -691,7 +695,7 @@ def match_masks(raw, images, in_folders):
     if 0 < len(unclear) < len(images):
         sys.exit(f"{unclear[0]}: by its name a mask, but of no image here. Put masks into "
                  f"{raw / 'masks'} under their images' names, or rename the image")
-    masks, orphans = join_names(dict(zip(images, images)), beside + in_folders)
+    masks, orphans = join_names({name: name for name in images}, beside + in_folders)
     by_file = {Path(name).name: name for name in images}
     if orphans and not masks and len(by_file) == len(images):       # original/x with masks/x
         masks, orphans = join_names(by_file, [(Path(name).name, path) for name, path in in_folders])
@@ -703,7 +707,8 @@ def match_masks(raw, images, in_folders):
         places = {str(path.parent) for path in paths}
         unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
         if len(places) > 1 or len(unnumbered) > 1:
-            sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: leave one of them")
+            sys.exit(f"{images[name]}: has two masks, {' and '.join(map(str, paths))}: keep one, "
+                     "or number them in one folder if they belong together")
         folders |= places
     if masks:
         several = sum(len(paths) > 1 for paths in masks.values())
@@ -742,14 +747,14 @@ def find_folder(raw, args, bad, missing):
         pair = Pair(name, path, files.masks.get(name, []))
         match = PART_FOLDER.fullmatch(name)
         if match:
-            pair.part = match[1].lower()
-            pair.name = match[2]
+            pair.part = match[2].lower()
+            pair.name = (match[1] or "") + match[3]
         pairs.append(pair)
     outside = sum(not pair.part for pair in pairs)
     found = {pair.part for pair in pairs} - {""}
     if found and (outside or len(found) < 3):
         sys.exit(f"{raw}: has {' '.join(sorted(found))}: give all of train, val and test, and no "
-                 f"images outside of them, or none of them ({outside} are outside)")
+                 f"images outside of them ({outside} are); or rename them, to be split here")
     masked = {pair.part for pair in pairs if pair.masks}
     kept = []
     for pair in pairs:
@@ -757,7 +762,7 @@ def find_folder(raw, args, bad, missing):
             kept.append(pair)
         else:
             bad.append(f"{pair.image}: has no mask")
-    set_groups(raw, kept, args.group_regex, bad)
+    kept = set_groups(raw, kept, args.group_regex, bad)
     if (raw / "labels.csv").is_file():
         set_labels(raw / "labels.csv", kept)
     return kept
@@ -765,14 +770,16 @@ def find_folder(raw, args, bad, missing):
 
 def set_groups(raw, pairs, regex, bad):
     """Set the group of each pair: what `regex` finds in its name, or without one the topmost folder
-    of the name that not all share. Ends the program where few large folders may be classes."""
+    of the name that not all share. Returns the pairs that match. Ends the program where few large
+    folders may be classes."""
     if regex:
         for pair in pairs:
             match = re.search(regex, pair.name)
-            pair.group = match and match[match.re.groups > 0]
-            if pair.group is None:
+            if match:
+                pair.group = match[1] if match.re.groups else match[0]
+            if not pair.group:
                 bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
-        return
+        return [pair for pair in pairs if pair.group]
     folders = [pair.name.split("/")[:-1] for pair in pairs]
     shared = len(os.path.commonprefix(folders))
     for pair, inside in zip(pairs, folders):
@@ -786,6 +793,7 @@ def set_groups(raw, pairs, regex, bad):
                  "they are classes, give --group-regex '.+'")
     say(names, f"folders of {raw} are taken as patients, and each stays in one part: --group-regex "
         "'.+' splits image by image")
+    return pairs
 
 
 def set_labels(path, pairs):
@@ -808,7 +816,8 @@ def set_labels(path, pairs):
     left = sorted(labels.keys() - used)
     say(left, "rows of it have no image")
     if not used:
-        sys.exit(f"{path}: no row is of an image: {left[:1]} there, {pairs[0].name} here")
+        sys.exit(f"{path}: no name there is that of an image: {', '.join(left[:1])} there, "
+                 f"{pairs[0].name} here")
 
 
 def read_table(path, columns):
@@ -840,7 +849,7 @@ def join_duplicates(pairs):
         if other != k:
             again.append(f"{pair.image} and {pairs[other].image}")
             groups[groups == groups[k]] = groups[other]
-    say(again, "pictures are there twice: kept in one part, unless parts are given")
+    say(again, "pictures are there twice: equal ones go into one part, unless parts are given")
     return names[groups].tolist()
 
 
@@ -868,18 +877,18 @@ def split(pairs, seed):
 
 
 def stratify(pairs, seed):
-    """Set the part of every pair: ceil(20 %) test, then ceil(13 %) of the rest validation, of each
-    class its like share, to one image. Pictures that are there twice go together to the first part
-    that has room for them."""
+    """Set the part of every pair: 20 % test, then 13 % of the rest validation, both rounded up,
+    stratified by label. Equal pictures go together to the first part with room for them."""
     classes = collections.defaultdict(list)
     members = collections.defaultdict(list)
     for pair, group in zip(pairs, join_duplicates(pairs)):
         classes[pair.label].append(group)
         members[group].append(pair)
     ranked = []                                 # the classes, each in seeded order, evenly merged
+    generator = np.random.default_rng(seed)
     for label, groups in sorted(classes.items()):
         n = len(groups)
-        order = np.random.default_rng([seed, len(label)]).permutation(n)
+        order = generator.permutation(n)
         ranked += [((k + 0.5) / n, label, groups[i]) for k, i in enumerate(order)]
     test = math.ceil(0.2 * len(pairs))
     val = math.ceil(0.13 * (len(pairs) - test))
@@ -895,8 +904,8 @@ def stratify(pairs, seed):
 # ---------------------------------------------------------------------- the data sets as published
 
 def unpack(archive):
-    """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of its name, which both
-    libraries see to that nothing leaves. Ends the program where the archive is broken."""
+    """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of the same name. Both
+    libraries keep members that point outside out. Ends the program where it is broken."""
     folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
     if folder.exists():
         return
@@ -922,8 +931,8 @@ def find_all(raw, pattern, missing):
 
 
 def images_in(raw, pattern, missing, ending=""):
-    """{name: path} of the image files that match find_all's pattern, of one name the nearest: the
-    stem, which must have the ending, without it."""
+    """{stem without `ending`: path} of the image files that match find_all's pattern and whose stem
+    ends so; of equal stems the nearest to raw."""
     found = {}
     for path in find_all(raw, pattern, missing):
         if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
@@ -1035,7 +1044,9 @@ def find_tissuenet(raw, args, bad, missing):
     """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)[-1:]:
+        found = find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)
+        found.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path.parent.name)])
+        for path in found[-1:]:
             folder = path.parent
             try:
                 x = np.load(path, mmap_mode="r")
@@ -1091,7 +1102,7 @@ def find_published(raw, args, bad):
     pairs = FINDERS[args.dataset](raw, args, bad, missing)
     print(f"{raw}: {len(pairs)} images with masks")
     if missing:
-        print(f"missing: {', '.join(missing)}; from {facts.page}")
+        print(f"missing: {', '.join(missing)}; from {facts.homepage}")
     if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
         sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
                  "nothing was written")
@@ -1114,7 +1125,7 @@ def download(url, path, timeout=30, tries=5):
             return
         if ended.returncode in (33, 36):        # the server cannot go on from there
             partial.unlink(missing_ok=True)
-        elif ended.stdout.startswith("4"):
+        elif ended.stdout.startswith("4") and ended.stdout not in ("408", "429"):
             break
     sys.exit(f"{url}: not fetched: HTTP status {ended.stdout}, exit code of curl "
              f"{ended.returncode}. The same command goes on from there; if the file has moved, see "
@@ -1126,8 +1137,8 @@ def fetch(args):
     where it is to be had."""
     facts = FACTS[args.dataset]
     if not facts.files:
-        sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from {facts.page}, "
-                 "put the files or archives into a folder, and give --raw FOLDER")
+        sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from "
+                 f"{facts.homepage}, put the files or archives into a folder, and give --raw FOLDER")
     for url in facts.files:
         path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
@@ -1190,7 +1201,9 @@ def check(folder):
         for row, image in zip(rows, images):
             fingerprint.update(image)
             here = f"{row['name']} of {part}"
-            keys = {"name": row["name"], "group": row["group"], "picture": digest_of(image)}
+            keys = {"group": row["group"], "picture": digest_of(image)}
+            if not meta.get("parts_given"):     # there each part may count its names from 1
+                keys["name"] = row["name"]
             for kind, key in keys.items():
                 first, there = seen.setdefault((kind, key), (part, here))
                 if key and first != part:
@@ -1209,7 +1222,7 @@ def check(folder):
         wrong.append(f"not the arrays that were written: fingerprint {found}, not {expected}")
     if wrong:
         lines = "\n".join(f"{folder}: {line}" for line in wrong[:20])
-        sys.exit(f"{lines}\n{len(wrong)} things are off")
+        sys.exit(f"{lines}\n{len(wrong)} things are off: prepare it again with --overwrite")
     print(f"{folder}: all is well; fingerprint {found}")
 
 
@@ -1227,7 +1240,8 @@ def only_one(path):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no child keeps it
         except (BlockingIOError, PermissionError):
-            print(f"{path.parent}: another process is at work on this", file=sys.stderr)
+            print(f"{path}: another process is at work on this: try again when it has finished",
+                  file=sys.stderr)
             sys.exit(75)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break                               # else its last holder has just removed it
@@ -1247,7 +1261,9 @@ def new_folder(final):
     when it does not."""
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
-    for left in (partial, old):                 # by a run that was killed
+    if old.exists() and not final.exists():     # a run was killed between two renames
+        old.rename(final)
+    for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir()
@@ -1345,9 +1361,9 @@ def draw_nuclei(size, rng):
 # -------------------------------------------------------------------------------------- preparing
 
 def load(pair, args, rule):
-    """Read an image and its masks. Returns a Pair, and the bytes of its image (S, S, 3) and its
-    mask (S, S), for each tile of a slide, or else for the one picture. Raises ValueError with the
-    path of the file that is bad."""
+    """Read an image and its masks. Returns [(Pair, bytes)], one for each tile of a slide, or one in
+    all; bytes: image (S, S, 3) and mask (S, S), zeros where there is none. Sets what a Pair says of
+    its pictures. Raises ValueError with the path of the file that is bad."""
     size, path = args.size, pair.image
     try:
         if args.dataset == "demo":
@@ -1405,8 +1421,8 @@ def cut(pair, image, mask):
 
 @contextlib.contextmanager
 def thread_pool():
-    """Threads, one a core, gone when the block ends: one that is still in OpenCV when Python ends
-    would abort it."""
+    """One thread a core. They are joined when the block ends: Python aborts if it exits while a
+    thread is inside OpenCV."""
     pool = ThreadPool(os.cpu_count())
     try:
         yield pool
@@ -1437,7 +1453,7 @@ def mask_rule(pairs, args, bad):
     """The MaskRule of a data set: as published, or decided on a look at all masks of a folder."""
     if args.dataset != "folder":
         above = FACTS[args.dataset].above
-        cuts = {255: above, 65535: above * 257, math.inf: 0}
+        cuts = {1: 0, 255: above, 65535: above * 257, math.inf: 0}
         return MaskRule(cuts=cuts, evidence=f"above {above}, as published or drawn")
 
     def look(path):
@@ -1449,12 +1465,14 @@ def mask_rule(pairs, args, bad):
         return mask
 
     paths = [path for pair in pairs for path in pair.masks]
-    masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
+    masks = []
+    if paths:
+        masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
     say([mask.path for mask in masks if mask.is_alpha], "masks are taken from the alpha channel")
     try:
         rule = decide_mask_rule(args.mask_foreground, masks)
     except ValueError as error:
-        sys.exit(str(error))
+        sys.exit("\n".join([*bad, str(error)]))
     if masks:
         print(f"mask foreground: {rule.evidence}")
     return rule
@@ -1491,7 +1509,7 @@ def divide(pairs, args):
     be empty."""
     pairs = sorted(pairs, key=lambda pair: pair.name)
     if pairs and pairs[0].part:
-        join_duplicates(pairs)                  # for its words
+        join_duplicates(pairs)                  # for its message
     elif args.dataset == "xray":
         stratify(pairs, args.seed)
     else:
@@ -1523,17 +1541,18 @@ def measure_masks(parts, size):
     print(f"masks cover {share:.1%} of the pixels; at {size} px {shares.count(0)} of "
           f"{len(shares)} masks are empty")
     if share > 0.5:
-        print("are they inverted? --mask-foreground zero, or a list of the values that count")
+        print("are they inverted? --mask-foreground zero, or a list of the values that count "
+              "(for --dataset folder)")
     return empty, share
 
 
 def prepare(args, final):
-    """Find, read, split and write a data set. Every bad file is found in one pass; without
-    --skip-bad nothing is written then. meta.json comes last."""
+    """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
+    is written without --skip-bad."""
     facts, bad, raw = FACTS[args.dataset], [], Path(args.raw)
     if not raw.is_dir() and args.dataset != "demo":
-        sys.exit(f"{raw}: no such folder. {facts.page}".rstrip())
-    if facts.page:
+        sys.exit(f"{raw}: no such folder. {facts.homepage}".rstrip())
+    if facts.homepage:
         pairs = find_published(raw, args, bad)
     else:
         pairs = FINDERS[args.dataset](raw, args, bad, [])
@@ -1546,6 +1565,7 @@ def prepare(args, final):
             if not args.skip_bad:
                 sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
                          "Mend them, or leave them out with --skip-bad")
+        parts_given = args.dataset == "folder" and any(pair.part for pair in pairs)
         parts = divide(pairs, args)
         empty, share = measure_masks(parts, args.size)
         if share == 0 and rule.values:
@@ -1564,9 +1584,10 @@ def prepare(args, final):
         meta = vars(args) | {
             "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
             "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
-            "page_taken": args.page, "skipped": bad, "page": facts.page,
+            "page_taken": args.page, "skipped": bad, "page": facts.homepage,
             "licence": facts.licence, "published_counts": dict(zip(PARTS, facts.counts)),
-            "counts": {part: len(parts[part]) for part in PARTS}, "fingerprint": fingerprint}
+            "counts": {part: len(parts[part]) for part in PARTS}, "parts_given": parts_given,
+            "fingerprint": fingerprint}
         text = json.dumps(meta, indent=2) + "\n"
         (folder / "meta.json").write_text(text, encoding="utf-8")
     print(f"{final}: {meta['counts']} of {args.size} px; look at {final / 'preview.png'}")
@@ -1628,13 +1649,13 @@ def parse_args(argv):
         args.raw = f"raw/{args.dataset}"
     if not args.raw and not args.check:
         sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
-                 f"{facts.page}".rstrip())
+                 f"{facts.homepage}".rstrip())
+    if args.dataset == "folder" and not (args.raw or args.name):
+        sys.exit("--check of a folder needs --name NAME, or the --raw DIR that it was made from")
     if not args.name:
-        args.name = args.dataset
-        if args.dataset == "folder":
-            args.name = Path(args.raw or ".").resolve().name
+        args.name = Path(args.raw).resolve().name if args.dataset == "folder" else args.dataset
     if not re.fullmatch(r"[^./\\][^/\\]*", args.name):
-        sys.exit(f"--name {args.name!r} cannot be a folder's name here")
+        sys.exit(f"the name {args.name!r} starts with a dot or has a slash: give another --name")
     if args.size is None:
         args.size = facts.size
     args.foreground = args.foreground or facts.foreground
@@ -1658,7 +1679,7 @@ def main(argv=None):
     with only_one(final.with_name(f".{args.name}.lock")):
         if final.exists() and not args.overwrite:
             sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-        if args.download and FACTS[args.dataset].page:
+        if args.download and FACTS[args.dataset].homepage:
             fetch(args)
         prepare(args, final)
 
@@ -1668,4 +1689,5 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder
-        sys.exit(f"prepare_data.py: {error or 'interrupted'}; nothing half-written is left")
+        sys.exit(f"prepare_data.py: {str(error) or 'interrupted'}; no half-written data set is "
+                 "left")

@@ -174,7 +174,7 @@ def common_frame(often):
 
 
 def frame_of(values, common=None):
-    """uint8 (H, W) -> bool (H, W), what is frame in one image: `common` (common_frame), and what is
+    """uint8 (H, W) of one_channel -> bool (H, W), what is frame in one image: `common`, and what is
     at most .55 of the median and 4-connected to a corner; dilated by 1/32 of the side, because the
     edge of a lens is blurred."""
     dark = (values <= 0.55 * np.median(values)).astype(np.uint8)
@@ -188,8 +188,8 @@ def frame_of(values, common=None):
 
 
 def position_map(masks, n=None, splits=8):
-    """masks: n of bool (H, W), any iterable -> (float (H, W), reliability in [0, 1]): where objects
-    are, as far as the images agree on it.
+    """masks: bool (H, W) each, a sequence, or with n any iterable of so many -> (float (H, W),
+    reliability in [0, 1]): where objects are, as far as the images agree on it.
 
     The smoothed mean mask p (Gaussian of 1/24 of the side), drawn towards its mean where such maps
     of random halves do not correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their
@@ -261,10 +261,10 @@ class Refinement:
 
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
-    """Training images uint8 (N, H, W, 3), may be mapped -> (Refinement, evidence). Memory: some
-    images. parts: of REFINEMENTS. evidence: a dict of what was decided and measured: channel and
+    """Training images uint8 (N, H, W, 3), may be mapped -> (Refinement, evidence). Holds at
+    most 256 images. parts: of REFINEMENTS. evidence: a dict of what was decided and measured: channel and
     separability; common_frame and framed, shares of a picture; reliability; dropped, a share of
-    the components (the last two of at most 200 images)."""
+    the components. framed and dropped are measured on at most 200 images."""
     refinement = Refinement(foreground)
     evidence = {}
     if "channel" in parts:
@@ -279,7 +279,7 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
     for _ in range(2 if "position" in parts else 0):            # again, from the masks of the first
         position, evidence["reliability"] = position_map(refinement.draw_all(images), len(images))
         refinement.positions.append(position)
-    some = [refinement.trace(np.array(image)) for image in images[::-(-len(images) // 200)]]
+    some = [refinement.trace(np.array(image)) for image in images[::math.ceil(len(images) / 200)]]
     if refinement.has_frame:
         evidence["framed"] = float(np.mean([frame.mean() for _, frame, _, _ in some]))
     if refinement.positions:
@@ -289,8 +289,8 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
 
 
 def refined_masks(images, foreground, parts=REFINEMENTS):
-    """uint8 (N, H, W, 3) -> (uint8 {0, 1} (N, H, W), evidence): better masks than Otsu's, without a
-    label, where one gray threshold fails."""
+    """uint8 (N, H, W, 3) -> (uint8 {0, 1} (N, H, W), evidence): decide_refinement and its masks in
+    one call, for images that fit into memory."""
     refinement, evidence = decide_refinement(images, foreground, parts)
     return np.stack(list(refinement.draw_all(images))).astype(np.uint8), evidence
 
@@ -721,8 +721,9 @@ def write_masks(refinement, images, path):
 
 
 def image_sets(method, args, folder):
-    """The training images, the same un-augmented, and the validation images, all without labels; with --refine the masks are
-    drawn once, on the plain images, into the run's folder."""
+    """Three Images: training, the same un-augmented, validation; none with labels. With --refine the first rank draws masks
+    on the plain images into train_masks.npy and val_masks.npy of the run's folder, once, and keeps the evidence in its
+    config.json; the others wait."""
     data, masks = Path(args.data) / args.dataset, dict(train=None, val=None)
     if args.refine:
         masks = {part: folder / f"{part}_masks.npy" for part in masks}
@@ -731,7 +732,8 @@ def image_sets(method, args, folder):
             print("refined masks: " + ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
                                                 for name, value in evidence.items() if name != "separability"))
             if evidence.get("framed", 0) > 0.4:
-                print("more than a frame should be: look at samples.png, and whether --foreground is right")
+                print("the frame covers more of a picture than a lens or letterbox should: is --foreground right? Else "
+                      "--refine channel position")
             config = json.loads((folder / "config.json").read_text()) | dict(refinement=evidence)
             write_json(folder / "config.json", config)
             for part, path in masks.items():
@@ -926,7 +928,7 @@ def start_from(method, source, backbone):
                 torch.save(timm.create_model(BACKBONES[backbone], pretrained=True).state_dict(), path)
             except Exception as error:                          # whatever its hub client raises without a network
                 sys.exit(f"--encoder imagenet: timm cannot fetch its weights of {BACKBONES[backbone]} "
-                         f"({type(error).__name__}): is there a network? Else give a file")
+                         f"({type(error).__name__}): check the network, or give --encoder FILE")
         try:
             load_encoder(getattr(method, "unet", method), path)
         except ValueError as error:
@@ -1058,7 +1060,7 @@ def explain_memory(error):
         sys.exit("shared memory (/dev/shm) is too small for the processes that load images: --workers 0, or more of it "
                  "(docker run --shm-size 1g)")
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "allocate memory" in str(error):
-        sys.exit("out of memory in a step: a smaller --batch-size, or pictures prepared at a smaller --size")
+        sys.exit("out of memory: a smaller --batch-size, or pictures prepared at a smaller --size")
 
 
 def terminated(signum, frame):
@@ -1071,7 +1073,7 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"pretrain.py: {error or 'interrupted'}; the same command goes on from where it was saved last")
+        sys.exit(f"pretrain.py: {str(error) or 'interrupted'}; the same command goes on from where it was saved last")
     except RuntimeError as error:
         explain_memory(error)
         if not dist.is_initialized():

@@ -1629,6 +1629,7 @@ def test_groups_labels_and_given_parts(tmp_path):
     for part, n in (("train", 5), ("val", 2), ("test", 3)):
         write_folder(given / part, n=n, masks=part == "test")
     out = prepare(given, tmp_path / "out")
+    prepare_data.main(["--dataset", "folder", "--name", "given", "--out", str(tmp_path / "out"), "--check"])   # equal names are usual there
     assert prepare_data.read_meta(out)["counts"] == dict(train=5, val=2, test=3)
     assert prepare_data.open_part(out, "train")[1] is None and prepare_data.open_part(out, "test")[1] is not None
 
@@ -2076,6 +2077,8 @@ def test_every_bad_file_is_found_in_one_pass(tmp_path, capsys):
     out = prepare(raw, tmp_path / "out", "--skip-bad")
     meta = prepare_data.read_meta(out)
     assert sum(meta["counts"].values()) == 12 - 5 and len(meta["skipped"]) == 6
+    out = prepare(raw, tmp_path / "out", "--skip-bad", "--overwrite", "--group-regex", "^(p[1-9])")
+    assert sum(prepare_data.read_meta(out)["counts"].values()) == 12 - 5 and "p0_01" not in "".join(f.read_text() for f in out.glob("*.csv"))
 
 
 # ----------------------------------------------------------------------------------------------------- published data
