@@ -1138,7 +1138,7 @@ def fetch(args):
     facts = FACTS[args.dataset]
     if not facts.files:
         sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from "
-                 f"{facts.homepage}, put the files or archives into a folder, and give --raw FOLDER")
+                 f"{facts.homepage}, put the files or archives into a folder, and give --raw DIR")
     for url in facts.files:
         path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
