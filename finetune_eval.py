@@ -997,6 +997,8 @@ def predict_folder(args, settings, device):
     if out.resolve().is_relative_to(source.resolve()):
         sys.exit(f"{out}: lies in {source}, where its masks could overwrite images or pass for some: give another --out")
     files = prepare_data.find_files(source)
+    if files.masks:
+        print(f"{sum(map(len, files.masks.values()))} files are taken as masks, and not predicted")
     targets = [out / "foreground.csv", *(out / f"{name}.png" for name in files.images)]
     targets += [out / "overlay" / f"{name}.png" for name in files.images] if args.overlay else []
     if len(set(targets)) < len(targets):
@@ -1193,4 +1195,4 @@ if __name__ == "__main__":
         explain_memory(error)
         raise
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command goes on from the last whole epoch")
+        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command goes on from what is whole")

@@ -50,10 +50,11 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm",
 IMAGE_FOLDER = re.compile("(image|img)s?|imagest[rs]", re.IGNORECASE)
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
-    rf"({MASK_WORD}|.+[ _-](masks?|gt|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test))?",
+    rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test))?",
     re.IGNORECASE)
 MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
-    rf"(.*[^/])[ _.-]({MASK_WORD}|lesion|binary)([ _.-]?\d+)?", re.IGNORECASE)
+    rf"(.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)([ _.-]?\d+)?",
+    re.IGNORECASE)
 MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
@@ -201,10 +202,9 @@ def read_with_pillow(file, page, as_mask):
 
 def has_class_palette(image):
     """Whether a Pillow image of mode P holds class numbers, not colours or grays: its palette
-    starts with black, and its used entries are not all gray."""
-    palette = image.getpalette("RGB") + 768 * [0]
-    used = np.reshape(palette[:768], (256, 3))[np.unique(image)]
-    return not any(palette[:3]) and bool(np.ptp(used, axis=1).any())
+    starts with black, and is not all gray."""
+    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    return not palette[0].any() and bool((palette != palette[:, :1]).any())
 
 
 def read_tiff(file, page, as_mask):
@@ -405,6 +405,8 @@ def read_mask(path, page=0):
     if values.dtype == bool:
         values = values * np.uint8(255)
     kind = "soft edges"
+    if np.unique(values).size < 3 and values.min() == 0:
+        kind = "two values"
     spans = (1, 255, 65535)
     if values.dtype.kind != "f" or (values == np.rint(values)).all():
         if values.dtype not in (np.uint8, np.uint16):
@@ -454,6 +456,7 @@ class MaskRule:
     is above cuts[Mask.span], or with `inverted` what is not; but never `ignored`."""
     values: tuple = ()
     cuts: dict = field(default_factory=dict)
+    half: bool = False                          # as asked for, of two values as well
     inverted: bool = False
     ignored: int | None = None
     evidence: str = ""
@@ -479,8 +482,8 @@ def decide_mask_rule(asked, masks):
         example.setdefault(mask.kind, mask.path)
         tops[mask.span] = max(tops.get(mask.span, 0), mask.top)
     listed = ", ".join(f"{n} with {kind}" for kind, n in sorted(kinds.items()))
-    rule = MaskRule(inverted=asked == "zero")
-    half = asked == "half"
+    rule = MaskRule(half=asked == "half", inverted=asked == "zero")
+    half = rule.half
     if asked in ("auto", "zero"):
         for one, other in CONFLICTS:
             if {one, other} <= kinds.keys():
@@ -506,7 +509,10 @@ def foreground_of(mask, rule):
         return np.isin(mask.values, rule.values)
     if mask.values.min() < 0:
         raise ValueError("has values below 0: say which are foreground, as in --mask-foreground 1")
-    above = mask.values > rule.cuts.get(mask.span, 0)
+    cut = rule.cuts.get(mask.span, 0)
+    if mask.kind in ("two values", "0/255", "0/1") and not rule.half:
+        cut = 0
+    above = mask.values > cut
     return (above != rule.inverted) & (mask.values != rule.ignored)
 
 
@@ -572,6 +578,8 @@ class Pair:
     share: float = 0                            # of the mask that is foreground
     areas: tuple = ()                           # enclosed_areas
     digest: str = ""                            # digest_of
+    patient: str = ""                           # of DICOM
+    is_emptied: bool = False                    # a mask holds values, but no foreground
     is_binary: bool = False                     # two values, as masks have
 
 
@@ -661,6 +669,8 @@ def kind_of_file(path):
     """The suffix of a file, in lower case, or its name where it has none; .dcm for DICOM under an
     unknown suffix, or none."""
     kind = path.suffix.lower() or path.name
+    if not path.is_file():
+        return "(no file)"
     if path.name.lower().endswith(".nii.gz"):
         return ".nii.gz"
     if kind not in EXTENSIONS and kind != "DICOMDIR":
@@ -686,12 +696,20 @@ def match_masks(raw, images, in_folders):
     in_folders: (name, path) of the files in mask folders. Ends the program where two readings are
     possible."""
     beside, unclear, names = [], [], {*images}
+    endings = collections.Counter()
     for name, path in [*images.items()]:
+        match = re.fullmatch(r"(.+[^/])([ _.-]\D+?)", name)
+        if match and match[1] in names and not MASK_NAME.fullmatch(name):
+            endings[match[2]] += 1
         match = MASK_NAME.fullmatch(name)
         if match and match[1] in names:
             beside.append((name, images.pop(name)))
         elif match or MASK_FIRST.fullmatch(name):
             unclear.append(path)
+    for ending, n in endings.items():
+        if n > 2 and n > 0.45 * len(names):
+            sys.exit(f"{raw}: nearly every image NAME has a NAME{ending}. If these are its masks, "
+                     "call them NAME_mask or put them into masks/; if not, into another folder")
     if 0 < len(unclear) < len(images):
         sys.exit(f"{unclear[0]}: by its name a mask, but of no image here. Put masks into "
                  f"{raw / 'masks'} under their images' names, or rename the image")
@@ -702,11 +720,17 @@ def match_masks(raw, images, in_folders):
     say(orphans, "masks have no image and are not used")
     if orphans and images and not masks:
         sys.exit(f"{raw}: no mask has the name of an image, such as {min(images)}")
+    used = {path.parent for paths in masks.values() for path in paths}
+    unused = [path.parent for path in orphans if path.parent not in used]
+    if unused:
+        sys.exit(f"{unused[0]}: holds masks, but of no image, while those in {min(used)} are of "
+                 "images: which count? Take the others away")
     folders = set()
     for name, paths in masks.items():
         places = {str(path.parent) for path in paths}
         unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
-        if len(places) > 1 or len(unnumbered) > 1:
+        stems = {path.stem for path in paths}
+        if len(places) > 1 or len(unnumbered) > 1 or len(stems) < len(paths):
             sys.exit(f"{images[name]}: has two masks, {' and '.join(map(str, paths))}: keep one, "
                      "or number them in one folder if they belong together")
         folders |= places
@@ -786,14 +810,28 @@ def set_groups(raw, pairs, regex, bad):
         pair.group = "".join(inside[shared:shared + 1])
     names = sorted({pair.group for pair in pairs} - {""})
     n = len({pair.group or pair.name for pair in pairs})
-    may_be_classes = names and n < 5 and len(pairs) >= 8 * n and not pairs[0].part
-    if may_be_classes and kind_of_file(pairs[0].image) not in (".dcm", ".dicom"):   # has an id
+    if names and pairs[0].part:
+        return pairs
+    may_be_classes = names and n < 5 and len(pairs) >= 8 * n
+    is_dicom = kind_of_file(pairs[0].image) in (".dcm", ".dicom")              # has an id
+    if may_be_classes and not is_dicom:
         sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
                  "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
                  "they are classes, give --group-regex '.+'")
-    say(names, f"folders of {raw} are taken as patients, and each stays in one part: --group-regex "
-        "'.+' splits image by image")
+    if not is_dicom:
+        say(names, f"folders of {raw} are taken as patients, and each stays in one part: "
+            "--group-regex '.+' splits image by image")
     return pairs
+
+
+def set_patients(pairs):
+    """Set the group of each pair to its DICOM patient where all have one; where only some have,
+    their folders and patients are both kept together by join_duplicates."""
+    patients = {pair.patient for pair in pairs}
+    if "" not in patients:
+        print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
+        for pair in pairs:
+            pair.group = pair.patient
 
 
 def set_labels(path, pairs):
@@ -840,15 +878,17 @@ def read_table(path, columns):
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """The group of each pair, a list: groups that share a picture (Pair.digest) become one. Prints
-    how many pictures are there twice."""
+    """The group of each pair, a list: groups that share a picture (Pair.digest) or a patient become
+    one. Prints how many pictures are there twice."""
     names, groups = np.unique([pair.group or pair.name for pair in pairs], return_inverse=True)
     first, again = {}, []
     for k, pair in enumerate(pairs):
-        other = first.setdefault(pair.digest or pair.name, k)
-        if other != k:
-            again.append(f"{pair.image} and {pairs[other].image}")
-            groups[groups == groups[k]] = groups[other]
+        for key in filter(None, (pair.digest, pair.patient)):
+            other = first.setdefault(key, k)
+            if other != k and groups[other] != groups[k]:
+                groups[groups == groups[k]] = groups[other]
+            if other != k and key == pair.digest:
+                again.append(f"{pair.image} and {pairs[other].image}")
     say(again, "pictures are there twice: equal ones go into one part, unless parts are given")
     return names[groups].tolist()
 
@@ -858,9 +898,10 @@ def split(pairs, seed):
     slides; a group that a cut falls into stays whole. Few large groups fill each part with at least
     one, where there are three."""
     groups = join_duplicates(pairs)
-    if len(set(groups)) < len(PARTS):
-        print("nearly all pictures are the same, and so in several parts")
-        groups = [pair.group or pair.name for pair in pairs]
+    alone = [pair.group or pair.name for pair in pairs]
+    if len(set(groups)) < len(PARTS) <= len(set(alone)):
+        print("with equal pictures in one part there are not three parts: they are in several")
+        groups = alone
     units = collections.defaultdict(set)        # the images, or slides, of a group
     for pair, group in zip(pairs, groups):
         units[group].add(pair.slide or pair.name)
@@ -912,7 +953,7 @@ def unpack(archive):
     print(f"{archive}: extracting to {folder}")
     with new_folder(folder) as partial:
         try:
-            if zipfile.is_zipfile(archive):
+            if archive.suffix.lower() in (".zip", ".npz"):
                 shutil.unpack_archive(archive, partial, "zip")
             else:
                 shutil.unpack_archive(archive, partial, "tar", filter="data")
@@ -933,10 +974,13 @@ def find_all(raw, pattern, missing):
 def images_in(raw, pattern, missing, ending=""):
     """{stem without `ending`: path} of the image files that match find_all's pattern and whose stem
     ends so; of equal stems the nearest to raw."""
-    found = {}
+    found, again = {}, []
     for path in find_all(raw, pattern, missing):
         if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
-            found.setdefault(path.stem[:len(path.stem) - len(ending)], path)
+            name = path.stem[:len(path.stem) - len(ending)]
+            if found.setdefault(name, path) != path:
+                again.append(path)
+    say(again, "files have the name of one that is nearer, and are not taken")
     return found
 
 
@@ -965,8 +1009,8 @@ def find_isic(raw, args, bad, missing):
         diseases = ["seborrheic_keratosis", "melanoma"]
         for table in find_all(raw, stem + "Part3_GroundTruth.csv", missing)[:1]:
             for row in read_table(table, ["image_id", *diseases]):
-                said = [disease for disease in diseases if float(row[disease]) == 1]
-                labels[row["image_id"]] = ["nevus", *said][-1]
+                found = [disease for disease in diseases if row[disease] in ("1", "1.0")]
+                labels[row["image_id"]] = ["nevus", *found][-1]
         for pair in new:
             pair.label = labels.get(pair.name, "")
         pairs += new
@@ -1010,12 +1054,15 @@ def find_dsb2018(raw, args, bad, missing):
         if path.stem != folder.name or in_folder[path.parent] > 1:
             others.append(path)
             continue
+        if path.stem in images:                 # the nearer one counts
+            others.append(path)
+            continue
         images[path.stem] = path
         found = sorted(folder.glob("masks/[!.]*.*"))
         if found:
             masks[path.stem] = found
-    say(others, "images are not the only one in images/, of the name of the folder above, and not "
-        "taken")
+    say(others, "images are not the only one in images/, or not of the name of the folder above, "
+        "or there twice: not taken")
     pairs = pair_up(images, masks, bad)
     for pair in pairs:
         pair.masks = masks[pair.name]
@@ -1375,17 +1422,18 @@ def load(pair, args, rule):
         else:
             picture = read_picture(path, args.page)
             pair.pages = picture.pages
-            if picture.patient and not args.group_regex:
-                pair.group = picture.patient
+            pair.patient = picture.patient
             image = to_rgb(picture)
             mask = None
             for path in pair.masks:
-                one = foreground_of(read_mask(path, args.page), rule)
+                values = read_mask(path, args.page)
+                one = foreground_of(values, rule)
                 height, width = one.shape
                 if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
                     raise ValueError(f"the mask is {width}x{height}, its image "
                                      f"{image.shape[1]}x{image.shape[0]}")
                 mask = one if mask is None else mask | one
+                pair.is_emptied |= bool(values.top > 0 and not one.any())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
     coarse = image[::4, ::4]
@@ -1497,6 +1545,10 @@ def read_all(pairs, args, scratch, bad):
             if pair.pages > 1:
                 stacks.append(f"{pair.image} has {pair.pages}")
     if args.dataset == "folder":
+        if not args.group_regex:
+            set_patients(good)
+        say([pair.image for pair in good if pair.is_emptied], "images have masks with values that "
+            "are all taken for background: see the rule above, and --mask-foreground")
         say([pair.image for pair in good if pair.is_binary], "images have two values or one: are "
             "they masks? See python prepare_data.py --help for the names of masks")
     say(stacks, f"files have several pages or frames: page {args.page} is taken, counted from 0; "
@@ -1510,6 +1562,10 @@ def divide(pairs, args):
     pairs = sorted(pairs, key=lambda pair: pair.name)
     if pairs and pairs[0].part:
         join_duplicates(pairs)                  # for its message
+        part_of = {}
+        say([pair.image for pair in pairs if pair.group
+             and part_of.setdefault(pair.group, pair.part) != pair.part],
+            "images are of a group that is in another part too, as the parts are given")
     elif args.dataset == "xray":
         stratify(pairs, args.seed)
     else:
@@ -1517,8 +1573,9 @@ def divide(pairs, args):
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = {part: len(pairs) for part, pairs in parts.items()}
     if not all(counts.values()):
-        sys.exit(f"{args.raw}: {len(pairs)} usable images, or their groups, are too few to fill "
-                 f"train, val and test ({counts})")
+        n = len({pair.group or pair.name for pair in pairs})
+        sys.exit(f"{args.raw}: {len(pairs)} usable images in {n} groups are too few to fill train, "
+                 f"val and test ({counts}); --group-regex sets other groups")
     published = FACTS[args.dataset].counts
     if published and tuple(counts.values()) != published:
         print(f"warning: the counts are not the published ones: {counts} here, {published} "
@@ -1616,7 +1673,7 @@ def parse_args(argv):
         "demo, else auto, label-free")
     add("--mask-foreground", default="auto", metavar="RULE", help="folder: the mask values that "
         "are foreground: half (above half the range), nonzero, zero (the inverse), a list such as "
-        "1 or 85,255, or auto, decided on all masks")
+        "1 or 85,255 (of colours the largest channel), or auto, decided on all masks")
     add("--group-regex", metavar="REGEX", help="folder: what in an image's name (its path below "
         "--raw) says the patient (first group, or the whole match), whose images stay in one "
         "part; unset: the topmost folder, or DICOM's patient id")
