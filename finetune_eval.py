@@ -554,6 +554,8 @@ def evaluate(args, settings, meta, device):
                     labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
         about = ("threshold", "foreground", "refine", "loss", "epochs", "batch_size")
         head |= {key: settings[key] for key in about if key in settings}
+        if "refine" in settings:
+            head["refine"] = " ".join(settings["refine"])
         head |= dict(img_size=meta["size"], data=meta["fingerprint"])
         if "n_train" in settings:                               # a run of this script, that has seen labels
             head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
