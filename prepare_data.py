@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -1471,6 +1472,12 @@ def cut(pair, image, mask):
 def thread_pool():
     """One thread a core. They are joined when the block ends: Python aborts if it exits while a
     thread is inside OpenCV."""
+    with contextlib.suppress(OSError, AttributeError):          # Linux with glibc
+        # Keep freed memory: else each picture is mapped anew, and the threads wait for each other
+        # in the kernel (12 s instead of 7 for 2000 pictures on two cores).
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2 ** 25))   # M_MMAP_THRESHOLD
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2 ** 29))   # M_TRIM_THRESHOLD
     pool = ThreadPool(os.cpu_count())
     try:
         yield pool
