@@ -219,7 +219,7 @@ shard() {
 attempt() {
     local log=results/logs/${1//\//_}.log code=0
     mkdir -p results/logs
-    $PYTHON ${2#python } >"$log.$$" 2>&1 &                      # the plan's words hold no blanks
+    "$PYTHON" ${2#python } >"$log.$$" 2>&1 &                      # the plan's words hold no blanks
     child=$!
     wait "$child" || code=$?
     [[ $code == 75 ]] && rm -f "$log.$$" || mv "$log.$$" "$log"
