@@ -736,9 +736,9 @@ def match_masks(raw, images, in_folders):
                      "or number them in one folder if they belong together")
         folders |= places
     if masks:
-        several = sum(len(paths) > 1 for paths in masks.values())
-        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}; {several} images "
-              "have several, which are joined")
+        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}")
+        say([paths[0] for paths in masks.values() if len(paths) > 1],
+            "images have several masks, which are joined")
     return masks
 
 
