@@ -457,7 +457,7 @@ class MaskRule:
     is above cuts[Mask.span], or with `inverted` what is not; but never `ignored`."""
     values: tuple = ()
     cuts: dict = field(default_factory=dict)
-    half: bool = False                          # as asked for, of two values as well
+    half: bool = False                          # asked for: masks of two values are cut as well
     inverted: bool = False
     ignored: int | None = None
     evidence: str = ""
@@ -472,8 +472,9 @@ CONFLICTS = (("levels", "levels"), ("0/255", "classes"), ("0/255", "classes and 
 def decide_mask_rule(asked, masks):
     """Return the MaskRule of a data set from --mask-foreground and all its Masks (values unused).
 
-    auto: above half of the range where there are soft edges, else all but 0; zero: the inverse.
-    Raises ValueError with an example of each kind where one rule cannot read all files.
+    auto: above half of the range where any mask has soft edges, else above 0; masks of two values
+    always above 0. zero: the inverse. half: above half of the range for all. Raises ValueError with
+    an example of each kind where one rule cannot read all files.
     """
     if asked[0].isdigit():
         return MaskRule(tuple(map(int, asked.split(","))), evidence=f"the values {asked}")
@@ -788,7 +789,7 @@ def find_folder(raw, args, bad, missing):
         else:
             bad.append(f"{pair.image}: has no mask")
     kept = set_groups(raw, kept, args.group_regex, bad)
-    if (raw / "labels.csv").is_file():
+    if kept and (raw / "labels.csv").is_file():
         set_labels(raw / "labels.csv", kept)
     return kept
 
@@ -829,7 +830,7 @@ def set_patients(pairs):
     """Set the group of each pair to its DICOM patient where all have one; where only some have,
     their folders and patients are both kept together by join_duplicates."""
     patients = {pair.patient for pair in pairs}
-    if "" not in patients:
+    if patients and "" not in patients:
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in pairs:
             pair.group = pair.patient
@@ -1423,7 +1424,8 @@ def load(pair, args, rule):
         else:
             picture = read_picture(path, args.page)
             pair.pages = picture.pages
-            pair.patient = picture.patient
+            if not args.group_regex:            # which says more
+                pair.patient = picture.patient
             image = to_rgb(picture)
             mask = None
             for path in pair.masks:

@@ -1826,6 +1826,9 @@ def test_dicoms_are_shown_as_a_viewer_shows_them(tmp_path, monkeypatch):
     groups = [{row["group"] for row in prepare_data.read_names(out, part)} for part in prepare_data.PARTS]
     assert len(set.union(*groups)) == sum(map(len, groups)) == 4
     assert not [file for file in out.iterdir() if b"Mustermann" in file.read_bytes()]
+    out = prepare(raw, tmp_path / "out", "--overwrite", "--group-regex", "[0-9]+$")           # the regex counts, not the id
+    assert {row["group"] for part in prepare_data.PARTS for row in prepare_data.read_names(out, part)} == {str(k) for k in range(12)}
+    assert prepare_data.read_meta(out)["counts"] == dict(train=8, val=1, test=3)
     for k in range(12):                                         # some without an id: folder and id are kept together
         Image.fromarray(spot(32, 32)[0]).save(raw / f"study{k // 2}/p{k}.png")
     out = prepare(raw, tmp_path / "out", "--overwrite")
@@ -2104,6 +2107,8 @@ def test_every_bad_file_is_found_in_one_pass(tmp_path, capsys):
     meta = prepare_data.read_meta(out)
     assert sum(meta["counts"].values()) == 12 - 5 and len(meta["skipped"]) == 6
     out = prepare(raw, tmp_path / "out", "--skip-bad", "--overwrite", "--group-regex", "^(p[1-9])")
+    (raw / "labels.csv").write_text("name,label\np0_00,a\n")
+    refused(lambda: prepare(raw, tmp_path / "none", "--skip-bad", "--group-regex", "^x"), "0 usable images")
     assert sum(prepare_data.read_meta(out)["counts"].values()) == 12 - 5 and "p0_01" not in "".join(f.read_text() for f in out.glob("*.csv"))
 
 
