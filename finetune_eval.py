@@ -40,9 +40,9 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
-from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, decide_refinement, explain_memory, finished_run,
-                      load_checkpoint, normalise, open_run, paper_augmentation, pick_device, pick_precision, pseudo_mask, refined_name,
-                      seed_from, train, write_atomically, write_csv)
+from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, decide_refinement,
+                      explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
+                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
@@ -173,7 +173,7 @@ def read_run(run):
     gone = [key for key in ("channel", "fov", "round") if key in settings]
     if gone or settings.get("threshold") == "enclosed":
         sys.exit(f"{run} was made with flags that are gone ({' '.join(gone) or 'enclosed'}): train again, with --refine")
-    if not finished_run(run):
+    if not is_finished(run):
         sys.exit(f"{run} is not finished: run its command again, it goes on where it stopped")
     return settings
 
@@ -333,16 +333,17 @@ def fit(method, sets, args, settings, draws, device):
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
     method.lr, method.weight_decay = args.lr, args.weight_decay
-    args.save_minutes, args.precision = 10, pick_precision(args.amp, device, method)
+    amp = pick_precision(args.amp, device, method)
+    options = Options(args.epochs, args.batch_size, args.patience, args.seed, amp, args.workers)
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
              "seed")
     own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
-    own |= {} if args.precision == "off" else dict(amp=args.precision)
+    own |= {} if amp == "off" else dict(amp=amp)
     with prepare_data.only_one(folder / ".lock"):
-        open_run(settings | own, args, folder)
-        if not finished_run(folder):
-            train(method.to(device, memory_format=torch.channels_last), sets, args, folder, device, draws)
-    epochs, steps = sum(1 for _ in open(folder / "log.csv")) - 1, len(Batches(draws, args.batch_size))
+        open_run(settings | own, folder, args.command, args.overwrite)
+        if not is_finished(folder):
+            train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, draws)
+    epochs, steps = len(read_log(folder)), len(Batches(draws, args.batch_size))
     return folder, dict(n_labels_train=len(sets[0]), n_labels_val=len(sets[2]), budget_steps=args.epochs * steps,
                         steps=epochs * steps, epochs_run=epochs, kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
@@ -1101,9 +1102,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.report:
         return args, parser
-    for name, least in dict(epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0).items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from {least} up")
+    check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0)
     if args.tile is not None and args.tile < 16 and args.tile != 0 or args.page < 0:
         parser.error("--tile is at least 16 pixels, and --page counts from 0")
     if args.predict and not (args.run and args.out):
