@@ -9,14 +9,15 @@
     python finetune_eval.py --report
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that nobody trained (section
-4.1). frozen: the decoder is trained, the encoder stays. finetune: all is trained. supervised: all is trained, from
-scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
+4.1). frozen: the decoder is trained, the encoder stays. finetune: all is trained. semi: all is trained, on the labelled
+images and on the others with masks that the network draws as it learns. supervised: all is trained, from scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
 same test images. One JSON an evaluation, under results/, with a CSV of its test images; --report writes
 results/README.md from them.
 """
 
 import argparse
 import collections
+import copy
 import csv
 import functools
 import hashlib
@@ -45,7 +46,7 @@ from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options
                       pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
-TRAINED = ("frozen", "finetune", "supervised", "classify")      # protocols that train
+TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")      # protocols that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
 # Who draws masks without a label: (threshold, parts of --refine).
 TEACHERS = {threshold: (threshold, ()) for threshold in THRESHOLDS}
@@ -263,13 +264,82 @@ class WithClass(Images):
 
 
 class FineTuning(MedSASS):
-    """MedSASS's U-Net, loss, optimiser and loop; only the masks that it is given are true ones."""
+    """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate rises over the first tenth
+    of the steps and falls to 0 by a cosine, and the last weights are kept, because one or two validation labels cannot
+    choose; unless `stops_early`."""
+
+    stops_early = False
+
+    def before_step(self, optimizer, step, total_steps, epoch_steps):
+        warm_up = max(1, total_steps // 10)
+        if step < warm_up:
+            factor = (step + 1) / warm_up
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * factor
 
     def health(self):
-        return dict(zip(("true_foreground", "predicted_foreground"), (share.item() for share in self.shares)))
+        true, predicted = self.shares
+        return dict(true_foreground=true.item(), predicted_foreground=predicted.item())
 
     def samples(self, views):
         return {"image": views[0], "truth": views[1], "prediction": self.unet(normalise(views[0])) > 0}
+
+
+class SemiSupervised(FineTuning):
+    """Labelled images with their masks, the others with what a moving average of the network draws on the same view, so
+    that the drawn masks follow the labels (mean teacher: Tarvainen & Valpola 2017; hard masks: Sohn et al. 2020).
+
+    forward([views uint8 (B, 3, S, S), masks uint8 {0, 1} (B, 1, S, S), is_labelled bool (B,)]), or without the last for
+    validation, -> scalar loss. A mask counts where is_labelled.
+    """
+
+    momentum = 0.95                                             # of the teacher, a step
+
+    def copy_teacher(self):
+        """The teacher starts as the network is now."""
+        self.teacher = copy.deepcopy(self.unet).requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, views):
+        images, masks, *is_labelled = views
+        if is_labelled:
+            others = ~is_labelled[0]
+            with torch.no_grad():
+                drawn = self.teacher(normalise(images[others])) > 0
+            masks = masks.clone()
+            masks[others] = drawn.to(masks.dtype)
+        return super().forward([images, masks])
+
+    @torch.no_grad()
+    def after_step(self, step, total_steps):
+        """teacher <- momentum x teacher + (1 - momentum) x network, BatchNorm's statistics too."""
+        for mean, new in zip(self.teacher.state_dict().values(), self.unet.state_dict().values()):
+            if mean.is_floating_point():
+                mean.lerp_(new, 1 - self.momentum)
+            else:
+                mean.copy_(new)
+
+
+class PartlyLabelled(Images):
+    """All training images, half of each epoch drawn from the labelled `rows`, half from all in turn. Key (epoch, k) -> (row,
+    [view, mask (1, S, S), whether the row is labelled]); another row's mask is blank."""
+
+    def __init__(self, folder, transform, seed, rows):
+        super().__init__(folder, "train", transform, seed, masks=Path(folder) / "train_masks.npy")
+        self.labelled = rows
+
+    def __getitem__(self, key):
+        draw = key[0] * len(self) + key[1]                      # from the beginning of the run
+        row = self.labelled[draw // 2 % len(self.labelled)] if draw % 2 else draw // 2 % len(self)
+        _, (view, mask) = super().__getitem__((draw, row))
+        is_labelled = row in self.labelled
+        return row, [view, mask * is_labelled, torch.tensor(is_labelled)]
 
 
 def focal_cross_entropy(logits, target, gamma=2.0):
@@ -332,19 +402,25 @@ def fit(method, sets, args, settings, draws, device):
     else:
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
-    method.lr, method.weight_decay = args.lr, args.weight_decay
+    if args.lr is not None:
+        method.lr = args.lr
+    method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
-    options = Options(args.epochs, args.batch_size, args.patience, args.seed, amp, args.workers)
-    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay",
-             "seed")
-    own = {name: getattr(args, name) for name in names} | dict(train="end2end", n_train=len(sets[0]), n_val=len(sets[2]))
+    patience = (5 if method.stops_early else 0) if args.patience is None else args.patience
+    method.stops_early = patience > 0
+    options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
+    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "seed")
+    n_labels = len(getattr(sets[0], "labelled", sets[0]))
+    own = {name: getattr(args, name) for name in names}
+    own |= dict(patience=patience, lr=method.lr, weight_decay=method.weight_decay, train="end2end", n_train=n_labels,
+                n_val=len(sets[2]))
     own |= {} if amp == "off" else dict(amp=amp)
     with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, folder, args.command, args.overwrite)
         if not is_finished(folder):
             train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, draws)
     epochs, steps = len(read_log(folder)), len(Batches(draws, args.batch_size))
-    return folder, dict(n_labels_train=len(sets[0]), n_labels_val=len(sets[2]), budget_steps=args.epochs * steps,
+    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets[2]), budget_steps=args.epochs * steps,
                         steps=epochs * steps, epochs_run=epochs, kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
 
@@ -360,14 +436,17 @@ def labelled_sets(args, keep=None, classes=None):
     rows = {part: [kept[k] for k in labelled_rows([names[part][i] for i in kept], args.labels, seed, of)]
             for part, kept in keep.items()}
     print(f"labels: {len(rows['train'])} of {of} training images, and {len(rows['val'])} of {len(keep['val'])} validation "
-          "images to stop by")
+          "images")
 
     def true(part, transform):
         return (Images(data, part, transform, seed, rows[part], masks=data / f"{part}_masks.npy") if classes is None else
                 WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
 
-    plain = Images(data, "train", v2.Identity(), seed, rows["train"])
-    return (true("train", paper_augmentation()), plain, true("val", v2.Identity())), of
+    plain = Images(data, "train", v2.Identity(), seed, None if args.protocol == "semi" else rows["train"])
+    train_set = true("train", paper_augmentation())
+    if args.protocol == "semi":
+        train_set = PartlyLabelled(data, paper_augmentation(), seed, rows["train"])
+    return (train_set, plain, true("val", v2.Identity())), of
 
 
 def teacher_of(data, threshold, foreground, refine=()):
@@ -396,15 +475,20 @@ def segment(args, settings, meta, device):
     images, masks, names = open_test(args)
     torch.manual_seed(seed_from(args.seed))
     result = {}
+    kind = SemiSupervised if args.protocol == "semi" else FineTuning
     try:
-        method = FineTuning(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
-                            train_part="decoder" if args.protocol == "frozen" else "end2end")
+        method = kind(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
+                      train_part="decoder" if args.protocol == "frozen" else "end2end")
     except ValueError as error:
         sys.exit(str(error))
     if args.protocol != "supervised":
         unet, weights = load_network(args, settings, args.decoder)
         method.unet.load_state_dict(unet.state_dict())
         result["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if args.decoder == "fresh":
+        method.lr = 1e-3
+    if args.protocol == "semi":
+        method.copy_teacher()
     if args.protocol in TRAINED:
         for part in ("train", "val"):
             if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
@@ -500,6 +584,7 @@ def classify(args, settings, meta, device):
     sets, of = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
     torch.manual_seed(seed_from(args.seed, 3))
     probe = Probe(unet.encoder, len(labels))
+    probe.lr = 3.6e-4
     folder, took = fit(probe, sets, args, settings | result, of, device)
     probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
     probe.to(device).eval()
@@ -851,7 +936,7 @@ def curves_of(cells, dataset, backbone):
     """{network and how it was trained: {number of training labels: cell}}, transfer at 0, then finetune or supervised."""
     curves, start = collections.defaultdict(dict), {}
     for (*where, protocol, variant, name, _), cell in sorted(cells.items()):
-        if where == [dataset, backbone] and protocol in ("finetune", "supervised"):
+        if where == [dataset, backbone] and protocol in ("finetune", "semi", "supervised"):
             curves[variant, re.sub(r"-l\d[^-]*", "", name)][cell[0][0]["n_labels_train"]] = cell
         elif where == [dataset, backbone] and protocol == "transfer" and "n_labels_train" not in cell[0][0]:
             start[variant] = {0: cell}
@@ -871,7 +956,7 @@ def curve_section(cells, dataset, backbone):
     scratch = {(n, cell[0][0]["budget_steps"]): cell for curve in curves.values() for n, cell in curve.items()
                if cell[0][0]["protocol"] == "supervised"}
     for name, curve in curves.items():
-        for n, cell in ((n, cell) for n, cell in curve.items() if cell[0][0]["protocol"] == "finetune"):
+        for n, cell in ((n, cell) for n, cell in curve.items() if cell[0][0]["protocol"] in ("finetune", "semi")):
             budget = cell[0][0]["budget_steps"]
             most = max((m for m, b in scratch if b == budget), default=n)
             for m in sorted({n, most}):
@@ -1072,15 +1157,17 @@ def parse_args(argv):
     add("--backbone", choices=list(BACKBONES), help="without --run: the network")
     add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"], help="what to do before scoring")
     add("--labels", type=labels_of, default=1.0, help="labelled training images: 0.1 is a share, 10 a count; as large a share "
-        "of the validation images decides when to stop")
+        "of the validation images is scored while training")
     add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"], help="what the decoder starts from; auto: "
-        "pretrained for finetune and transfer of an end-to-end run, else fresh")
-    add("--loss", default="focal_tversky", choices=list(LOSSES), help="of frozen, finetune, supervised (appendix C)")
+        "pretrained for finetune, semi and transfer of an end-to-end run, else fresh")
+    add("--loss", default="focal_tversky", choices=list(LOSSES), help="of frozen, finetune, semi, supervised (appendix C)")
     add("--epochs", type=int, default=50, help="of training on labels, at most (appendices C, D); an epoch has the steps of "
         "all training images, however few are labelled")
     add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
-    add("--patience", type=int, default=5, help="stop after so many epochs without a better validation loss; 0: never")
-    add("--lr", type=float, default=3.6e-4, help="of Adam, as in pretraining")
+    add("--patience", type=int, help="stop after so many epochs without a better validation loss, and keep the best; 0: never, "
+        "and keep the last weights. Unset: 0, as the rate falls to 0 over all epochs; for classify 5")
+    add("--lr", type=float, help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh, else, and for "
+        "classify, 3.6e-4")
     add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
     add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
@@ -1121,7 +1208,7 @@ def parse_args(argv):
 def name_unused(args, parser):
     """Say in one line which flags were given that this job does not use."""
     training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers", "amp"}
-    network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(),
+    network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(), "semi": set(),
                "reference": {"threshold", "foreground"}}
     used = network[args.protocol] | (training if args.protocol in TRAINED else set())
     used |= {"flips"} if args.protocol not in ("reference", "classify") else set()
@@ -1177,9 +1264,11 @@ def main(argv=None):
     whole = settings.get("train") == "end2end"                  # the run has a decoder of its own
     if args.decoder == "pretrained" and not whole:
         sys.exit(f"--decoder pretrained: {args.run or args.encoder or args.protocol} has an encoder only")
+    if args.protocol == "semi" and not whole:
+        sys.exit(f"semi draws masks: it needs the --run of a whole U-Net, and {args.run or args.encoder} is an encoder")
     asked = args.decoder
     if asked == "auto":
-        args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune") else "fresh"
+        args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune", "semi") else "fresh"
     short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
     words = [f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)]
     words += [args.decoder] * (asked != "auto") + ["flips"] * args.flips

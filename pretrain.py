@@ -741,14 +741,14 @@ class Trainer:
         its weights are in best.pt."""
         state = {name: getattr(self, name) for name in self.POSITION} | dict(ranks=ranks()[1])
         if not self.finished():
-            state["model"] = self.module.state_dict()
+            state["method"] = self.method.state_dict()
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
         return state
 
     def load_state_dict(self, state):
         if "optimizer" in state:
-            self.module.load_state_dict(state["model"])
+            self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         for parameter, old in self.optimizer.state.items():     # interned, as in a run left alone:

@@ -1335,6 +1335,78 @@ def test_protocols_train_what_they_say(data, run, tmp_path):
         finetune_eval.main([*own, "--protocol", "finetune", "--labels", "1.5"])
 
 
+def test_the_rate_rises_then_falls_and_the_last_weights_are_kept(data, run, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args, **kw: (rates.append(self.param_groups[0]["lr"]), step(self, *args, **kw))[1])
+    own = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", "--labels", "2"]
+    result, folder, _ = tune(data, tmp_path, *own, epochs=5)
+    expected = [5e-4, 1e-3, *(1e-3 * .5 * (1 + math.cos(math.pi * k / 18)) for k in range(18))]
+    assert rates == pytest.approx(expected) and result["kept_epoch"] == result["epochs_run"] == 5
+    rates.clear()
+    result, folder, _ = tune(data, tmp_path, *own, "--lr", "0", "--patience", "2", epochs=30)      # asked for: stops, keeps the best
+    assert set(rates) == {0} and (result["epochs_run"], result["kept_epoch"]) == (3, 1)
+    shutil.copytree(run, tmp_path / "run")
+    rates.clear()
+    tune(data, tmp_path, "--run", str(tmp_path / "run"), "--protocol", "finetune")
+    assert max(rates) == 3.6e-4
+
+
+def test_semi_draws_the_masks_that_are_missing(data, tmp_path):
+    folder = data / "demo"
+    n = len(prepare_data.read_names(folder, "train"))
+    images = finetune_eval.PartlyLabelled(folder, torchvision.transforms.v2.Identity(), 0, [5, 9])
+    truth = np.load(folder / "train_masks.npy")
+    drawn = [images[epoch, k] for epoch in (0, 1) for k in range(n)]
+    labelled = [row for row, (_, _, flag) in drawn if flag]
+    assert len(images) == n and labelled.count(5) == labelled.count(9) == n // 2 + 1
+    assert {row for row, _ in drawn} == set(range(n))           # each at least once in two epochs
+    for row, (_, mask, flag) in drawn:
+        assert bool(flag) == (row in (5, 9)) and np.array_equal(mask[0], truth[row] * bool(flag))
+    torch.manual_seed(0)
+    method = finetune_eval.SemiSupervised("resnet50", 32)
+    torch.nn.init.normal_(method.unet.head.weight)
+    method.copy_teacher()
+    method.train()
+    views = torch.stack([image for _, (image, _, _) in drawn[:4]])
+    masks = torch.stack([mask for _, (_, mask, _) in drawn[:4]])
+    flags = torch.tensor([True, False, False, True])
+    with torch.no_grad():
+        filled = torch.where(flags[:, None, None, None], masks, method.teacher(pretrain.normalise(views)) > 0)
+        method.train()
+        loss = method.loss(method.unet(pretrain.normalise(views)), filled)
+    assert not method.teacher.training and 0 < filled[1:3].float().mean() < 1
+    assert method([views, masks, flags]).item() == pytest.approx(loss.item(), rel=1e-5)
+    old = {name: value.clone() for name, value in method.teacher.state_dict().items()}
+    method.after_step(0, 10)
+    for name, value in method.teacher.state_dict().items():
+        if value.is_floating_point():
+            expected = method.momentum * old[name] + (1 - method.momentum) * method.unet.state_dict()[name]
+            assert torch.allclose(value, expected, atol=1e-6), name
+
+
+def test_semi_reads_no_other_label_and_resumes_to_the_bit(data, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    blind = tmp_path / "blind"
+    shutil.copytree(data, blind)
+    names = prepare_data.read_names(data / "demo", "train")
+    rows = finetune_eval.labelled_rows(names, 4, 0, len(names))
+    masks = np.load(blind / "demo/train_masks.npy")
+    masks[[k for k in range(len(masks)) if k not in rows]] = 1
+    np.save(blind / "demo/train_masks.npy", masks)
+    flags = ["--run", str(tmp_path / "run"), "--protocol", "semi", "--labels", "4"]
+    result, folder, _ = tune(data, tmp_path, *flags, epochs=2)
+    kept = contents(folder)
+    assert (result["protocol"], result["n_labels_train"], result["budget_steps"], result["kept_epoch"]) == ("semi", 4, 8, 2)
+    for source, kill in ((blind, False), (data, True)):
+        shutil.rmtree(folder)
+        if kill:
+            command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--device", "cpu"]
+            killed(f"finetune_eval.main({command})")
+        assert contents(tune(source, tmp_path / str(kill), *flags, epochs=2)[1]) == kept
+    encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "semi"]
+    refused(lambda: tune(data, tmp_path, *encoder), "encoder.pth", "whole U-Net")
+
+
 def test_test_masks_are_never_seen_before_the_score(data, tmp_path):
     noisy = tmp_path / "noisy"
     shutil.copytree(data, noisy / "data")
