@@ -904,9 +904,7 @@ def train(method, sets, options, folder, device, draws=None):
                 val_loss = validate(method, val_loader, device, seed)
             seconds = trainer.seconds + time.time() - before
             row = dict(epoch=trainer.epoch + 1, val_loss=val_loss, **figures,
-                       skipped=trainer.skipped, seconds=seconds,
-                       waiting_share=trainer.waited / trainer.seconds,
-                       images_per_second=batches.draws / seconds)
+                       skipped=trainer.skipped, seconds=seconds, waited=trainer.waited)
             log.append({name: f"{value:.6g}" for name, value in row.items()})
             warning = method.collapsed(figures)
             if warning:

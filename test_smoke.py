@@ -486,8 +486,7 @@ def test_run_folder_is_complete(run, data):
     assert {f.name for f in run.iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "encoder.pth", "samples.png"}
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert {"train_loss", "val_loss", "pseudo_foreground", "predicted_foreground", "seconds", "waiting_share",
-            "images_per_second"} < set(rows[0])
+    assert {"train_loss", "val_loss", "pseudo_foreground", "predicted_foreground", "seconds", "waited"} < set(rows[0])
     config = json.loads((run / "config.json").read_text())
     assert config["settings"]["data"] == json.loads((data / "demo/meta.json").read_text())["fingerprint"]
     share = pretrain.pseudo_mask(np.array(prepare_data.open_part(data / "demo", "train")[0])).mean()
