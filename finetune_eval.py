@@ -17,7 +17,6 @@ results/README.md from them.
 
 import argparse
 import collections
-import copy
 import csv
 import functools
 import hashlib
@@ -43,7 +42,7 @@ from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder
 from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, decide_refinement,
                       explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
-                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv)
+                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_masks)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")      # protocols that train
@@ -287,59 +286,19 @@ class FineTuning(MedSASS):
         return {"image": views[0], "truth": views[1], "prediction": self.unet(normalise(views[0])) > 0}
 
 
-class SemiSupervised(FineTuning):
-    """Labelled images with their masks, the others with what a moving average of the network draws on the same view, so
-    that the drawn masks follow the labels (mean teacher: Tarvainen & Valpola 2017; hard masks: Sohn et al. 2020).
-
-    forward([views uint8 (B, 3, S, S), masks uint8 {0, 1} (B, 1, S, S), is_labelled bool (B,)]), or without the last for
-    validation, -> scalar loss. A mask counts where is_labelled.
-    """
-
-    momentum = 0.95                                             # of the teacher, a step
-
-    def copy_teacher(self):
-        """The teacher starts as the network is now."""
-        self.teacher = copy.deepcopy(self.unet).requires_grad_(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, views):
-        images, masks, *is_labelled = views
-        if is_labelled:
-            others = ~is_labelled[0]
-            with torch.no_grad():
-                drawn = self.teacher(normalise(images[others])) > 0
-            masks = masks.clone()
-            masks[others] = drawn.to(masks.dtype)
-        return super().forward([images, masks])
-
-    @torch.no_grad()
-    def after_step(self, step, total_steps):
-        """teacher <- momentum x teacher + (1 - momentum) x network, BatchNorm's statistics too."""
-        for mean, new in zip(self.teacher.state_dict().values(), self.unet.state_dict().values()):
-            if mean.is_floating_point():
-                mean.lerp_(new, 1 - self.momentum)
-            else:
-                mean.copy_(new)
-
-
 class PartlyLabelled(Images):
-    """All training images, half of each epoch drawn from the labelled `rows`, half from all in turn. Key (epoch, k) -> (row,
-    [view, mask (1, S, S), whether the row is labelled]); another row's mask is blank."""
+    """All training images with the masks of one file; half of the draws are of the labelled `rows`, half of all in turn. Key
+    (epoch, k) -> (row, [view, mask (1, S, S)])."""
 
-    def __init__(self, folder, transform, seed, rows):
-        super().__init__(folder, "train", transform, seed, masks=Path(folder) / "train_masks.npy")
+    def __init__(self, folder, transform, seed, rows, masks):
+        super().__init__(folder, "train", transform, seed, masks=masks)
         self.labelled = rows
 
     def __getitem__(self, key):
         draw = key[0] * len(self) + key[1]                      # from the beginning of the run
-        row = self.labelled[draw // 2 % len(self.labelled)] if draw % 2 else draw // 2 % len(self)
-        _, (view, mask) = super().__getitem__((draw, row))
-        is_labelled = row in self.labelled
-        return row, [view, mask * is_labelled, torch.tensor(is_labelled)]
+        pair = draw // 2
+        row = pair % len(self) if draw % 2 else self.labelled[pair % len(self.labelled)]
+        return super().__getitem__((draw, row))
 
 
 def focal_cross_entropy(logits, target, gamma=2.0):
@@ -394,34 +353,100 @@ class Probe(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
-def fit(method, sets, args, settings, draws, device):
+def fit(method, sets, args, settings, draws, device, epochs=None, below=""):
     """Train `method` by pretrain.py's loop in a run folder of its own, or take up what is there. draws: images an epoch;
-    as many for few labels as for all, so that every method has the same steps. Returns the folder and what it took."""
+    as many for few labels as for all, so that every method has the same steps. epochs: unset --epochs. below: a folder
+    in the run's own. Returns the folder and what it took."""
+    epochs = epochs or args.epochs
     if args.protocol == "supervised":
         folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}" / args.name
     else:
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
-    if args.lr is not None:
-        method.lr = args.lr
+    folder = folder / below
     method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
     patience = (5 if method.stops_early else 0) if args.patience is None else args.patience
     method.stops_early = patience > 0
-    options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
+    options = Options(epochs, args.batch_size, patience, args.seed, amp, args.workers)
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "seed")
     n_labels = len(getattr(sets[0], "labelled", sets[0]))
     own = {name: getattr(args, name) for name in names}
-    own |= dict(patience=patience, lr=method.lr, weight_decay=method.weight_decay, train="end2end", n_train=n_labels,
+    own |= dict(epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, train="end2end", n_train=n_labels,
                 n_val=len(sets[2]))
     own |= {} if amp == "off" else dict(amp=amp)
     with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, folder, args.command, args.overwrite)
         if not is_finished(folder):
             train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, draws)
-    epochs, steps = len(read_log(folder)), len(Batches(draws, args.batch_size))
-    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets[2]), budget_steps=args.epochs * steps,
-                        steps=epochs * steps, epochs_run=epochs, kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
+    epochs_run, steps = len(read_log(folder)), len(Batches(draws, args.batch_size))
+    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets[2]), budget_steps=epochs * steps,
+                        steps=epochs_run * steps, epochs_run=epochs_run,
+                        kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
+
+
+def draw_rows(unet, weights, images, rows, device):
+    """The masks, bool (S, S), of some `rows` of uint8 (N, S, S, 3), may be mapped, one after the other."""
+    unet.load_state_dict(weights)
+    unet.to(device, memory_format=torch.channels_last).eval()
+    for start in range(0, len(rows), BATCH):
+        yield from predict_logits(unet, images[rows[start:start + BATCH]], device) > 0
+
+
+def iou_of(pred, masks, rows):
+    """Global IoU of masks, bool (S, S) each, and the `rows` of uint8 (N, S, S), may be mapped."""
+    counts = np.zeros(4, np.int64)
+    for mask, row in zip(pred, rows):
+        counts += count_pixels(mask[None], masks[row][None] > 0)[0]
+    return float(scores_from_counts(counts)["iou"])
+
+
+def fit_semi(method, sets, args, settings, n, device):
+    """As fit, on the labelled images, and where they are too few on the others, too, with the masks that the network drew
+    before it saw a label (self-training: Lee 2013).
+
+    The first half of the epochs tunes the network on the labels alone. The tuned network is trusted
+    - if it agrees with the old one on the unlabelled images at least .9 times as well (IoU) as the old one with the truth on
+      the labelled: the old one errs alike on both, and a tuned one that is right differs from it no more than the truth does.
+      One that has learnt a few images by heart does;
+    - and if it is no worse than the old one on the labelled validation images.
+    A trusted network goes on with the labels alone. Else the old one learns anew: half of what it sees are labelled images,
+    half are all images in turn, a missing mask being its own.
+    """
+    data = Path(args.data) / args.dataset
+    rows, val_rows = sets[0].rows, sets[2].rows
+    others = sorted(set(range(n)) - set(rows))
+    old = {name: value.clone() for name, value in method.unet.state_dict().items()}
+    method.lr = 1e-3 if args.lr is None else args.lr
+    first = args.epochs // 2
+    folder, before = fit(method, sets, args, settings, n, device, first, below="labels")
+    tuned = load_checkpoint(folder / "best.pt", "cpu")["model"]
+    images, truth = prepare_data.open_part(data, "train")
+    val_images, val_truth = prepare_data.open_part(data, "val")
+    path = folder / "train_masks.npy"
+    if others and not path.exists():
+        drawn = draw_rows(method.unet, old, images, others, device)
+        write_masks((truth[k] if k in rows else next(drawn) for k in range(n)), truth.shape, path)
+    evidence = dict(old_iou=iou_of(draw_rows(method.unet, old, images, rows, device), truth, rows), agreement=1.0)
+    if others:
+        masks = np.load(path, mmap_mode="r")
+        evidence["agreement"] = iou_of(draw_rows(method.unet, tuned, images, others, device), masks, others)
+    for name, weights in dict(old=old, tuned=tuned).items():
+        drawn = draw_rows(method.unet, weights, val_images, val_rows, device)
+        evidence[f"{name}_val_iou"] = iou_of(drawn, val_truth, val_rows)
+    trusted = (evidence["agreement"] >= 0.9 * evidence["old_iou"]
+               and evidence["tuned_val_iou"] >= evidence["old_val_iou"])
+    print(", ".join(f"{name} {value:.3f}" for name, value in evidence.items()))
+    print("the labels alone teach enough" if trusted else "the labels are few: missing masks are drawn")
+    if not trusted and others:
+        sets = PartlyLabelled(data, paper_augmentation(), args.seed, rows, path), *sets[1:]
+    method.unet.load_state_dict(tuned if trusted else old)
+    method.lr /= 3                                              # of a trained network
+    folder, after = fit(method, sets, args, settings, n, device, args.epochs - first)
+    after["kept_epoch"] += first
+    for name in ("budget_steps", "steps", "epochs_run"):
+        after[name] += before[name]
+    return folder, after | evidence | dict(trusted=trusted)
 
 
 def labelled_sets(args, keep=None, classes=None):
@@ -442,11 +467,8 @@ def labelled_sets(args, keep=None, classes=None):
         return (Images(data, part, transform, seed, rows[part], masks=data / f"{part}_masks.npy") if classes is None else
                 WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
 
-    plain = Images(data, "train", v2.Identity(), seed, None if args.protocol == "semi" else rows["train"])
-    train_set = true("train", paper_augmentation())
-    if args.protocol == "semi":
-        train_set = PartlyLabelled(data, paper_augmentation(), seed, rows["train"])
-    return (train_set, plain, true("val", v2.Identity())), of
+    plain = Images(data, "train", v2.Identity(), seed, rows["train"])
+    return (true("train", paper_augmentation()), plain, true("val", v2.Identity())), of
 
 
 def teacher_of(data, threshold, foreground, refine=()):
@@ -475,26 +497,26 @@ def segment(args, settings, meta, device):
     images, masks, names = open_test(args)
     torch.manual_seed(seed_from(args.seed))
     result = {}
-    kind = SemiSupervised if args.protocol == "semi" else FineTuning
     try:
-        method = kind(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
-                      train_part="decoder" if args.protocol == "frozen" else "end2end")
+        method = FineTuning(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
+                            train_part="decoder" if args.protocol == "frozen" else "end2end")
     except ValueError as error:
         sys.exit(str(error))
     if args.protocol != "supervised":
         unet, weights = load_network(args, settings, args.decoder)
         method.unet.load_state_dict(unet.state_dict())
         result["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if args.decoder == "fresh":
+    if args.lr is not None:
+        method.lr = args.lr
+    elif args.decoder == "fresh":
         method.lr = 1e-3
-    if args.protocol == "semi":
-        method.copy_teacher()
     if args.protocol in TRAINED:
         for part in ("train", "val"):
             if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
                 sys.exit(f"{Path(args.data) / args.dataset} has no {part} masks: {args.protocol} needs them")
         sets, of = labelled_sets(args)
-        folder, took = fit(method, sets, args, settings | result, of, device)
+        train_method = fit_semi if args.protocol == "semi" else fit
+        folder, took = train_method(method, sets, args, settings | result, of, device)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
         result |= took
     unet = method.unet.to(device, memory_format=torch.channels_last).eval()
@@ -584,7 +606,7 @@ def classify(args, settings, meta, device):
     sets, of = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
     torch.manual_seed(seed_from(args.seed, 3))
     probe = Probe(unet.encoder, len(labels))
-    probe.lr = 3.6e-4
+    probe.lr = 3.6e-4 if args.lr is None else args.lr
     folder, took = fit(probe, sets, args, settings | result, of, device)
     probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
     probe.to(device).eval()
@@ -1187,6 +1209,8 @@ def parse_args(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="replace results or masks that are already there")
     args = parser.parse_args(argv)
+    if args.protocol == "semi" and args.epochs < 2:
+        parser.error("semi trains in two halves: --epochs 2 or more")
     if args.report:
         return args, parser
     check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0)

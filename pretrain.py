@@ -591,17 +591,16 @@ def make_loader(dataset, batches, workers):
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
-def write_masks(refinement, images, path):
-    """Write the refined masks of uint8 (N, S, S, 3), may be mapped: an .npy, uint8 {0, 1}
+def write_masks(masks, shape, path):
+    """Write an iterator of masks (S, S), each bool or uint8 {0, 1}: an .npy, uint8 of `shape`
     (N, S, S), whole or not at all."""
-    header = dict(descr="|u1", fortran_order=False, shape=images.shape[:3])
+    header = dict(descr="|u1", fortran_order=False, shape=shape)
 
     def write(temporary):
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, contextlib.closing(masks):     # on a full disk too
             np.lib.format.write_array_header_1_0(file, header)
-            with contextlib.closing(refinement.draw_all(images)) as masks:     # on a full disk too
-                for mask in masks:
-                    file.write(mask.astype(np.uint8).tobytes())
+            for mask in masks:
+                file.write(mask.astype(np.uint8).tobytes())
 
     write_atomically(path, write)
 
@@ -625,7 +624,8 @@ def draw_refined(data, foreground, parts, folder):
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | dict(refinement=evidence))
     for part, path in paths.items():
-        write_masks(refinement, prepare_data.open_part(data, part)[0], path)
+        images = prepare_data.open_part(data, part)[0]
+        write_masks(refinement.draw_all(images), images.shape[:3], path)
 
 
 def image_sets(method, data, seed, folder):

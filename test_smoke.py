@@ -1350,60 +1350,51 @@ def test_the_rate_rises_then_falls_and_the_last_weights_are_kept(data, run, tmp_
     assert max(rates) == 3.6e-4
 
 
-def test_semi_draws_the_masks_that_are_missing(data, tmp_path):
+def test_half_of_what_a_partly_labelled_set_gives_is_labelled(data):
     folder = data / "demo"
-    n = len(prepare_data.read_names(folder, "train"))
-    images = finetune_eval.PartlyLabelled(folder, torchvision.transforms.v2.Identity(), 0, [5, 9])
-    truth = np.load(folder / "train_masks.npy")
+    images = finetune_eval.PartlyLabelled(folder, torchvision.transforms.v2.Identity(), 0, [5, 9], folder / "train_masks.npy")
+    n, truth = len(images), np.load(folder / "train_masks.npy")
     drawn = [images[epoch, k] for epoch in (0, 1) for k in range(n)]
-    labelled = [row for row, (_, _, flag) in drawn if flag]
-    assert len(images) == n and labelled.count(5) == labelled.count(9) == n // 2 + 1
-    assert {row for row, _ in drawn} == set(range(n))           # each at least once in two epochs
-    for row, (_, mask, flag) in drawn:
-        assert bool(flag) == (row in (5, 9)) and np.array_equal(mask[0], truth[row] * bool(flag))
-    torch.manual_seed(0)
-    method = finetune_eval.SemiSupervised("resnet50", 32)
-    torch.nn.init.normal_(method.unet.head.weight)
-    method.copy_teacher()
-    method.train()
-    views = torch.stack([image for _, (image, _, _) in drawn[:4]])
-    masks = torch.stack([mask for _, (_, mask, _) in drawn[:4]])
-    flags = torch.tensor([True, False, False, True])
-    with torch.no_grad():
-        filled = torch.where(flags[:, None, None, None], masks, method.teacher(pretrain.normalise(views)) > 0)
-        method.train()
-        loss = method.loss(method.unet(pretrain.normalise(views)), filled)
-    assert not method.teacher.training and 0 < filled[1:3].float().mean() < 1
-    assert method([views, masks, flags]).item() == pytest.approx(loss.item(), rel=1e-5)
-    old = {name: value.clone() for name, value in method.teacher.state_dict().items()}
-    method.after_step(0, 10)
-    for name, value in method.teacher.state_dict().items():
-        if value.is_floating_point():
-            expected = method.momentum * old[name] + (1 - method.momentum) * method.unet.state_dict()[name]
-            assert torch.allclose(value, expected, atol=1e-6), name
+    rows = [row for row, _ in drawn]
+    assert n == len(truth) and rows.count(5) == rows.count(9) == n // 2 + 1 and set(rows) == set(range(n))
+    assert all(np.array_equal(mask[0], truth[row]) for row, (_, mask) in drawn)
+    moved = finetune_eval.PartlyLabelled(folder, pretrain.paper_augmentation(), 0, [5], folder / "train_masks.npy")
+    assert not torch.equal(moved[0, 0][1][0], moved[0, 2][1][0])        # the same row, drawn again
 
 
-def test_semi_reads_no_other_label_and_resumes_to_the_bit(data, run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    blind = tmp_path / "blind"
-    shutil.copytree(data, blind)
+def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, capsys):
+    """From a network that has seen two epochs of pseudo-masks, and from a good one that a large rate ruins."""
     names = prepare_data.read_names(data / "demo", "train")
-    rows = finetune_eval.labelled_rows(names, 4, 0, len(names))
-    masks = np.load(blind / "demo/train_masks.npy")
-    masks[[k for k in range(len(masks)) if k not in rows]] = 1
-    np.save(blind / "demo/train_masks.npy", masks)
-    flags = ["--run", str(tmp_path / "run"), "--protocol", "semi", "--labels", "4"]
+    rows = finetune_eval.labelled_rows(names, 2, 0, len(names))
+    images, truth = (np.array(part) for part in prepare_data.open_part(data / "demo", "train"))
+    _, good, _ = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", epochs=8)
+    shutil.copytree(run, tmp_path / "run")
+    result, folder, _ = tune(data, tmp_path, "--run", str(tmp_path / "run"), "--protocol", "semi", "--labels", "0.5", epochs=6)
+    assert result["trusted"] and (result["n_labels_train"], result["budget_steps"], result["kept_epoch"]) == (32, 24, 6)
+    flags = ["--run", str(good), "--protocol", "semi", "--labels", "2", "--lr", "0.2"]
     result, folder, _ = tune(data, tmp_path, *flags, epochs=2)
+    old = models.build_unet("resnet50")
+    old.load_state_dict(weights_of(good))
+    drawn = finetune_eval.predict_logits(old.eval(), images, "cpu") > 0
+    masks = np.load(folder / "labels/train_masks.npy")
+    is_labelled = np.isin(np.arange(len(truth)), rows)
+    assert np.array_equal(masks[is_labelled], truth[is_labelled]) and (masks[~is_labelled] == drawn[~is_labelled]).mean() > .999
+    assert result["old_iou"] == pytest.approx(finetune_eval.segmentation_scores(drawn[rows], truth[rows] > 0)["iou_global"], abs=.01)
+    assert not result["trusted"] and result["agreement"] < .9 * result["old_iou"] and "missing masks are drawn" in capsys.readouterr().out
     kept = contents(folder)
-    assert (result["protocol"], result["n_labels_train"], result["budget_steps"], result["kept_epoch"]) == ("semi", 4, 8, 2)
+    blind = tmp_path / "blind"                                  # no other label is read
+    shutil.copytree(data, blind)
+    np.save(blind / "demo/train_masks.npy", np.where(is_labelled[:, None, None], truth, 1).astype(np.uint8))
     for source, kill in ((blind, False), (data, True)):
         shutil.rmtree(folder)
         if kill:
-            command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--device", "cpu"]
+            command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--workers", "0", "--device", "cpu"]
             killed(f"finetune_eval.main({command})")
+            assert not (folder / "samples.png").exists() and (folder / "labels/samples.png").exists()
         assert contents(tune(source, tmp_path / str(kill), *flags, epochs=2)[1]) == kept
     encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "semi"]
-    refused(lambda: tune(data, tmp_path, *encoder), "encoder.pth", "whole U-Net")
+    refused(lambda: tune(data, tmp_path, *encoder, epochs=2), "encoder.pth", "whole U-Net")
+    refused(lambda: tune(data, tmp_path, *flags), 2)
 
 
 def test_test_masks_are_never_seen_before_the_score(data, tmp_path):
