@@ -363,6 +363,8 @@ def fit(method, sets, args, settings, draws, device, epochs=None, below=""):
     else:
         folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
                   / settings["variant"] / f"seed{args.seed}") / args.name
+    if settings.get("seed", args.seed) != args.seed:            # another draw of labels than the run's
+        folder = folder.with_name(f"{args.name}-seed{args.seed}")
     folder = folder / below
     method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
