@@ -1299,7 +1299,7 @@ def test_image_and_truth_are_augmented_alike(tmp_path):
 def tune(data, out, *flags, epochs=1):
     """Run finetune_eval.py with training, on the demo; returns the result and the folder of its training."""
     path, result = score(data, out / "results", "--epochs", str(epochs), "--workers", "0", "--runs", str(out / "runs"), *flags)
-    found = [f.parent for f in [*out.rglob("config.json"), *data.parent.rglob("config.json")] if f.parent.name == path.stem]
+    found = [f.parent for f in [*out.rglob("config.json"), *data.parent.rglob("config.json")] if f.parent.name.startswith(path.stem)]
     return result, max(found, key=lambda f: f.stat().st_mtime_ns), path
 
 
@@ -1317,6 +1317,8 @@ def test_protocols_train_what_they_say(data, run, tmp_path):
     tuned, folder, _ = tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "3")
     assert json.loads((folder / "config.json").read_text())["settings"]["decoder"] == "pretrained" and (tuned["n_labels_train"], tuned["labels"]) == (3, 3)
     assert any(name.startswith("encoder.") and not torch.equal(value, source[name]) for name, value in weights_of(folder).items())
+    other, other_folder, path = tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "3", "--seed", "5")
+    assert other_folder.name == folder.name + "-seed5" and path.parent.name == "seed5" and other["seed"] == 5      # other labels
     from_scratch, _, path = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised")
     assert (from_scratch["method"], from_scratch["n_labels_train"], from_scratch["n_labels_val"]) == ("supervised", 64, 16)
     assert frozen["budget_steps"] == tuned["budget_steps"] == from_scratch["budget_steps"] == 4     # few labels, same steps
