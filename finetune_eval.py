@@ -30,6 +30,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 import prepare_data
 from losses import LOSSES
-from models import BACKBONES, build_unet, load_encoder
+from models import BACKBONES, build_unet, load_encoder, read_encoder
 from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, decide_refinement,
                       explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
                       pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_masks)
@@ -308,17 +309,27 @@ def focal_cross_entropy(logits, target, gamma=2.0):
 
 
 class Probe(nn.Module):
-    """A linear layer on the pooled features of an encoder that stays as it is (appendix D): the mean over positions of
-    the ResNet's last map (layer2 at the paper's depth, 512 channels), or of the ViT's patch tokens (384). The members are
-    those of every method in pretrain.py."""
+    """Linear layers on the pooled features of an encoder that stays as it is (appendix D): one on the mean over a ViT's patch
+    tokens (384), or over a ResNet's layer2 (512 channels, all that MedSASS trains); and another on layer4 (2048), where the
+    encoder has it, as BYOL's, DINO's and SimSiam's losses train it. They share nothing and learn side by side. The members
+    are those of every method in pretrain.py."""
 
     stops_early = True
 
-    def __init__(self, encoder, classes):
+    def __init__(self, backbone, img_size, classes, has_layer4=False):
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.is_vit = hasattr(encoder, "forward_features")
-        self.linear = nn.Linear(384 if self.is_vit else 512, classes)
+        if backbone == "vit_small":
+            self.stages = {"tokens": 384}
+            self.encoder = build_unet(backbone, img_size).encoder
+        elif has_layer4:
+            self.stages = {"layer2": 512, "layer4": 2048}
+            self.encoder = timm.create_model("resnet50", features_only=True, out_indices=(2, 4))
+        else:
+            self.stages = {"layer2": 512}
+            self.encoder = timm.create_model("resnet50", features_only=True, out_indices=(2,))
+        self.encoder.requires_grad_(False)
+        self.linear = nn.ModuleList([nn.Linear(width, classes) for width in self.stages.values()])
+        self.lr, self.weight_decay = 3.6e-4, 1e-5
 
     def train(self, mode=True):
         super().train(mode)
@@ -326,25 +337,37 @@ class Probe(nn.Module):
         return self
 
     def logits(self, images):
-        """uint8 (B, 3, S, S) -> float (B, C)."""
+        """uint8 (B, 3, S, S) -> float (B, C), a list, one a stage."""
         x = normalise(images)
-        return self.linear(self.encoder.forward_features(x)[:, 1:].mean(dim=1) if self.is_vit else
-                           self.encoder(x)[-1].mean(dim=(2, 3)))
+        if "tokens" in self.stages:
+            features = [self.encoder.forward_features(x)[:, 1:].mean(dim=1)]
+        else:
+            features = [stage.mean(dim=(2, 3)) for stage in self.encoder(x)]
+        return [linear(pooled) for linear, pooled in zip(self.linear, features, strict=True)]
 
     def forward(self, views):
-        logits = self.logits(views[0])
-        self.right = (logits.argmax(dim=1) == views[1]).float().mean()
-        return focal_cross_entropy(logits, views[1])
+        images, target = views
+        logits = self.logits(images)
+        self.right = (logits[-1].argmax(dim=1) == target).float().mean()
+        return sum(focal_cross_entropy(each, target) for each in logits)
 
     def optimizer(self):
         return torch.optim.Adam(self.linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
 
-    def before_step(self, optimizer, step, total_steps, epoch_steps): """Constant."""       # noqa: E704
-    def after_backward(self): """No clipping."""                # noqa: E704
-    def after_step(self, step, total_steps): """No moving average."""       # noqa: E704
-    def collapsed(self, health): """Never a warning."""         # noqa: E704
+    def before_step(self, optimizer, step, total_steps, epoch_steps):
+        """The rate is constant."""
+
+    def after_backward(self):
+        """No clipping."""
+
+    def after_step(self, step, total_steps):
+        """No moving average."""
+
+    def collapsed(self, health):
+        """Never a warning."""
 
     def health(self):
+        """Share of the last batch that the deepest stage's layer classifies right."""
         return {"accuracy": self.right.item()}
 
     def samples(self, views):
@@ -603,28 +626,40 @@ def classify(args, settings, meta, device):
         sys.exit(f"{data}: classify needs at least two labels in train.csv, and the same ones in val.csv and test.csv; found "
                  f"{labels or 'none'}" + (f", elsewhere {sorted(new)}" if new else ""))
     number = {part: [labels.index(row["label"]) if row["label"] else -1 for row in rows] for part, rows in names.items()}
-    unet, weights = load_network(args, settings, "fresh")
+    weights = Path(args.encoder or Path(args.run) / "encoder.pth")
+    torch.manual_seed(seed_from(args.seed, 3))
+    try:
+        has_layer4 = "layer4.0.conv1.weight" in read_encoder(weights, settings["backbone"])
+        probe = Probe(settings["backbone"], meta["size"], len(labels), has_layer4)
+        load_encoder(probe, weights)
+    except ValueError as error:
+        sys.exit(str(error))
     result = dict(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
     sets, of = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
-    torch.manual_seed(seed_from(args.seed, 3))
-    probe = Probe(unet.encoder, len(labels))
-    probe.lr = 3.6e-4 if args.lr is None else args.lr
+    probe.lr = probe.lr if args.lr is None else args.lr
     folder, took = fit(probe, sets, args, settings | result, of, device)
     probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
     probe.to(device).eval()
-    images, truth, pred = np.load(data / "test_images.npy", mmap_mode="r"), np.array(number["test"])[keep["test"]], []
+    images = np.load(data / "test_images.npy", mmap_mode="r")
+    truth = np.array(number["test"])[keep["test"]]
+    drawn = {stage: [] for stage in probe.stages}               # the class that each stage's layer gives an image
     with torch.inference_mode():
         for start in range(0, len(truth), BATCH):
             batch = torch.from_numpy(images[keep["test"][start:start + BATCH]]).permute(0, 3, 1, 2).to(device)
-            pred += probe.logits(batch).argmax(dim=1).tolist()
+            for pred, logits in zip(drawn.values(), probe.logits(batch), strict=True):
+                pred += logits.argmax(dim=1).tolist()
     groups = np.array(groups_of(names["test"]))[keep["test"]]
-    confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
-    result |= dict(n_test=len(truth), **took, classes=labels, confusion=confusion.tolist(),
-                   macro_recall=float(np.nanmean(recall)), macro_recall_ci=ci,
-                   class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)},
-                   accuracy=float((truth == pred).mean()), majority_accuracy=float(np.bincount(truth).max() / len(truth)))
+    scores = {}
+    for stage, pred in drawn.items():
+        confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
+        scores[stage] = dict(macro_recall=float(np.nanmean(recall)), macro_recall_ci=ci, accuracy=float((truth == pred).mean()),
+                             confusion=confusion.tolist(),
+                             class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)})
+    deepest = list(scores)[-1]
+    result |= dict(n_test=len(truth), **took, classes=labels, stage=deepest, **scores.pop(deepest), **scores,
+                   majority_accuracy=float(np.bincount(truth).max() / len(truth)))
     rows = [dict(name=names["test"][k]["name"], group=names["test"][k]["group"], label=labels[t], prediction=labels[p])
-            for k, t, p in zip(keep["test"], truth, pred)]
+            for k, t, p in zip(keep["test"], truth, drawn[deepest])]
     return result, rows, None
 
 
@@ -1061,9 +1096,17 @@ def report(out):
         probes = {key: cell for key, cell in cells.items() if key[0] == dataset and key[2] == "classify"}
         if probes:
             lines += ["", "Linear probe: mean recall of the classes; always the commonest class scores 1 / classes."]
-            lines += markdown(["backbone", "network", "labels", "macro recall", "accuracy", "commonest class, accuracy"], [
-                [key[1], key[3], f"{cell[0][0]['n_labels_train']} + {cell[0][0]['n_labels_val']}", mean_std(cell, "macro_recall"),
-                 mean_std(cell, "accuracy"), f"{cell[0][0]['majority_accuracy']:.4f}"] for key, cell in sorted(probes.items())])
+            rows = []
+            for key, cell in sorted(probes.items()):
+                first = cell[0][0]
+                about = [key[1], key[3], f"{first['n_labels_train']} + {first['n_labels_val']}"]
+                commonest = f"{first['majority_accuracy']:.4f}"
+                rows.append([*about, first.get("stage", ""), mean_std(cell, "macro_recall"), mean_std(cell, "accuracy"), commonest])
+                if "layer2" in first:
+                    shallow = [f"{np.mean([r['layer2'][score] for r, _ in cell]):.4f} ({len(cell)})" for score in
+                               ("macro_recall", "accuracy")]
+                    rows.append([*about, "layer2", *shallow, commonest])
+            lines += markdown(["backbone", "network", "labels", "stage", "macro recall", "accuracy", "commonest class, accuracy"], rows)
     lines += ["", "## The paper's tables", *paper_sections(results, cells)]
     text = "\n".join(lines) + "\n"
     write_atomically(Path(out) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -141,7 +141,8 @@ class ResNet50UNet(nn.Module):
 
 
 class ViTSmallUNet(nn.Module):
-    """The paper's Figure 5: a convolutional U-Net whose bottleneck also sees the patch tokens of a ViT-small/8.
+    """The paper's Figure 5: a convolutional U-Net whose bottleneck also sees the patch tokens of a ViT-small/8. The widths
+    and how the two are joined (VC block) are our reading of appendix A.1: the figure gives neither.
 
     (B, 3, S, S) -> (B, 1, S, S) logits, S = img_size, a multiple of 16. The ViT is the encoder that is transferred;
     stem, down and up blocks and the VC block count as decoder.
@@ -224,8 +225,9 @@ def export_encoder(unet_or_backbone, path):
     return missing
 
 
-def _read_encoder(path, backbone):
-    """The encoder's tensors of a checkpoint file, prefixes and wrappings taken off. Raises ValueError."""
+def read_encoder(path, backbone):
+    """A checkpoint file -> {timm's name: tensor} of its encoder, prefixes and wrappings taken off. Raises ValueError, with
+    the path, for a file that cannot be read or holds no such encoder."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):        # DINO and timm save their settings so
             file = torch.load(path, map_location="cpu", weights_only=True)
@@ -267,7 +269,7 @@ def load_encoder(unet, path):
     """
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
-    state = _read_encoder(path, backbone)
+    state = read_encoder(path, backbone)
     if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], unet.encoder.patch_embed.grid_size)
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]

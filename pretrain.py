@@ -1087,7 +1087,7 @@ def start_from(method, source, backbone):
         except ValueError as error:
             sys.exit(str(error))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    for name in ("target", "teacher"):                  # BYOL's and DINO's copy: (encoder, head)
+    for name in ("target", "student"):                  # BYOL's and DINO's other copy of it, a head
         copied = getattr(method, name, None)
         if isinstance(copied, nn.Module):
             copied[0].load_state_dict(method.encoder.state_dict())
@@ -1293,6 +1293,8 @@ def main(argv=None):
             sets = image_sets(method, data, args.seed, folder)
             train(method, sets, options, folder, device)
         over_ranks()                                    # until the first has written the last file
+        if args.method != "medsass":                    # heads and copies that nobody reads again
+            (folder / "best.pt").unlink(missing_ok=True)
 
 
 def explain_memory(error):

@@ -1,11 +1,13 @@
-"""BYOL: Bootstrap Your Own Latent (Grill et al., NeurIPS 2020, arXiv:2006.07733). One file; torch, torchvision, timm.
+"""BYOL: Bootstrap Your Own Latent (Grill et al., NeurIPS 2020, arXiv:2006.07733). One file; torch,
+torchvision, timm.
 
     method = BYOL("resnet50", img_size=224)
-    views = method.augment(image)                   # uint8 (3, H, W) -> two float views (3, 224, 224)
-    loss = method(views)                            # each view batched: (B, 3, 224, 224) -> scalar in [0, 8]
+    views = method.augment(image)           # uint8 (3, H, W) -> two float views (3, 224, 224)
+    loss = method(views)                    # each view batched: (B, 3, 224, 224) -> scalar, 0 to 8
 
-Equations are the paper's; numbers that differ from its appendix A say why. Reference: google-deepmind/deepmind-research
-byol (LARS, batch 4096). `method.encoder` is the online ResNet-50, a plain timm model.
+Equations are the paper's; numbers that differ from its appendix A say why. Reference:
+google-deepmind/deepmind-research byol (LARS, batch 4096). `method.encoder` is the online ResNet-50,
+a plain timm model.
 """
 
 import copy
@@ -15,42 +17,44 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import ImageFilter
 from torchvision.transforms import v2
 
 
-class Blur(v2.GaussianBlur):
-    """torchvision's, as two products with banded matrices: equal to a gray level, a fifth of the time at 224."""
-
-    def transform(self, image, params):
-        k, sigma = self.kernel_size[0], params["sigma"][0]
-        kernel = torch.softmax(-0.5 * ((torch.arange(k) - k // 2) / sigma) ** 2, 0)
-        rows, columns = (F.pad(kernel, (n - 1, n - 1)).unfold(0, n + k - 1, 1).flip(0) for n in image.shape[1:])
-        padded = F.pad(image.float(), (k // 2,) * 4, mode="reflect")
-        return (rows @ padded @ columns.T).round_().to(torch.uint8)
+def blur(image):
+    """A Pillow image, blurred with a sigma of .1 to 2 pixels."""
+    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+    return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
-def augmentation(img_size, blur, solarize):
+def augmentation(img_size, blur_p, solarize_p):
     """uint8 (3, H, W) -> float (3, S, S), ImageNet-normalised (appendix B, table 6).
 
-    On gray images saturation, hue and grayscale do nothing. Solarisation inverts what is bright, on X-rays bones among
-    it: the published recipe keeps it.
+    On gray images saturation, hue and grayscale do nothing. Solarisation inverts what is bright, on
+    X-rays bones among it: the published recipe keeps it.
     """
+    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose([
-        v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.ToPILImage(),
+        v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), interpolation=bicubic),
         v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ToPILImage(), v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
-                        v2.PILToTensor()], p=0.8),          # Pillow's hue is twice as fast
+        v2.RandomApply([jitter], p=0.8),
         v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([Blur(img_size // 20 * 2 + 1, sigma=(0.1, 2.0))], p=blur),    # 23 at 224
-        v2.RandomSolarize(threshold=128, p=solarize),
+        v2.RandomApply([v2.Lambda(blur)], p=blur_p),
+        v2.RandomSolarize(threshold=128, p=solarize_p),
+        v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
 
 
 def mlp(in_features, hidden=4096, out_features=256):
     """The paper's projector and predictor: linear, BatchNorm, ReLU, linear (section 3.3)."""
-    return nn.Sequential(nn.Linear(in_features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, out_features))
+    return nn.Sequential(
+        nn.Linear(in_features, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out_features))
 
 
 def regression_loss(prediction, target):
@@ -59,42 +63,53 @@ def regression_loss(prediction, target):
 
 
 class BYOL(nn.Module):
-    """Online network (encoder, projector, predictor) and target network (their moving average, without predictor)."""
+    """Online network (encoder, projector, predictor) and target network (their moving average,
+    without predictor)."""
 
     backbones = ("resnet50",)
-    stops_early = False                                         # the loss says nothing about quality: run to the end
+    stops_early = False                     # the loss says nothing about quality: run to the end
 
     def __init__(self, backbone="resnet50", img_size=224, batch_size=16, tau_base=0.97):
         super().__init__()
         if backbone not in self.backbones:
-            raise ValueError(f"BYOL is published for {self.backbones[0]}, not for {backbone}: its BatchNorm is part of it")
+            raise ValueError(f"BYOL is published for {self.backbones[0]}, not for {backbone}: its "
+                             "BatchNorm is part of it")
         if batch_size < 2:
             raise ValueError("BYOL's BatchNorm needs at least 2 images a step")
         self.encoder = timm.create_model(backbone, num_classes=0)
-        self.projector, self.predictor = mlp(self.encoder.num_features), mlp(256)
-        self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
-        self.tau_base = tau_base                                # .996 there, for 1000 epochs; .97 there for short ones
+        self.projector = mlp(self.encoder.num_features)
+        self.predictor = mlp(256)
+        self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
+        self.target.requires_grad_(False)
+        self.tau_base = tau_base            # .996 there, for 1000 epochs; .97 there for short ones
         self.views = augmentation(img_size, 1.0, 0.0), augmentation(img_size, 0.1, 0.2)
-        self.lr, self.weight_decay = 3e-4, 1.5e-6               # LARS' .2 x batch / 256 does not learn at batch 16
+        self.lr = 3e-4                      # LARS' .2 x batch / 256 does not learn at batch 16
+        self.weight_decay = 1.5e-6
 
     def augment(self, image):
+        """uint8 (3, H, W) -> two float views (3, S, S)."""
         return [view(image) for view in self.views]
 
     def forward(self, views):
-        online = [self.projector(self.encoder(view)) for view in views]         # z_theta, (B, 256)
+        online = [self.projector(self.encoder(view)) for view in views]     # z_theta, (B, 256)
         with torch.no_grad():
-            target = [self.target(view) for view in views]                      # z'_xi
+            target = [self.target(view) for view in views]                  # z'_xi
         self.z = online[0].detach()
-        first, second = (self.predictor(z) for z in online)                     # q_theta(z_theta)
-        return regression_loss(first, target[1]) + regression_loss(second, target[0])       # symmetrised
+        first, second = [self.predictor(z) for z in online]                 # q_theta(z_theta)
+        return regression_loss(first, target[1]) + regression_loss(second, target[0])
 
     def optimizer(self):
-        """Adam at a constant rate; the paper's LARS is made for batches of 4096."""
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], self.lr,
-                                weight_decay=self.weight_decay, fused=True)
+        """Adam; the paper's LARS is made for batches of 4096."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.Adam(learning, self.lr, weight_decay=self.weight_decay, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """The learning rate is constant: nothing to set."""
+        """Linear warm-up over 1 % of the run (10 of 1000 epochs there), then cosine to 0."""
+        warm = max(1, total_steps // 100)
+        done = max(0, step - warm) / max(1, total_steps - warm)
+        rate = min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * done)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * rate
 
     def after_backward(self):
         """No clipping, nothing frozen."""
@@ -105,21 +120,22 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step, total_steps):
-        """xi <- tau xi + (1 - tau) theta, over parameters; BatchNorm's buffers are copied."""
-        online = nn.Sequential(self.encoder, self.projector)
-        for target, source in zip(self.target.parameters(), online.parameters()):
-            target.lerp_(source, 1 - self.tau(step, total_steps))
-        for target, source in zip(self.target.buffers(), online.buffers()):
-            target.copy_(source)
+        """xi <- tau xi + (1 - tau) theta, over parameters; BatchNorm's buffers are the target's."""
+        online = [*self.encoder.parameters(), *self.projector.parameters()]
+        tau = self.tau(step, total_steps)
+        for target, source in zip(self.target.parameters(), online, strict=True):
+            target.lerp_(source, 1 - tau)
 
     def health(self):
         """{"std": std of the normalised projection x sqrt(d)}: near 1 healthy, 0 collapsed."""
-        return {"std": (F.normalize(self.z.float(), dim=1).std(dim=0).mean() * self.z.shape[1] ** 0.5).item()}
+        std = F.normalize(self.z.float(), dim=1).std(dim=0).mean()
+        return {"std": (std * self.z.shape[1] ** 0.5).item()}
 
     def collapsed(self, health):
         """A line that says what to try, or None."""
         if health["std"] < 0.1:
-            return f"the projections have collapsed (std {health['std']:.3f} of 1): try a smaller --lr or a larger --batch-size"
+            return (f"the projections have collapsed (std {health['std']:.3f} of 1): try a smaller "
+                    "--lr or a larger --batch-size")
 
     def samples(self, views):
         """{title: pictures (B, 3, S, S)}: what the network sees."""
