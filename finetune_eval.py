@@ -266,9 +266,9 @@ class WithClass(Images):
 class FineTuning(MedSASS):
     """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate rises over the first tenth
     of the steps and falls to 0 by a cosine, and the last weights are kept, because one or two validation labels cannot
-    choose; unless `stops_early`."""
+    choose; with a patience the best ones (keep_best)."""
 
-    stops_early = False
+    keep_best = False
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         warm_up = max(1, total_steps // 10)
@@ -288,8 +288,8 @@ class FineTuning(MedSASS):
 
 
 class PartlyLabelled(Images):
-    """All training images with the masks of one file; half of the draws are of the labelled `rows`, half of all in turn. Key
-    (epoch, k) -> (row, [view, mask (1, S, S)])."""
+    """All training images with the masks of one file. Even draws are of the labelled `rows`, odd ones of all, each in
+    stored order, over and over. Key (epoch, k) -> (row, [view, mask (1, S, S)])."""
 
     def __init__(self, folder, transform, seed, rows, masks):
         super().__init__(folder, "train", transform, seed, masks=masks)
@@ -314,7 +314,7 @@ class Probe(nn.Module):
     encoder has it, as BYOL's, DINO's and SimSiam's losses train it. They share nothing and learn side by side. The members
     are those of every method in pretrain.py."""
 
-    stops_early = True
+    keep_best = True
 
     def __init__(self, backbone, img_size, classes, has_layer4=False):
         super().__init__()
@@ -376,42 +376,45 @@ class Probe(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
-def fit(method, sets, args, settings, draws, device, epochs=None, below=""):
-    """Train `method` by pretrain.py's loop in a run folder of its own, or take up what is there. draws: images an epoch;
-    as many for few labels as for all, so that every method has the same steps. epochs: unset --epochs. below: a folder
-    in the run's own. Returns the folder and what it took."""
+def fit(method, sets, args, settings, n_train, device, epochs=None, subfolder=""):
+    """Train `method` by pretrain.py's loop in a run folder of its own, or go on with what is there.
+
+    sets: training, plain training (for BatchNorm) and validation data, as of labelled_sets. n_train: images an epoch; as many
+    for few labels as for all, so that every method has the same steps. epochs: unset --epochs. Returns the folder and a
+    dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run, kept_epoch."""
     epochs = epochs or args.epochs
-    if args.protocol == "supervised":
-        folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}" / args.name
-    else:
-        folder = (Path(args.run) if args.run else Path(args.runs) / args.dataset / settings["backbone"]
-                  / settings["variant"] / f"seed{args.seed}") / args.name
+    folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
+    if args.run:
+        folder = Path(args.run)
+    name = args.name.replace("-flips", "")                      # which change prediction alone
     if settings.get("seed", args.seed) != args.seed:            # another draw of labels than the run's
-        folder = folder.with_name(f"{args.name}-seed{args.seed}")
-    folder = folder / below
+        name += f"-seed{args.seed}"
+    folder = folder / name / subfolder
     method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
-    patience = (5 if method.stops_early else 0) if args.patience is None else args.patience
-    method.stops_early = patience > 0
+    patience = args.patience
+    if patience is None:
+        patience = 5 if method.keep_best else 0
+    method.keep_best = patience > 0
     options = Options(epochs, args.batch_size, patience, args.seed, amp, args.workers)
     names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "seed")
     n_labels = len(getattr(sets[0], "labelled", sets[0]))
     own = {name: getattr(args, name) for name in names}
-    own |= dict(epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, train="end2end", n_train=n_labels,
-                n_val=len(sets[2]))
-    own |= {} if amp == "off" else dict(amp=amp)
+    own |= dict(epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
+                train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels, n_val=len(sets[2]))
     with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, folder, args.command, args.overwrite)
         if not is_finished(folder):
-            train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, draws)
-    epochs_run, steps = len(read_log(folder)), len(Batches(draws, args.batch_size))
+            train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, n_train)
+    epochs_run, steps = len(read_log(folder)), len(Batches(n_train, args.batch_size))
     return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets[2]), budget_steps=epochs * steps,
                         steps=epochs_run * steps, epochs_run=epochs_run,
                         kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
 
 def draw_rows(unet, weights, images, rows, device):
-    """The masks, bool (S, S), of some `rows` of uint8 (N, S, S, 3), may be mapped, one after the other."""
+    """The masks, bool (S, S), that a network with `weights` draws for some `rows` of uint8 (N, S, S, 3), may be mapped, one
+    after the other. Leaves it with these weights, in eval mode, on `device`."""
     unet.load_state_dict(weights)
     unet.to(device, memory_format=torch.channels_last).eval()
     for start in range(0, len(rows), BATCH):
@@ -419,59 +422,67 @@ def draw_rows(unet, weights, images, rows, device):
 
 
 def iou_of(pred, masks, rows):
-    """Global IoU of masks, bool (S, S) each, and the `rows` of uint8 (N, S, S), may be mapped."""
+    """Global IoU, 0 to 1, of masks, bool (S, S) each, and the `rows` of uint8 (N, S, S), may be mapped."""
     counts = np.zeros(4, np.int64)
     for mask, row in zip(pred, rows):
         counts += count_pixels(mask[None], masks[row][None] > 0)[0]
     return float(scores_from_counts(counts)["iou"])
 
 
-def fit_semi(method, sets, args, settings, n, device):
-    """As fit, on the labelled images, and where they are too few on the others, too, with the masks that the network drew
-    before it saw a label (self-training: Lee 2013).
+def fit_semi(method, sets, args, settings, n_train, device):
+    """As fit, on the labelled images, and where they are too few on the others, too, with the masks that the pre-trained
+    network draws for them (self-training: Lee 2013).
 
-    The first half of the epochs tunes the network on the labels alone. The tuned network is trusted
-    - if it agrees with the old one on the unlabelled images at least .9 times as well (IoU) as the old one with the truth on
-      the labelled: the old one errs alike on both, and a tuned one that is right differs from it no more than the truth does.
-      One that has learnt a few images by heart does;
-    - and if it is no worse than the old one on the labelled validation images.
-    A trusted network goes on with the labels alone. Else the old one learns anew: half of what it sees are labelled images,
-    half are all images in turn, a missing mask being its own.
+    The first half of the epochs tunes the pre-trained network on the labels alone. Is the tuned network better? The
+    pre-trained one errs alike on labelled and unlabelled images, so that a tuned one that is right agrees with it on the
+    unlabelled as well as the truth does on the labelled; one that has learnt a few images by heart agrees less. So with
+        ratio = IoU(tuned, pre-trained) on the unlabelled images / IoU(pre-trained, truth) on the labelled ones
+    it is trusted where ratio >= 1, and not where ratio < .8; in between the labelled validation images decide. A trusted
+    network goes on with the labels alone, for the second half. Else the pre-trained one starts again: half of what it sees
+    are labelled images, half are all images, with its own masks where there is no label. The dict has all four IoUs and
+    `trusted`, too.
     """
     data = Path(args.data) / args.dataset
     rows, val_rows = sets[0].rows, sets[2].rows
-    others = sorted(set(range(n)) - set(rows))
-    old = {name: value.clone() for name, value in method.unet.state_dict().items()}
+    is_labelled = np.isin(np.arange(n_train), rows)
+    others = np.flatnonzero(~is_labelled).tolist()
+    pretrained = {name: value.clone() for name, value in method.unet.state_dict().items()}
     method.lr = 1e-3 if args.lr is None else args.lr
-    first = args.epochs // 2
-    folder, before = fit(method, sets, args, settings, n, device, first, below="labels")
+    folder, first_half = fit(method, sets, args, settings, n_train, device, args.epochs // 2, "labels")
     tuned = load_checkpoint(folder / "best.pt", "cpu")["model"]
     images, truth = prepare_data.open_part(data, "train")
     val_images, val_truth = prepare_data.open_part(data, "val")
     path = folder / "train_masks.npy"
-    if others and not path.exists():
-        drawn = draw_rows(method.unet, old, images, others, device)
-        write_masks((truth[k] if k in rows else next(drawn) for k in range(n)), truth.shape, path)
-    evidence = dict(old_iou=iou_of(draw_rows(method.unet, old, images, rows, device), truth, rows), agreement=1.0)
-    if others:
-        masks = np.load(path, mmap_mode="r")
-        evidence["agreement"] = iou_of(draw_rows(method.unet, tuned, images, others, device), masks, others)
-    for name, weights in dict(old=old, tuned=tuned).items():
+    if not path.exists():
+        drawn = draw_rows(method.unet, pretrained, images, others, device)
+        write_masks((truth[k] if is_labelled[k] else next(drawn) for k in range(n_train)), truth.shape, path)
+    evidence = {}
+    for name, weights in dict(pretrained=pretrained, tuned=tuned).items():
         drawn = draw_rows(method.unet, weights, val_images, val_rows, device)
         evidence[f"{name}_val_iou"] = iou_of(drawn, val_truth, val_rows)
-    trusted = (evidence["agreement"] >= 0.9 * evidence["old_iou"]
-               and evidence["tuned_val_iou"] >= evidence["old_val_iou"])
+    trusted = evidence["tuned_val_iou"] >= evidence["pretrained_val_iou"]
+    if others:
+        drawn = draw_rows(method.unet, pretrained, images, rows, device)
+        evidence["pretrained_iou"] = iou_of(drawn, truth, rows)
+        drawn = draw_rows(method.unet, tuned, images, others, device)
+        evidence["agreement"] = iou_of(drawn, np.load(path, mmap_mode="r"), others)
+        if evidence["agreement"] >= evidence["pretrained_iou"]:
+            trusted = True
+        elif evidence["agreement"] < 0.8 * evidence["pretrained_iou"]:
+            trusted = False
     print(", ".join(f"{name} {value:.3f}" for name, value in evidence.items()))
-    print("the labels alone teach enough" if trusted else "the labels are few: missing masks are drawn")
-    if not trusted and others:
+    if trusted:
+        print("the tuned network is trusted: on with the labels alone")
+    else:
+        print("the tuned network is not trusted: from the pre-trained one again, with its masks where there is no label")
         sets = PartlyLabelled(data, paper_augmentation(), args.seed, rows, path), *sets[1:]
-    method.unet.load_state_dict(tuned if trusted else old)
-    method.lr /= 3                                              # of a trained network
-    folder, after = fit(method, sets, args, settings, n, device, args.epochs - first)
-    after["kept_epoch"] += first
+    method.unet.load_state_dict(tuned if trusted else pretrained)
+    method.lr /= 3                                              # lower: the network is trained
+    folder, result = fit(method, sets, args, settings, n_train, device, args.epochs - args.epochs // 2)
+    result["kept_epoch"] += first_half["epochs_run"]
     for name in ("budget_steps", "steps", "epochs_run"):
-        after[name] += before[name]
-    return folder, after | evidence | dict(trusted=trusted)
+        result[name] += first_half[name]
+    return folder, result | evidence | dict(trusted=trusted)
 
 
 def labelled_sets(args, keep=None, classes=None):
@@ -517,8 +528,9 @@ def sheet_of_three(unet, images, masks, table, teacher, names, device):
 
 
 def segment(args, settings, meta, device):
-    """transfer, frozen, finetune, supervised: train if the protocol does, and score the network on the test part. Returns
-    the result, a table (N, 5) a row of the CSV, and the qualitative sheet."""
+    """transfer, frozen, finetune, semi, supervised: train if the protocol does, and score the network on the test part.
+    Returns the result, a table (N, 5) a row of the CSV, and the qualitative sheet. Ends the program where masks that it
+    needs are missing."""
     images, masks, names = open_test(args)
     torch.manual_seed(seed_from(args.seed))
     result = {}
@@ -1210,7 +1222,7 @@ def labels_of(text):
     except ValueError:
         value = -1
     if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-        raise argparse.ArgumentTypeError(f"{text} is neither a share from 0.0 to 1.0 (with a point) nor a count from 1 (without)")
+        raise argparse.ArgumentTypeError(f"{text} is neither a share above 0.0 and up to 1.0 (with a point) nor a count from 1 (without)")
     return value
 
 
@@ -1224,7 +1236,7 @@ def parse_args(argv):
     add("--backbone", choices=list(BACKBONES), help="without --run: the network")
     add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"], help="what to do before scoring")
     add("--labels", type=labels_of, default=1.0, help="labelled training images: 0.1 is a share, 10 a count; as large a share "
-        "of the validation images is scored while training")
+        "of the validation images is the validation set")
     add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"], help="what the decoder starts from; auto: "
         "pretrained for finetune, semi and transfer of an end-to-end run, else fresh")
     add("--loss", default="focal_tversky", choices=list(LOSSES), help="of frozen, finetune, semi, supervised (appendix C)")
@@ -1233,8 +1245,8 @@ def parse_args(argv):
     add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
     add("--patience", type=int, help="stop after so many epochs without a better validation loss, and keep the best; 0: never, "
         "and keep the last weights. Unset: 0, as the rate falls to 0 over all epochs; for classify 5")
-    add("--lr", type=float, help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh, else, and for "
-        "classify, 3.6e-4")
+    add("--lr", type=float, help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh and for semi, whose "
+        "second half has a third of it; else 3.6e-4")
     add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
     add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
@@ -1288,7 +1300,7 @@ def name_unused(args, parser):
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
-    for name in training - used:                                # so that no name and no setting shows it
+    for name in (every - used) - {"dataset", "protocol", "backbone"}:                                   # so that no name and no setting shows it
         setattr(args, name, parser.get_default(name))
 
 
@@ -1354,4 +1366,4 @@ if __name__ == "__main__":
         explain_memory(error)
         raise
     except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command goes on from what is whole")
+        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command, without --overwrite, goes on from what is whole")

@@ -189,31 +189,29 @@ def common_frame(often):
     return ringed[1:-1, 1:-1] == 2
 
 
-def frame_of(values, common=None):
+def frame_of(values, common):
     """uint8 (H, W) of one_channel -> bool (H, W), what is frame in one image: `common`, and what is
     at most .55 of the median and 4-connected to a corner; dilated by 1/32 of the side, because the
     edge of a lens is blurred."""
     dark = (values <= 0.55 * np.median(values)).astype(np.uint8)
     _, labels = cv2.connectedComponents(dark, connectivity=4)
     corners = labels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    frame = np.isin(labels, corners[corners > 0])
-    if common is not None:
-        frame |= common
+    frame = np.isin(labels, corners[corners > 0]) | common
     side = 2 * (max(values.shape) // 32) + 1
     return cv2.dilate(frame.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
 
 
-def position_map(masks, n=None, splits=8):
-    """masks: bool (H, W) each, a sequence, or with n any iterable of so many -> (float (H, W),
-    reliability in [0, 1]): where objects are, as far as the images agree on it.
+def position_map(masks, n, splits=8):
+    """An iterable of n masks, bool (H, W) -> (float (H, W), reliability in [0, 1]): how often each
+    place is foreground, as far as the images agree on it.
 
     The smoothed mean mask p (Gaussian of 1/24 of the side), drawn towards its mean where such maps
     of random halves do not correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their
     mean correlation c (Spearman 1910, Brown 1910), not below 0. Objects anywhere: r near 0, p'
     flat. c is taken lower by two standard deviations over the splits: of 60 sets of 8 images with
-    objects anywhere 6 lost some without that, none with it; r of skin and X-rays stays above .97.
+    objects anywhere 6 lost objects without that, none with it; r of skin and X-rays stays above
+    .97.
     """
-    n = len(masks) if n is None else n
     generator = np.random.default_rng(0)
     is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
     for row in is_counted[1:]:
@@ -281,7 +279,7 @@ class Refinement:
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
     """Training images uint8 (N, H, W, 3), may be mapped -> (Refinement, evidence). Holds at most
-    256 images.
+    456 images.
 
     parts: of REFINEMENTS. evidence: a dict of what was decided and measured: channel and
     separability; common_frame and framed, shares of a picture; reliability; dropped, a share of
@@ -292,20 +290,20 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
     if "channel" in parts:
         refinement.channel, evidence["separability"] = choose_channel(images)
     evidence["channel"] = refinement.channel
-    some = [np.array(image) for image in images[::math.ceil(len(images) / 200)]]
+    sample = [np.array(image) for image in images[::math.ceil(len(images) / 200)]]
     if "frame" in parts:
-        often = sum(mask.astype(np.int64) for mask in refinement.draw_all(images))
-        refinement.common = common_frame(often > 0.7 * len(images))
+        times_dark = sum(m.astype(np.int64) for m in refinement.draw_all(images))
+        refinement.common = common_frame(times_dark > 0.7 * len(images))
         evidence["common_frame"] = float(refinement.common.mean())
-        evidence["framed"] = float(np.mean([refinement.frame(image).mean() for image in some]))
+        evidence["framed"] = float(np.mean([refinement.frame(image).mean() for image in sample]))
     if "position" in parts:
-        before = sum(components(refinement.draw(image))[0] for image in some)
+        before = sum(components(refinement.draw(image))[0] for image in sample)
         for _ in range(2):                              # again, from the masks of the first
             position, reliability = position_map(refinement.draw_all(images), len(images))
             refinement.positions.append(position)
-        after = sum(components(refinement.draw(image))[0] for image in some)
+        after = sum(components(refinement.draw(image))[0] for image in sample)
         evidence["reliability"] = reliability
-        evidence["dropped"] = 1 - after / max(1, before)
+        evidence["dropped"] = (before - after) / max(1, before)
     return refinement, evidence
 
 
@@ -371,7 +369,7 @@ class MedSASS(nn.Module):
     """
 
     backbones = tuple(BACKBONES)
-    stops_early = True
+    keep_best = True
 
     def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu",
                  foreground="bright", loss="focal_tversky", train_part="end2end", refine=()):
@@ -464,8 +462,8 @@ def normalise(images):
 # ------------------------------------------------------------------------ data and its randomness
 
 def seed_from(*key):
-    """A 63-bit seed from non-negative integers such as (seed, epoch, index): randomness is their
-    function alone."""
+    """A 63-bit seed from non-negative integers such as (seed, epoch, index): equal keys, equal
+    seed. Zeros at the end do not count: (5,) and (5, 0) are one key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -527,15 +525,20 @@ def over_ranks(*values):
     return total.tolist()
 
 
+def wait_for_ranks():
+    """Go on when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
     stored without seed.
 
-    An epoch is one pass over the n images; or, where `draws` is more than n, as many as give so
-    many draws. A last batch of one image joins the batch before it. With share = (rank, ranks),
-    each rank gets its part of batches that are `ranks` times as large, or in stored order every
-    so-manieth batch: each image once. The first `done` batches are left out (they were done before
-    a stop).
+    An epoch has max(n, draws) items; where draws > n, several passes over the images. A last batch
+    of one image joins the batch before it. share = (rank, ranks): shuffled, a batch is `ranks`
+    times as large and a rank takes every ranks-th item of it; in stored order a rank takes every
+    ranks-th batch. The first `done` batches are left out: they were done before a stop.
     """
 
     def __init__(self, n, batch_size, seed=None, draws=None, share=(0, 1)):
@@ -546,7 +549,8 @@ class Batches:
         together = 1 if seed is None else self.ranks    # that share a batch
         self.cuts = list(range(0, self.draws, batch_size * together)) + [self.draws]
         last = self.cuts[-1] - self.cuts[-2]
-        if batch_size > 1 and len(self.cuts) > 2 and last < 2 * together:
+        least = min(batch_size, 2) * together           # BatchNorm needs two
+        if len(self.cuts) > 2 and last < least:
             del self.cuts[-2]
 
     def __len__(self):
@@ -571,8 +575,8 @@ class Batches:
 
 
 def start_worker(worker):
-    """In a loader's worker: signals to the whole group or job are for the main process, which still
-    needs what is being loaded. The main process itself ends its workers by SIGTERM."""
+    """In a loader's worker: ignore Ctrl-C, and SIGTERM but from the main process, which still needs
+    what is being loaded when a whole group or job is told to stop."""
     def listen():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
@@ -619,8 +623,8 @@ def draw_refined(data, foreground, parts, folder):
             figures.append(f"{name} {value:.3f}")
     print(f"refined masks: {', '.join(figures)}")
     if evidence.get("framed", 0) > 0.4:
-        print("the frame covers more of a picture than a lens or letterbox should: is --foreground "
-              "right? Else --refine channel position")
+        print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
+              "is right, leave the frame out, --refine channel position")
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | dict(refinement=evidence))
     for part, path in paths.items():
@@ -636,7 +640,7 @@ def image_sets(method, data, seed, folder):
     if refine:
         if ranks()[0] == 0:
             draw_refined(data, method.foreground, refine, folder)
-        over_ranks()                                    # until they are written
+        wait_for_ranks()
         masks = {part: folder / f"{part}_masks.npy" for part in masks}
     plain = getattr(method, "plain", method.augment)
     return (Images(data, "train", method.augment, seed, masks=masks["train"]),
@@ -666,7 +670,8 @@ class Trainer:
     """
 
     # Where it is, and the sums of the epoch so far.
-    POSITION = ("epoch", "done", "best", "stale", "sums", "skipped", "waited", "seconds")
+    POSITION = ("epoch", "done", "best", "stale", "sums", "skipped", "bad_in_a_row", "waited",
+                "seconds")
 
     def __init__(self, method, options, device, epoch_steps):
         self.method, self.options, self.device = method, options, device
@@ -674,14 +679,15 @@ class Trainer:
         self.module = getattr(method, "unet", method)   # MedSASS has no weights but its U-Net's
         self.optimizer = method.optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        self.epoch, self.best, self.stale = 0, math.inf, 0
+        self.epoch = self.stale = self.bad_in_a_row = 0
+        self.best = math.inf
         self.begin_epoch()
         self.network = method
         if ranks()[1] > 1:
             self.network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
 
     def begin_epoch(self):
-        self.done, self.sums, self.skipped, self.bad_in_a_row = 0, {}, 0, 0
+        self.done, self.sums, self.skipped = 0, {}, 0
         self.waited = self.seconds = 0.0
 
     def finished(self):
@@ -700,8 +706,7 @@ class Trainer:
         whether some rank is `stopping`)."""
         step = self.epoch * self.epoch_steps + self.done
         total = self.options.epochs * self.epoch_steps
-        rank = ranks()[0]
-        torch.manual_seed(seed_from(self.options.seed, step, *[rank] * (rank > 0)))
+        torch.manual_seed(seed_from(self.options.seed, step, ranks()[0]))
         self.method.before_step(self.optimizer, step, total, self.epoch_steps)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
@@ -730,8 +735,9 @@ class Trainer:
     def end_epoch(self, val_loss):
         """Count the epoch, and begin the next; whether its validation loss is the best so far."""
         is_better = val_loss < self.best
-        self.best = min(val_loss, self.best)
-        self.stale = 0 if is_better else self.stale + 1
+        self.stale += 1
+        if is_better:
+            self.best, self.stale = val_loss, 0
         self.epoch += 1
         self.begin_epoch()
         return is_better
@@ -751,17 +757,17 @@ class Trainer:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-        for parameter, old in self.optimizer.state.items():     # interned, as in a run left alone:
-            named = {sys.intern(name): value for name, value in old.items()}    # equal files
+        for parameter, old in self.optimizer.state.items():
+            # torch.save writes a name once where it is one object: so a resumed run's file is equal
+            named = {sys.intern(name): value for name, value in old.items()}
             self.optimizer.state[parameter] = named
         for name in self.POSITION:
             setattr(self, name, state[name])
-        self.done = self.done * state["ranks"] // ranks()[1]    # other batches: near the same image
+        self.done = self.done * state["ranks"] // ranks()[1]    # after about as many images
 
 
 def network_of(method):
-    """The network that is kept in eval mode for others to use: the U-Net of MedSASS, the encoder of
-    a baseline."""
+    """The U-Net of MedSASS, the encoder of a baseline."""
     return getattr(method, "unet", method.encoder)
 
 
@@ -809,7 +815,7 @@ def validate(method, loader, device, seed):
     rank, all_ranks = ranks()
     loss = n = 0
     for batch, (index, views) in enumerate(loader):
-        # what a method hides is drawn in its forward
+        # MAE and SimMIM draw what they hide in forward
         torch.manual_seed(seed_from(seed, rank + batch * all_ranks))
         loss += method(to_device(views, device)).item() * len(index)
         n += len(index)
@@ -840,7 +846,7 @@ def train(method, sets, options, folder, device, draws=None):
 
     sets: training, plain training (for BatchNorm) and validation data, with keys and items as of
     Images. draws: images an epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C,
-    after it has saved, and where ten steps in a row (or an epoch) were left out.
+    after it has saved, and where ten steps in a row were left out.
     """
     rank, all_ranks = ranks()
     train_set, plain_set, val_set = sets
@@ -853,11 +859,11 @@ def train(method, sets, options, folder, device, draws=None):
     steps = len(batches)
     trainer = Trainer(method, options, device, steps)
     weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    print(f"{folder}: {weights:,} weights learn on {device.type}, ranks: {all_ranks}")
+    print(f"{folder}: {weights:,} trainable weights on {device.type}, ranks: {all_ranks}")
     log = []
     if (folder / "last.pt").exists():
         trainer.load_state_dict(load_checkpoint(folder / "last.pt", device))
-        print(f"{folder}: going on after epoch {trainer.epoch} and {trainer.done} steps")
+        print(f"{folder}: going on after {trainer.epoch} epochs and {trainer.done} steps")
         log = read_log(folder)[:trainer.epoch]
     bar = tqdm(total=options.epochs * steps, initial=trainer.epoch * steps + trainer.done,
                unit=" steps", mininterval=1, disable=rank > 0)
@@ -880,12 +886,13 @@ def train(method, sets, options, folder, device, draws=None):
                 text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
                 bar.set_postfix_str(text, refresh=False)
                 bar.update()
-                if trainer.bad_in_a_row == min(10, steps):
+                if trainer.bad_in_a_row == 10:
                     bar.close()
                     names = prepare_data.read_names(train_set.path.parent, "train")
                     batch = ", ".join(names[row]["name"] for row in index)
-                    sys.exit(f"the loss was not finite in {trainer.bad_in_a_row} steps in a row, "
-                             f"last in the batch of {batch}: try --amp off, or a smaller --lr")
+                    sys.exit("the loss was not finite, or its gradient overflowed, in 10 steps in "
+                             f"a row, last in the batch of {batch}: try --amp off, or a smaller "
+                             "--lr")
                 if stopping or before - saved > 60 * options.save_minutes:
                     save("last.pt", trainer.state_dict())
                     saved = time.time()
@@ -893,11 +900,11 @@ def train(method, sets, options, folder, device, draws=None):
                     bar.close()
                     name = signals[0] if signals else "another rank"
                     step = trainer.epoch * steps + trainer.done
-                    sys.exit(f"stopped by {name} after step {step}; the same command goes on from "
-                             "there")
+                    sys.exit(f"stopped by {name} after step {step}; the same command, without "
+                             "--overwrite, goes on from there")
             before = time.time()
             sums = dict(zip(trainer.sums, over_ranks(*trainer.sums.values())))
-            n = sums.pop("n")
+            n = sums.pop("n", 0)                        # 0: every step was left out
             figures = {name: total / n for name, total in sums.items()}
             with trainer.autocast():
                 update_batchnorm(method, plain_loader, device)
@@ -906,21 +913,24 @@ def train(method, sets, options, folder, device, draws=None):
             row = dict(epoch=trainer.epoch + 1, val_loss=val_loss, **figures,
                        skipped=trainer.skipped, seconds=seconds, waited=trainer.waited)
             log.append({name: f"{value:.6g}" for name, value in row.items()})
-            warning = method.collapsed(figures)
+            warning = method.collapsed(figures) if figures else None
             if warning:
                 bar.write(f"epoch {trainer.epoch + 1}: {warning}")
             is_better = trainer.end_epoch(val_loss)
             if rank == 0:
                 write_csv(folder / "log.csv", log)
-            if is_better or not method.stops_early:     # a loss that says little: the last is kept
+            if is_better or not method.keep_best:     # a loss that says little: the last is kept
                 save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss,
                                      model=trainer.module.state_dict()))
             save("last.pt", trainer.state_dict())
     bar.close()
+    if trainer.best == math.inf and method.keep_best:
+        sys.exit("the validation loss was never finite: try --amp off, or a smaller --lr")
     if rank == 0:                                       # the last files of a run
         kept = load_checkpoint(folder / "best.pt", device)
         trainer.module.load_state_dict(kept["model"])
-        print(f"{folder}: kept is epoch {kept['epoch']}, validation loss {kept['val_loss']:.4f}")
+        print(f"{folder}: the weights of epoch {kept['epoch']} are kept, validation loss "
+              f"{kept['val_loss']:.4f}")
         export_encoder(method, folder / "encoder.pth")
         write_samples(method, val_set, seed, folder / "samples.png", device)
 
@@ -959,7 +969,8 @@ def write_atomically(path, write):
         write(temporary)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):             # torch.save on a full disk
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError) and not is_memory:   # torch.save on a full disk
             reason = str(error).splitlines()[0]
             raise OSError(f"{path} cannot be written: {reason}") from None
         raise
@@ -973,10 +984,11 @@ def write_json(path, content):
 
 
 def write_csv(path, rows):
-    """A list of dicts with the same keys as a CSV, whole or not at all."""
+    """A list of dicts as a CSV, whole or not at all. The last has all keys; others may lack
+    some."""
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
@@ -1012,10 +1024,9 @@ def pick_device(name):
             name = "mps"
         print(f"device: {torch.cuda.get_device_name() if name == 'cuda' else name}")
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device       # with a number: the current GPU
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
-    return torch.device(name)
 
 
 def pick_precision(asked, device, method):
@@ -1060,7 +1071,7 @@ def build_method(args, meta):
         sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: "
                  "--batch-size 2 or more, and 2 training images")
     own |= dict(lr=method.lr, weight_decay=method.weight_decay)
-    own |= dict(patience=5 if method.stops_early else 0)
+    own |= dict(patience=5 if method.keep_best else 0)
     if args.lr is not None:
         method.lr = args.lr
     if args.weight_decay is not None:
@@ -1115,10 +1126,10 @@ def run_settings(args, own, meta, amp):
     elif args.refine:
         settings["refine"] = args.refine
     if args.encoder:
-        settings["encoder"] = args.encoder
-    if amp != "off":
-        settings["amp"] = amp
-    return settings | dict(img_size=meta["size"], data=meta["fingerprint"])
+        settings["encoder"] = Path(args.encoder).name
+    if args.sync_batchnorm:
+        settings["sync_batchnorm"] = True
+    return settings | dict(amp=amp, img_size=meta["size"], data=meta["fingerprint"])
 
 
 def run_folder(args, own):
@@ -1158,8 +1169,9 @@ def open_run(settings, folder, command, overwrite):
         for name, value in settings.items():
             if name == "lr" and config.get("ranks", 1) != ranks()[1]:
                 continue                                # it goes with the batch of all ranks
-            if there.get(name) != value:
-                differ.append(f"{name} ({there.get(name)} there, {value} asked)")
+            old = there.get(name, "off" if name == "amp" else None)
+            if old != value:
+                differ.append(f"{name} ({old} there, {value} asked)")
         if differ:
             sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts "
                      "it afresh")
@@ -1191,7 +1203,7 @@ def parse_args(argv=None):
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
     add("--threshold", default="otsu", choices=THRESHOLDS,
-        help="who draws the pseudo-masks (Table 3)")
+        help="how the pseudo-masks are drawn (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
         "without the frame of the picture, without what lies where objects never lie; no PART: "
@@ -1200,8 +1212,10 @@ def parse_args(argv=None):
         help="start from this encoder, ours or any of timm's or torchvision's form, or from "
         "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
     add("--loss", default="focal_tversky", choices=list(LOSSES),
-        help="Table 4; bce is appendix B.1")
-    add("--foreground", choices=["bright", "dark"], help="unset: what prepare_data.py decided")
+        help="what the network is trained by (Table 4; bce is appendix B.1)")
+    add("--foreground", choices=["bright", "dark"],
+        help="whether objects are brighter or darker than what is around them; unset: what "
+        "prepare_data.py decided")
     add("--epochs", type=int, default=50,
         help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
     add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
@@ -1216,8 +1230,9 @@ def parse_args(argv=None):
         help="precision of the networks; losses stay in float32. auto: bf16 on a GPU that has it, "
         "else fp16 there, off on a CPU")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-minutes", type=float, default=10, help="save so often inside an epoch, too")
-    add("--sync-batchnorm", action="store_true", help="several GPUs: BatchNorm over all images")
+    add("--save-minutes", type=float, default=10, help="save last.pt so often inside an epoch")
+    add("--sync-batchnorm", action="store_true",
+        help="several GPUs: BatchNorm over the images of all")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
         help="processes that load and augment; any number gives the same bits")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
@@ -1261,10 +1276,11 @@ def main(argv=None):
     n_train = meta["counts"]["train"]
     if all_ranks > 1 and n_train < 2 * all_ranks:
         sys.exit(f"{n_train} training images are too few for {all_ranks} ranks")
+    if all_ranks > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(args.device)
-    if device.type == "cuda" and all_ranks > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if args.sync_batchnorm and (device.type != "cuda" or all_ranks == 1):
+        sys.exit("--sync-batchnorm is for several GPUs, under torchrun")
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
     torch.backends.cudnn.allow_tf32 = True
     method, own = build_method(args, meta)
@@ -1286,13 +1302,13 @@ def main(argv=None):
         if rank == 0:
             command = shlex.join(["python", "pretrain.py", *flags])
             open_run(settings, folder, command, args.overwrite)
-        over_ranks()                                    # until it is opened
+        wait_for_ranks()
         if is_finished(folder):
             print(f"{folder} is finished: nothing to do")
         else:
             sets = image_sets(method, data, args.seed, folder)
             train(method, sets, options, folder, device)
-        over_ranks()                                    # until the first has written the last file
+        wait_for_ranks()                                # until the first has written the last file
         if args.method != "medsass":                    # heads and copies that nobody reads again
             (folder / "best.pt").unlink(missing_ok=True)
 
@@ -1316,7 +1332,7 @@ def end_on_sigterm(signum, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end_on_sigterm)
-    goes_on = "the same command goes on from where it was saved last"
+    goes_on = "the same command, without --overwrite, goes on from where it was saved last"
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:       # a full disk, a forbidden folder, Ctrl-C

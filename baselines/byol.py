@@ -67,7 +67,7 @@ class BYOL(nn.Module):
     without predictor)."""
 
     backbones = ("resnet50",)
-    stops_early = False                     # the loss says nothing about quality: run to the end
+    keep_best = False                     # the loss says nothing about quality: run to the end
 
     def __init__(self, backbone="resnet50", img_size=224, batch_size=16, tau_base=0.97):
         super().__init__()

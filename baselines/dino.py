@@ -104,7 +104,7 @@ class DINO(nn.Module):
     """
 
     backbones = ("vit_small", "resnet50")
-    stops_early = False                             # the loss says nothing about quality
+    keep_best = False                             # the loss says nothing about quality
 
     def __init__(self, backbone="vit_small", img_size=224, batch_size=16, prototypes=1024,
                  local_crops=8):

@@ -33,8 +33,8 @@ def augmentation(img_size):
 
 def sincos_positions(dim, side):
     """Fixed 2-D positions with a zero row for the class token: (1, 1 + side^2, dim). Half of the
-    channels encode the column, half the row; each is sin and cos of position / 10000^(2i / (dim/2)).
-    """
+    channels encode the column, half the row; each is sin and cos of position / 10000^(2i /
+    (dim/2))."""
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     places = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(places, places, indexing="ij")
@@ -49,7 +49,7 @@ class MAE(nn.Module):
     """A ViT that sees a quarter of the patches, and a small decoder that draws the others."""
 
     backbones = ("vit_small",)
-    stops_early = True                      # the loss is an error: the best is worth keeping
+    keep_best = True                      # the loss is an error: the best is worth keeping
 
     def __init__(self, backbone="vit_small", img_size=224, batch_size=16, mask_ratio=0.75,
                  width=512, depth=8, heads=16):

@@ -33,7 +33,7 @@ class SimMIM(nn.Module):
     their pixels."""
 
     backbones = ("vit_small",)
-    stops_early = True                      # the loss is an error: the best is worth keeping
+    keep_best = True                      # the loss is an error: the best is worth keeping
 
     def __init__(self, backbone="vit_small", img_size=224, batch_size=16, mask_ratio=0.6,
                  mask_patch=32):

@@ -53,7 +53,7 @@ class SimSiam(nn.Module):
     """One encoder, a projector f, a predictor h, and a stop-gradient."""
 
     backbones = ("resnet50",)
-    stops_early = False                     # the loss says nothing about quality: run to the end
+    keep_best = False                     # the loss says nothing about quality: run to the end
 
     def __init__(self, backbone="resnet50", img_size=224, batch_size=16, dim=2048, bottleneck=512):
         super().__init__()
