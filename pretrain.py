@@ -862,7 +862,11 @@ def train(method, sets, options, folder, device, draws=None):
     print(f"{folder}: {weights:,} trainable weights on {device.type}, ranks: {all_ranks}")
     log = []
     if (folder / "last.pt").exists():
-        trainer.load_state_dict(load_checkpoint(folder / "last.pt", device))
+        state = load_checkpoint(folder / "last.pt", device)
+        if not state.keys() >= set(trainer.POSITION):
+            sys.exit(f"{folder / 'last.pt'} is of another version of this program: --overwrite "
+                     "starts the run afresh")
+        trainer.load_state_dict(state)
         print(f"{folder}: going on after {trainer.epoch} epochs and {trainer.done} steps")
         log = read_log(folder)[:trainer.epoch]
     bar = tqdm(total=options.epochs * steps, initial=trainer.epoch * steps + trainer.done,

@@ -20,8 +20,8 @@ DATASETS   prepared data sets, e.g. "isic xray"; unset: those of the paper that 
            alone is main
 SEEDS      "0 1 2 3 4"; drone "0 1 2"               METHODS    "medsass byol simsiam dino mae simmim"
 BACKBONES  "resnet50 vit_small"                     EPOCHS     50, of pre-training and of training on labels
-PROTOCOLS  "transfer frozen finetune"
-LABELS     "0.01 0.1 1.0", for frozen, finetune and supervised
+PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
+LABELS     "0.01 0.1 1.0", for frozen, finetune, semi and supervised
 SIZE       side of the demo's pictures; other data sets must have been prepared at it
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
 JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
@@ -90,6 +90,7 @@ pretrained() {
     for protocol in $protocols; do
         case $protocol in
             transfer) evaluation "$name" "$name/transfer" "--run runs/$name" ;;
+            semi) [[ $method != medsass* || $variant == *-encoder* ]] || labelled "$name" "$name/semi" "--run runs/$name --protocol semi" ;;
             classify) LABELS=1.0 labelled "$name" "$name/classify" "--run runs/$name --protocol classify" ;;
             *) labelled "$name" "$name/$protocol" "--run runs/$name --protocol $protocol" ;;
         esac
