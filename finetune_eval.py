@@ -10,7 +10,7 @@
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that nobody trained (section
 4.1). frozen: the decoder is trained, the encoder stays. finetune: all is trained. semi: all is trained, on the labelled
-images and on the others with masks that the network draws as it learns. supervised: all is trained, from scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
+images, and where they are too few also on the others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
 same test images. One JSON an evaluation, under results/, with a CSV of its test images; --report writes
 results/README.md from them.
 """
@@ -25,6 +25,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +44,7 @@ import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder, read_encoder
 from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, decide_refinement,
-                      explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
+                      end_on_sigterm, explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
                       pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_masks)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
@@ -376,6 +378,17 @@ class Probe(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- protocols
 
+def training_folder(args, settings):
+    """The run folder of training on labels: in that of --run, or below --runs."""
+    folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
+    if args.run:
+        folder = Path(args.run)
+    name = args.name.replace("-flips", "")                      # which change prediction alone
+    if settings.get("seed", args.seed) != args.seed:            # another draw of labels than the run's
+        name += f"-seed{args.seed}"
+    return folder / name
+
+
 def fit(method, sets, args, settings, n_train, device, epochs=None, subfolder=""):
     """Train `method` by pretrain.py's loop in a run folder of its own, or go on with what is there.
 
@@ -383,13 +396,7 @@ def fit(method, sets, args, settings, n_train, device, epochs=None, subfolder=""
     for few labels as for all, so that every method has the same steps. epochs: unset --epochs. Returns the folder and a
     dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run, kept_epoch."""
     epochs = epochs or args.epochs
-    folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
-    if args.run:
-        folder = Path(args.run)
-    name = args.name.replace("-flips", "")                      # which change prediction alone
-    if settings.get("seed", args.seed) != args.seed:            # another draw of labels than the run's
-        name += f"-seed{args.seed}"
-    folder = folder / name / subfolder
+    folder = training_folder(args, settings) / subfolder
     method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
     patience = args.patience
@@ -448,6 +455,8 @@ def fit_semi(method, sets, args, settings, n_train, device):
     others = np.flatnonzero(~is_labelled).tolist()
     pretrained = {name: value.clone() for name, value in method.unet.state_dict().items()}
     method.lr = 1e-3 if args.lr is None else args.lr
+    if args.overwrite:                                          # both halves
+        shutil.rmtree(training_folder(args, settings), ignore_errors=True)
     folder, first_half = fit(method, sets, args, settings, n_train, device, args.epochs // 2, "labels")
     tuned = load_checkpoint(folder / "best.pt", "cpu")["model"]
     images, truth = prepare_data.open_part(data, "train")
@@ -478,6 +487,7 @@ def fit_semi(method, sets, args, settings, n_train, device):
         sets = PartlyLabelled(data, paper_augmentation(), args.seed, rows, path), *sets[1:]
     method.unet.load_state_dict(tuned if trusted else pretrained)
     method.lr /= 3                                              # lower: the network is trained
+    settings = settings | dict(trusted=trusted)
     folder, result = fit(method, sets, args, settings, n_train, device, args.epochs - args.epochs // 2)
     result["kept_epoch"] += first_half["epochs_run"]
     for name in ("budget_steps", "steps", "epochs_run"):
@@ -958,9 +968,9 @@ def pick(results, dataset, protocol, want):
     pool = [r for r in results if r["dataset"] == dataset and r["protocol"] == protocol and "-from-" not in r["variant"]
             and all(r.get(key) == value for key, value in want.items())]
     for key, usual in (USUAL | dict(labels=1.0 if protocol in TRAINED else 0.0)).items():
-        values = collections.Counter(r.get(key) for r in pool if key not in want)
+        values = collections.Counter(str(r.get(key)) for r in pool if key not in want)      # 1 label is not all, 1.0
         if values:
-            pool = [r for r in pool if r.get(key) == (usual if usual in values else values.most_common(1)[0][0])]
+            pool = [r for r in pool if str(r.get(key)) == (str(usual) if str(usual) in values else values.most_common(1)[0][0])]
     plainest = min(((len(r["variant"]), r["variant"], r.get("name")) for r in pool), default=None)
     return [(r, "") for r in sorted(pool, key=lambda r: r["seed"])
             if (len(r["variant"]), r["variant"], r.get("name")) == plainest]
@@ -1345,20 +1355,22 @@ def main(argv=None):
     whole = settings.get("train") == "end2end"                  # the run has a decoder of its own
     if args.decoder == "pretrained" and not whole:
         sys.exit(f"--decoder pretrained: {args.run or args.encoder or args.protocol} has an encoder only")
-    if args.protocol == "semi" and not whole:
-        sys.exit(f"semi draws masks: it needs the --run of a whole U-Net, and {args.run or args.encoder} is an encoder")
+    if args.protocol == "semi" and (not whole or "protocol" in settings):
+        sys.exit("semi draws masks without labels: it needs a --run of pretrain.py that trained a whole U-Net, and "
+                 f"{args.run or args.encoder} is none")
     asked = args.decoder
     if asked == "auto":
         args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune", "semi") else "fresh"
     short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
-    words = [f"{short[n]}{getattr(args, n)}" for n in short if getattr(args, n) != parser.get_default(n)]
+    words = [f"{short[n]}{getattr(args, n)}" for n in short if str(getattr(args, n)) != str(parser.get_default(n))]   # 1, 1.0
     words += [args.decoder] * (asked != "auto") + ["flips"] * args.flips
     words += [f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))
     args.name = "-".join([args.protocol, *words])               # of the result and of the folder that training is kept in
-    evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"]), meta, device)
+    evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"], data=meta["fingerprint"]), meta, device)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_on_sigterm)
     sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
     try:
         main()

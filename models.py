@@ -251,8 +251,8 @@ def read_encoder(path, backbone):
 
     found = {b: prefixes(anchor) for b, anchor in ANCHORS.items() if prefixes(anchor)}
     if backbone not in found:
-        holds = f"a {next(iter(found))}" if found else "nothing of a"
-        raise ValueError(f"{path} holds {holds} encoder{'' if found else ' that is known here'}, not a {backbone}")
+        holds = f"a {next(iter(found))} encoder" if found else "no encoder that is known here"
+        raise ValueError(f"{path} holds {holds}, not a {backbone}")
     if len(found[backbone]) > 1:
         raise ValueError(f"{path} holds several {backbone} encoders ({', '.join(found[backbone])}): export one of them")
     prefix = found[backbone][0]                                 # "", "module.", "backbone.", "encoder.", ...
@@ -265,7 +265,7 @@ def load_encoder(unet, path):
     path: a file of export_encoder, a checkpoint of timm's or torchvision's resnet50 or of timm's vit_small_patch8,
     bare or inside {"state_dict": ...}, with or without "module." / "backbone." / "encoder." before the names. Position
     embeddings of another image size are resampled. Raises ValueError, with the path, for a file that cannot be read,
-    that has nothing in common with the encoder, or that lacks some of its weights or has them in another shape.
+    that has nothing in common with the encoder, or that lacks some of its weights, has them in another shape, or not finite.
     """
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
@@ -280,6 +280,8 @@ def load_encoder(unet, path):
         if name in state and state[name].shape != own[name].shape:
             raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, the {backbone} encoder here needs "
                              f"{tuple(own[name].shape)}")
+        if name in state and not torch.isfinite(state[name]).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
     unused = [name for name in state if name not in own]
     unet.encoder.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
     print(f"{path}: encoder loaded; not used: {_summary(unused) or 'nothing'}")

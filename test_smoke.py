@@ -1456,7 +1456,9 @@ def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, 
     names = prepare_data.read_names(data / "demo", "train")
     rows = finetune_eval.labelled_rows(names, 2, 0, len(names))
     images, truth = (np.array(part) for part in prepare_data.open_part(data / "demo", "train"))
-    _, good, _ = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", epochs=8)
+    _, supervised, _ = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", epochs=8)
+    good = Path(shutil.copytree(run, tmp_path / "good"))
+    shutil.copy(supervised / "best.pt", good / "best.pt")
     shutil.copytree(run, tmp_path / "run")
     result, folder, _ = tune(data, tmp_path, "--run", str(tmp_path / "run"), "--protocol", "semi", "--labels", "0.5", epochs=6)
     assert result["trusted"] and (result["n_labels_train"], result["budget_steps"], result["kept_epoch"]) == (32, 24, 6)
@@ -1474,15 +1476,16 @@ def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, 
     blind = tmp_path / "blind"                                  # no other label is read
     shutil.copytree(data, blind)
     np.save(blind / "demo/train_masks.npy", np.where(is_labelled[:, None, None], truth, 1).astype(np.uint8))
+    shutil.rmtree(folder)
     for source, kill in ((blind, False), (data, True)):
-        shutil.rmtree(folder)
         if kill:
             command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--workers", "0", "--device", "cpu"]
-            killed(f"finetune_eval.main({command})")
+            killed(f"finetune_eval.main({[*command, '--overwrite']})")
             assert not (folder / "samples.png").exists() and (folder / "labels/samples.png").exists()
         assert contents(tune(source, tmp_path / str(kill), *flags, epochs=2)[1]) == kept
     encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "semi"]
     refused(lambda: tune(data, tmp_path, *encoder, epochs=2), "encoder.pth", "whole U-Net")
+    refused(lambda: tune(data, tmp_path, "--run", str(supervised), "--protocol", "semi", epochs=2), supervised, "whole U-Net")
     refused(lambda: tune(data, tmp_path, *flags), 2)
 
 
