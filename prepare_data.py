@@ -952,6 +952,9 @@ def unpack(archive):
     folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
     if folder.exists():
         return
+    if not hasattr(tarfile, "data_filter"):
+        sys.exit(f"{archive}: unpack it yourself: this Python cannot do it safely (3.10.12, 3.11.4 "
+                 "or newer can)")
     print(f"{archive}: extracting to {folder}")
     with new_folder(folder) as partial:
         try:

@@ -261,7 +261,8 @@ def test_wrong_encoder_files_are_refused(tmp_path):
     cut = {k: v for k, v in complete.items() if k != "bn1.weight"}
     shape = complete | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
     for content, words in ((timm.create_model("vit_small_patch8_224").state_dict(), "vit_small encoder, not a resnet50"),
-                           ({"a": torch.zeros(1)}, "nothing"), ([1, 2], "list"), (cut, "bn1.weight"), (shape, "conv1.weight"),
+                           ({"a": torch.zeros(1)}, "no encoder"), ([1, 2], "list"), (cut, "bn1.weight"), (shape, "conv1.weight"),
+                               (complete | {"bn1.weight": torch.full((64,), float("nan"))}, "not finite"),
                            ({p + k: v for k, v in complete.items() for p in ("online.", "target.")}, "several")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=words) as error:
