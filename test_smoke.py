@@ -466,6 +466,8 @@ def test_batches_cover_an_epoch_once():
     other.done = 1
     assert list(other) == list(pretrain.Batches(33, 16, seed=3))[1:] and len(other) == 2
     several = sum(pretrain.Batches(5, 4, seed=3, draws=12), [])
+    parts = [list(pretrain.Batches(10, 1, 0, share=(rank, 4))) for rank in range(4)]        # no rank is left without an image
+    assert {len(part) for part in parts} == {2} and all(batch for part in parts for batch in part)
     assert [k for k, _ in several] == [0] * 5 + [1] * 5 + [2] * 2 and all(
         sorted(i for j, i in several if j == k) == list(range(5)) for k in (0, 1))
 
@@ -758,14 +760,16 @@ def start_ranks(folder, n, *flags):
 # MedSASS' loss is of the whole batch, whatever a rank's part of it; a baseline's is a mean, here over parts of equal size.
 @pytest.mark.parametrize("method, backbone, n", [("medsass", "resnet50", 48), ("medsass", "vit_small", 48), ("dino", "vit_small", 46)])
 def test_two_ranks_follow_one_process(method, backbone, n, tmp_path):
+    flags = ["--refine"] if backbone == "resnet50" else []      # the first rank draws the masks, the other waits
     prepare(write_folder(tmp_path / "raw", n=n), tmp_path, "--name", "set")        # 33 to train on: batches of 16 and 17; or 32
     runs = {n: start_ranks(tmp_path, n, "--dataset", "set", "--method", method, "--backbone", backbone, "--epochs", "2", "--batch-size",
-                           str(16 // n), "--out", str(tmp_path / f"out{n}")) for n in (1, 2)}
+                           str(16 // n), "--out", str(tmp_path / f"out{n}"), *flags) for n in (1, 2)}
     logs, weights = {}, {}
     for n, run in runs.items():
         assert run.wait(timeout=200) == 0, run.communicate()[0]
         folder = next((tmp_path / f"out{n}" / "set" / backbone).glob("*/seed0"))
         kept = {"best.pt"} if method == "medsass" else set()
+        kept |= {"train_masks.npy", "val_masks.npy"} if flags else set()
         assert {f.name for f in folder.iterdir()} == {"config.json", "log.csv", "last.pt", "encoder.pth", "samples.png"} | kept
         logs[n] = list(csv.DictReader(open(folder / "log.csv")))
         weights[n] = weights_of(folder) if kept else torch.load(folder / "encoder.pth", weights_only=True)
@@ -2543,6 +2547,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(data, run, tmp_path):
     refused(lambda: prepare(tmp_path / "half", out), "has train: give all of")
     refused(lambda: pretrain.main(["--dataset", "isic", *common]), data / "isic", "not prepared", "prepare_data.py")
     refused(lambda: pretrain.main(["--dataset", "demo", "--device", "cuda:99", *common]), "cuda:99")
+    refused(lambda: pretrain.main(["--dataset", "demo", "--sync-batchnorm", *common]), "several GPUs")
     refused(lambda: finetune_eval.main(["--run", str(absent), *common]), absent, "not a run folder")
     refused(lambda: finetune_eval.main(["--run", str(run), "--predict", str(absent), "--out", str(out)]), absent)
     refused(lambda: finetune_eval.main(["--encoder", str(absent), "--dataset", "demo", "--backbone", "resnet50", *common]), absent)
