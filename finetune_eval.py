@@ -25,9 +25,9 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -43,9 +43,9 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder, read_encoder
-from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, decide_refinement,
+from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, clear_run, decide_refinement,
                       end_on_sigterm, explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
-                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_masks)
+                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_json, write_masks)
 
 BATCH = 16                                                      # test images at a time; no score depends on it
 TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")      # protocols that train
@@ -389,13 +389,21 @@ def training_folder(args, settings):
     return folder / name
 
 
-def fit(method, sets, args, settings, n_train, device, epochs=None, subfolder=""):
-    """Train `method` by pretrain.py's loop in a run folder of its own, or go on with what is there.
+@dataclass
+class LabelledSets:
+    """Data to train on labels with, each with keys and items as of Images. n_train: images an epoch, as many for few labels
+    as for all, so that every method has the same steps."""
+    train: Images
+    plain: Images                                               # the same un-augmented, for BatchNorm
+    val: Images
+    n_train: int
 
-    sets: training, plain training (for BatchNorm) and validation data, as of labelled_sets. n_train: images an epoch; as many
-    for few labels as for all, so that every method has the same steps. epochs: unset --epochs. Returns the folder and a
-    dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run, kept_epoch."""
-    epochs = epochs or args.epochs
+
+def fit(method, sets, args, settings, epochs, subfolder=""):
+    """Train `method`, on the device where it is, on LabelledSets by pretrain.py's loop in a run folder of its own, or go on
+    with what is there. Returns the folder and a dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run,
+    kept_epoch."""
+    device = next(method.parameters()).device
     folder = training_folder(args, settings) / subfolder
     method.weight_decay = args.weight_decay
     amp = pick_precision(args.amp, device, method)
@@ -404,26 +412,26 @@ def fit(method, sets, args, settings, n_train, device, epochs=None, subfolder=""
         patience = 5 if method.keep_best else 0
     method.keep_best = patience > 0
     options = Options(epochs, args.batch_size, patience, args.seed, amp, args.workers)
-    names = ("dataset", "protocol", "labels", "decoder", "loss", "epochs", "batch_size", "seed")
-    n_labels = len(getattr(sets[0], "labelled", sets[0]))
-    own = {name: getattr(args, name) for name in names}
+    n_labels = len(getattr(sets.train, "labelled", sets.train))
+    own = {name: getattr(args, name) for name in ("dataset", "protocol", "labels", "decoder", "loss", "batch_size", "seed")}
     own |= dict(epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
-                train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels, n_val=len(sets[2]))
+                train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels, n_val=len(sets.val))
     with prepare_data.only_one(folder / ".lock"):
         open_run(settings | own, folder, args.command, args.overwrite)
         if not is_finished(folder):
-            train(method.to(device, memory_format=torch.channels_last), sets, options, folder, device, n_train)
-    epochs_run, steps = len(read_log(folder)), len(Batches(n_train, args.batch_size))
-    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets[2]), budget_steps=epochs * steps,
+            train(method, (sets.train, sets.plain, sets.val), options, folder, device, sets.n_train)
+    epochs_run, steps = len(read_log(folder)), len(Batches(sets.n_train, args.batch_size))
+    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets.val), budget_steps=epochs * steps,
                         steps=epochs_run * steps, epochs_run=epochs_run,
                         kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
 
-def draw_rows(unet, weights, images, rows, device):
+def draw_rows(unet, weights, images, rows):
     """The masks, bool (S, S), that a network with `weights` draws for some `rows` of uint8 (N, S, S, 3), may be mapped, one
-    after the other. Leaves it with these weights, in eval mode, on `device`."""
+    after the other. Leaves it with these weights, in eval mode."""
     unet.load_state_dict(weights)
-    unet.to(device, memory_format=torch.channels_last).eval()
+    unet.eval()
+    device = next(unet.parameters()).device
     for start in range(0, len(rows), BATCH):
         yield from predict_logits(unet, images[rows[start:start + BATCH]], device) > 0
 
@@ -436,68 +444,83 @@ def iou_of(pred, masks, rows):
     return float(scores_from_counts(counts)["iou"])
 
 
-def fit_semi(method, sets, args, settings, n_train, device):
+def compare_tuned(unet, pretrained, tuned, sets, folder):
+    """Whether the network tuned on the labels is better than the pre-trained one: a dict, `trusted` and the IoUs that decide,
+    kept in decision.json. Writes the pre-trained one's masks, with the true ones where there are labels, into
+    train_masks.npy. pretrained, tuned: weights for `unet`. folder: the run folder of tuning.
+
+    The pre-trained network errs alike on labelled and unlabelled images, so that a tuned one that is right agrees with it on
+    the unlabelled as well as the truth does on the labelled; one that has learnt a few images by heart agrees less. So with
+        ratio = IoU(tuned, pre-trained) on the unlabelled images / IoU(pre-trained, truth) on the labelled ones
+    it is trusted where ratio >= 1, and not where ratio < .8; in between, and where all are labelled, the validation images
+    decide.
+    """
+    path = folder / "decision.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    rows, data = sets.train.rows, sets.train.path.parent
+    others = sorted(set(range(sets.n_train)) - set(rows))
+    images, truth = prepare_data.open_part(data, "train")
+    drawn = draw_rows(unet, pretrained, images, others)
+    labelled = set(rows)
+    write_masks((truth[k] if k in labelled else next(drawn) for k in range(len(truth))), truth.shape, folder / "train_masks.npy")
+    val_images, val_truth = prepare_data.open_part(data, "val")
+    result = {}
+    for name, weights in dict(pretrained=pretrained, tuned=tuned).items():
+        drawn = draw_rows(unet, weights, val_images, sets.val.rows)
+        result[f"{name}_val_iou"] = iou_of(drawn, val_truth, sets.val.rows)
+    trusted = result["tuned_val_iou"] >= result["pretrained_val_iou"]
+    if others:
+        result["pretrained_iou"] = iou_of(draw_rows(unet, pretrained, images, rows), truth, rows)
+        masks = np.load(folder / "train_masks.npy", mmap_mode="r")
+        result["agreement"] = iou_of(draw_rows(unet, tuned, images, others), masks, others)
+        if result["agreement"] >= result["pretrained_iou"]:
+            trusted = True
+        elif result["agreement"] < 0.8 * result["pretrained_iou"]:
+            trusted = False
+    result["trusted"] = trusted
+    write_json(path, result)
+    return result
+
+
+def fit_semi(method, sets, args, settings, epochs):
     """As fit, on the labelled images, and where they are too few on the others, too, with the masks that the pre-trained
     network draws for them (self-training: Lee 2013).
 
-    The first half of the epochs tunes the pre-trained network on the labels alone. Is the tuned network better? The
-    pre-trained one errs alike on labelled and unlabelled images, so that a tuned one that is right agrees with it on the
-    unlabelled as well as the truth does on the labelled; one that has learnt a few images by heart agrees less. So with
-        ratio = IoU(tuned, pre-trained) on the unlabelled images / IoU(pre-trained, truth) on the labelled ones
-    it is trusted where ratio >= 1, and not where ratio < .8; in between the labelled validation images decide. A trusted
-    network goes on with the labels alone, for the second half. Else the pre-trained one starts again: half of what it sees
-    are labelled images, half are all images, with its own masks where there is no label. The dict has all four IoUs and
-    `trusted`, too.
+    The first half of the epochs tunes the pre-trained network on the labels alone. If the tuned one is trusted
+    (compare_tuned), it goes on so for the second half. Else the pre-trained one starts again: half of what it sees are
+    labelled images, half are all images, with its own masks where there is no label. The dict has that of compare_tuned.
     """
-    data = Path(args.data) / args.dataset
-    rows, val_rows = sets[0].rows, sets[2].rows
-    is_labelled = np.isin(np.arange(n_train), rows)
-    others = np.flatnonzero(~is_labelled).tolist()
     pretrained = {name: value.clone() for name, value in method.unet.state_dict().items()}
     method.lr = 1e-3 if args.lr is None else args.lr
-    if args.overwrite:                                          # both halves
-        shutil.rmtree(training_folder(args, settings), ignore_errors=True)
-    folder, first_half = fit(method, sets, args, settings, n_train, device, args.epochs // 2, "labels")
+    whole_folder = training_folder(args, settings)
+    if args.overwrite:                                          # or the second half would be the old one's until it begins
+        with prepare_data.only_one(whole_folder / ".lock"):
+            clear_run(whole_folder)
+    folder, first_half = fit(method, sets, args, settings, epochs // 2, "labels")
     tuned = load_checkpoint(folder / "best.pt", "cpu")["model"]
-    images, truth = prepare_data.open_part(data, "train")
-    val_images, val_truth = prepare_data.open_part(data, "val")
-    path = folder / "train_masks.npy"
-    if not path.exists():
-        drawn = draw_rows(method.unet, pretrained, images, others, device)
-        write_masks((truth[k] if is_labelled[k] else next(drawn) for k in range(n_train)), truth.shape, path)
-    evidence = {}
-    for name, weights in dict(pretrained=pretrained, tuned=tuned).items():
-        drawn = draw_rows(method.unet, weights, val_images, val_rows, device)
-        evidence[f"{name}_val_iou"] = iou_of(drawn, val_truth, val_rows)
-    trusted = evidence["tuned_val_iou"] >= evidence["pretrained_val_iou"]
-    if others:
-        drawn = draw_rows(method.unet, pretrained, images, rows, device)
-        evidence["pretrained_iou"] = iou_of(drawn, truth, rows)
-        drawn = draw_rows(method.unet, tuned, images, others, device)
-        evidence["agreement"] = iou_of(drawn, np.load(path, mmap_mode="r"), others)
-        if evidence["agreement"] >= evidence["pretrained_iou"]:
-            trusted = True
-        elif evidence["agreement"] < 0.8 * evidence["pretrained_iou"]:
-            trusted = False
-    print(", ".join(f"{name} {value:.3f}" for name, value in evidence.items()))
-    if trusted:
+    decision = compare_tuned(method.unet, pretrained, tuned, sets, folder)
+    print(", ".join(f"{name} {value:.3f}" for name, value in decision.items() if name != "trusted"))
+    if decision["trusted"]:
         print("the tuned network is trusted: on with the labels alone")
+        method.unet.load_state_dict(tuned)
     else:
         print("the tuned network is not trusted: from the pre-trained one again, with its masks where there is no label")
-        sets = PartlyLabelled(data, paper_augmentation(), args.seed, rows, path), *sets[1:]
-    method.unet.load_state_dict(tuned if trusted else pretrained)
+        method.unet.load_state_dict(pretrained)
+        train_set = PartlyLabelled(sets.train.path.parent, paper_augmentation(), args.seed, sets.train.rows,
+                                   folder / "train_masks.npy")
+        sets = replace(sets, train=train_set)
     method.lr /= 3                                              # lower: the network is trained
-    settings = settings | dict(trusted=trusted)
-    folder, result = fit(method, sets, args, settings, n_train, device, args.epochs - args.epochs // 2)
+    folder, result = fit(method, sets, args, settings, epochs - epochs // 2)
     result["kept_epoch"] += first_half["epochs_run"]
     for name in ("budget_steps", "steps", "epochs_run"):
         result[name] += first_half[name]
-    return folder, result | evidence | dict(trusted=trusted)
+    return folder, result | decision
 
 
 def labelled_sets(args, keep=None, classes=None):
-    """Training, plain training and validation data of the labelled images, and the number of all training images. keep:
-    rows that can be taken, a list a part (unset: all). classes: a number a row of each part, instead of the masks."""
+    """The LabelledSets of --labels. keep: rows that can be taken, a list a part (unset: all). classes: a number a row of each
+    part, instead of the masks. Ends the program where there are fewer images than labels asked for."""
     data, seed = Path(args.data) / args.dataset, args.seed
     names = {part: prepare_data.read_names(data, part) for part in ("train", "val")}
     keep = keep or {part: list(range(len(rows))) for part, rows in names.items()}
@@ -514,7 +537,7 @@ def labelled_sets(args, keep=None, classes=None):
                 WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
 
     plain = Images(data, "train", v2.Identity(), seed, rows["train"])
-    return (true("train", paper_augmentation()), plain, true("val", v2.Identity())), of
+    return LabelledSets(true("train", paper_augmentation()), plain, true("val", v2.Identity()), of)
 
 
 def teacher_of(data, threshold, foreground, refine=()):
@@ -561,9 +584,9 @@ def segment(args, settings, meta, device):
         for part in ("train", "val"):
             if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
                 sys.exit(f"{Path(args.data) / args.dataset} has no {part} masks: {args.protocol} needs them")
-        sets, of = labelled_sets(args)
         train_method = fit_semi if args.protocol == "semi" else fit
-        folder, took = train_method(method, sets, args, settings | result, of, device)
+        method.to(device, memory_format=torch.channels_last)
+        folder, took = train_method(method, labelled_sets(args), args, settings | result, args.epochs)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
         result |= took
     unet = method.unet.to(device, memory_format=torch.channels_last).eval()
@@ -657,9 +680,10 @@ def classify(args, settings, meta, device):
     except ValueError as error:
         sys.exit(str(error))
     result = dict(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
-    sets, of = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
+    sets = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
     probe.lr = probe.lr if args.lr is None else args.lr
-    folder, took = fit(probe, sets, args, settings | result, of, device)
+    probe.to(device, memory_format=torch.channels_last)
+    folder, took = fit(probe, sets, args, settings | result, args.epochs)
     probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
     probe.to(device).eval()
     images = np.load(data / "test_images.npy", mmap_mode="r")
@@ -1310,7 +1334,7 @@ def name_unused(args, parser):
     given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
-    for name in (every - used) - {"dataset", "protocol", "backbone"}:                                   # so that no name and no setting shows it
+    for name in (every - used) - {"dataset", "protocol", "backbone"}:       # so that no name and no setting shows it
         setattr(args, name, parser.get_default(name))
 
 

@@ -1159,6 +1159,13 @@ def refined_name(parts):
     return "+" if tuple(parts) == REFINEMENTS else "+" + "-".join(parts)
 
 
+def clear_run(folder):
+    """Delete what a run has written into its folder."""
+    for name in ("config.json", "last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv",
+                 "train_masks.npy", "val_masks.npy", "decision.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def open_run(settings, folder, command, overwrite):
     """Make the run's folder with its config.json, or check that the one there is of the same
     settings. Ends the program where it is not."""
@@ -1180,9 +1187,7 @@ def open_run(settings, folder, command, overwrite):
             sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts "
                      "it afresh")
         return
-    for name in ("last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv", "train_masks.npy",
-                 "val_masks.npy"):
-        (folder / name).unlink(missing_ok=True)
+    clear_run(folder)
     versions = dict(python=platform.python_version(), torch=torch.__version__,
                     timm=timm.__version__, torchvision=torchvision.__version__,
                     opencv=cv2.__version__, numpy=np.__version__)
