@@ -1456,7 +1456,7 @@ def test_half_of_what_a_partly_labelled_set_gives_is_labelled(data):
     assert not torch.equal(moved[0, 0][1][0], moved[0, 2][1][0])        # the same row, drawn again
 
 
-def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, capsys):
+def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, capsys, monkeypatch):
     """From a network that has seen two epochs of pseudo-masks, and from a good one that a large rate ruins."""
     names = prepare_data.read_names(data / "demo", "train")
     rows = finetune_eval.labelled_rows(names, 2, 0, len(names))
@@ -1481,7 +1481,11 @@ def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, 
     blind = tmp_path / "blind"                                  # no other label is read
     shutil.copytree(data, blind)
     np.save(blind / "demo/train_masks.npy", np.where(is_labelled[:, None, None], truth, 1).astype(np.uint8))
-    shutil.rmtree(folder)
+    assert json.loads((folder / "labels/decision.json").read_text()).items() <= result.items()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):     # between the halves: the old second one is gone
+        patch.setattr(finetune_eval, "compare_tuned", lambda *args: 1 / 0)
+        tune(blind, tmp_path / "False", *flags, "--overwrite", epochs=2)
+    assert (folder / "labels/samples.png").exists() and not (folder / "config.json").exists()
     for source, kill in ((blind, False), (data, True)):
         if kill:
             command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--workers", "0", "--device", "cpu"]
