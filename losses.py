@@ -1,10 +1,11 @@
 """Losses for binary segmentation. One file, torch only: copy it.
 
     from losses import focal_tversky_loss
-    loss = focal_tversky_loss(logits, target)       # both (B, 1, H, W); logits before the sigmoid, target in {0, 1}
+    loss = focal_tversky_loss(logits, target)       # both (B, 1, H, W), target in {0, 1}
 
-Every loss takes logits (float) and target (any dtype, values 0 or 1) of one shape, and returns a scalar. Half-precision
-logits are raised to float32 first: a sum over 16 x 224 x 224 pixels does not fit into float16.
+Every loss takes logits (float, before the sigmoid) and target (any dtype, values 0 or 1) of one
+shape, and returns a scalar. Half-precision logits are raised to float32 first: a sum over 16 x 224
+x 224 pixels does not fit into float16.
 """
 
 import torch
@@ -13,18 +14,20 @@ import torch.nn.functional as F
 
 def _full_precision(logits, target):
     if logits.shape != target.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in shape")
+        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in "
+                         "shape")
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return logits, target.to(logits.dtype)
 
 
 def batch_sums(*values):
-    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients are taken over the batches
-    of all ranks that train together. The gradient is scaled so that DistributedDataParallel, which averages, gives that of
-    the whole batch."""
+    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients
+    are taken over the batches of all ranks that train together. The gradient is scaled so that
+    DistributedDataParallel, which averages, gives that of the whole batch."""
     sums = torch.stack([value.sum() for value in values])
-    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.is_grad_enabled() and several:
         whole, scaled = sums.detach().clone(), sums * torch.distributed.get_world_size()
         torch.distributed.all_reduce(whole)
         sums = scaled + (whole - scaled).detach()
@@ -32,11 +35,12 @@ def batch_sums(*values):
 
 
 def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
-    """Soft Tversky index, a scalar in [0, 1] (Salehi et al. 2017, eq. 3; Abraham & Khan 2019, eq. 3).
+    """Soft Tversky index, a scalar in [0, 1] (Salehi et al. 2017, eq. 3; Abraham & Khan 2019, eq.
+    3).
 
-    alpha weighs false negatives, beta false positives (the convention of Abraham & Khan, who take .7 and .3).
-    Sums run over the whole batch, that of all ranks where several train together, so that an image without foreground does
-    not weigh as much as one that is full of it.
+    alpha weighs false negatives, beta false positives (the convention of Abraham & Khan, who take
+    .7 and .3). Sums run over the whole batch, that of all ranks where several train together, so
+    that an image without foreground does not weigh as much as one that is full of it.
     """
     logits, target = _full_precision(logits, target)
     p = torch.sigmoid(logits)
@@ -45,10 +49,12 @@ def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
 
 
 def focal_tversky_loss(logits, target, alpha=0.7, beta=0.3, gamma=4 / 3, smooth=1.0):
-    """(1 - TI) ** (1 / gamma), the loss of MedSASS (section 3.3.4; Abraham & Khan 2019, eq. 4). A scalar in [0, 1].
+    """(1 - TI) ** (1 / gamma), the loss of MedSASS (section 3.3.4; Abraham & Khan 2019, eq. 4). A
+    scalar in [0, 1].
 
-    For gamma > 1 the slope of x ** (1 / gamma) is infinite at x = 0. Below one rounding step the power is replaced
-    by the straight line through the origin that meets it there: the value is 0 at TI = 1, the gradient finite.
+    For gamma > 1 the slope of x ** (1 / gamma) is infinite at x = 0. Below one rounding step the
+    power is replaced by the straight line through the origin that meets it there: the value is 0 at
+    TI = 1, the gradient finite.
     """
     x = 1 - tversky_index(logits, target, alpha, beta, smooth)
     eps = torch.finfo(x.dtype).eps
@@ -64,11 +70,13 @@ def tversky_loss(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
 def focal_loss(logits, target, alpha=None, gamma=2.0):
     """Mean of alpha_t (1 - p_t) ** gamma * cross-entropy (Lin et al. 2017, eq. 5). A scalar >= 0.
 
-    alpha in [0, 1] weighs the foreground, 1 - alpha the background; None weighs neither. gamma is 0 or at least 1.
+    alpha in [0, 1] weighs the foreground, 1 - alpha the background; None weighs neither. gamma is 0
+    or at least 1.
     """
     logits, target = _full_precision(logits, target)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    p_wrong = torch.sigmoid(torch.where(target > 0.5, -logits, logits))        # 1 - p_t, without cancellation
+    # 1 - p_t, without cancellation
+    p_wrong = torch.sigmoid(torch.where(target > 0.5, -logits, logits))
     loss = p_wrong ** gamma * cross_entropy
     if alpha is not None:
         loss = loss * (alpha * target + (1 - alpha) * (1 - target))
@@ -76,7 +84,8 @@ def focal_loss(logits, target, alpha=None, gamma=2.0):
 
 
 def dice_loss(logits, target, smooth=1.0):
-    """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth), sums over the batch (Sudre et al. 2017). A scalar in [0, 1].
+    """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth), sums over the batch (Sudre et al. 2017).
+    A scalar in [0, 1].
 
     Dice is the Tversky index at alpha = beta = .5; `smooth` is that of segmentation_models_pytorch.
     """
@@ -88,5 +97,10 @@ def bce_loss(logits, target):
     return F.binary_cross_entropy_with_logits(*_full_precision(logits, target))
 
 
-LOSSES = {"focal_tversky": focal_tversky_loss, "tversky": tversky_loss, "focal": focal_loss, "dice": dice_loss,
-          "bce": bce_loss}                                                      # = the values of --loss
+LOSSES = {                                                      # the values of --loss
+    "focal_tversky": focal_tversky_loss,
+    "tversky": tversky_loss,
+    "focal": focal_loss,
+    "dice": dice_loss,
+    "bce": bce_loss,
+}

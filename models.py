@@ -1,8 +1,9 @@
-"""The two U-Nets of MedSASS (appendix A.1), and encoders in and out of files. One file, torch and timm: copy it.
+"""The two U-Nets of MedSASS (appendix A.1), and encoders in and out of files. One file, torch and
+timm: copy it.
 
     from models import build_unet, load_encoder
     unet = build_unet("resnet50")                   # or build_unet("vit_small", img_size=224)
-    logits = unet(images)                           # (B, 3, H, W), ImageNet-normalised -> (B, 1, H, W)
+    logits = unet(images)       # (B, 3, H, W), ImageNet-normalised -> (B, 1, H, W)
     load_encoder(unet, "encoder.pth")
 
 `.encoder` is the part that is transferred; all else is the decoder.
@@ -19,14 +20,16 @@ from timm.layers import resample_abs_pos_embed
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}       # ours -> timm's name
-# A tensor that each backbone has exactly once: it tells them apart and shows what prefix a file's names carry.
+BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}  # ours -> timm's name
+# A tensor that each backbone has exactly once: it tells them apart and shows what prefix a file's
+# names carry.
 ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.weight"}
 
 
 class Gate(torch.autograd.Function):
-    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). The gradient that autograd makes of
-    the formula takes the product x * grad twice, and holds more maps of full size at a time."""
+    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). The
+    gradient that autograd makes of the formula takes the product x * grad twice, and holds more
+    maps of full size at a time."""
 
     @staticmethod
     def forward(ctx, x, channel, spatial):
@@ -43,46 +46,56 @@ class Gate(torch.autograd.Function):
 
 
 class SCSE(nn.Module):
-    """Concurrent spatial and channel squeeze-and-excitation (Roy et al. 2018). (B, C, H, W) -> (B, C, H, W)."""
+    """Concurrent spatial and channel squeeze-and-excitation (Roy et al. 2018). (B, C, H, W) -> (B,
+    C, H, W)."""
 
     def __init__(self, channels, reduction=16):
         super().__init__()
-        self.channel = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels // reduction, 1),
-                                     nn.ReLU(inplace=True), nn.Conv2d(channels // reduction, channels, 1), nn.Sigmoid())
+        self.channel = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, channels // reduction, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // reduction, channels, 1),
+            nn.Sigmoid())
         self.spatial = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
 
     def forward(self, x):
         channel, spatial = self.channel(x), self.spatial(x)
-        if not torch.is_grad_enabled():                         # for torch.jit.trace as well, which knows no Function
+        if not torch.is_grad_enabled():  # for torch.jit.trace as well, which knows no Function
             return (x * channel).addcmul_(x, spatial)
         return Gate.apply(x, channel, spatial)
 
 
 def conv_bn_relu(in_channels, out_channels):
     """3x3 convolution, BatchNorm, ReLU. (B, in, H, W) -> (B, out, H, W)."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels),
-                         nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True))
 
 
 def double_conv(in_channels, out_channels):
     """The paper's DC block: twice convolution, BatchNorm, ReLU. (B, in, H, W) -> (B, out, H, W)."""
-    return nn.Sequential(conv_bn_relu(in_channels, out_channels), conv_bn_relu(out_channels, out_channels))
+    return nn.Sequential(conv_bn_relu(in_channels, out_channels),
+                         conv_bn_relu(out_channels, out_channels))
 
 
 def upsampled_conv(x, conv, size):
-    """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) -> (B, out, *size).
+    """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) ->
+    (B, out, *size).
 
-    Twice as large is a transposed convolution with a 4x4 kernel, the sums of the weights that meet the same pixel of x: 16
-    products a pixel instead of 36, and no upsampled map.
+    Twice as large is a transposed convolution with a 4x4 kernel, the sums of the weights that meet
+    the same pixel of x: 16 products a pixel instead of 36, and no upsampled map.
     """
     if size != (2 * x.shape[2], 2 * x.shape[3]):
         return conv(F.interpolate(x, size=size, mode="nearest"))
-    sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)          # (out, in, 4, 4)
+    sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)  # (out, in, 4, 4)
     return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def init_conv(module):
-    """He's uniform initialisation and zero biases, as segmentation_models_pytorch starts its decoders."""
+    """He's uniform initialisation and zero biases, as segmentation_models_pytorch starts its
+    decoders."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
@@ -91,39 +104,47 @@ def init_conv(module):
 
 
 class UpBlock(nn.Module):
-    """Nearest x2, skip by concatenation, scSE, two convolutions, scSE: a decoder block of the ResNet-50 U-Net."""
+    """Nearest x2, skip by concatenation, scSE, two convolutions, scSE: a decoder block of the
+    ResNet-50 U-Net."""
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
-        self.attention1 = SCSE(in_channels + skip_channels)     # idle where there is no skip, as in smp
+        # idle where there is no skip, as in smp
+        self.attention1 = SCSE(in_channels + skip_channels)
         self.convs = double_conv(in_channels + skip_channels, out_channels)
         self.attention2 = SCSE(out_channels)
 
     def first_conv(self, x, size, skip):
-        """Up to and with the first convolution, before its BatchNorm. (B, in, h, w), (B, skip, *size) -> (B, out, *size)."""
+        """Up to and with the first convolution, before its BatchNorm. (B, in, h, w), (B, skip,
+        *size) -> (B, out, *size)."""
         conv = self.convs[0][0]
         if skip is None:
             return upsampled_conv(x, conv, size)
-        return conv(self.attention1(torch.cat([F.interpolate(x, size=size, mode="nearest"), skip], dim=1)))
+        x = F.interpolate(x, size=size, mode="nearest")
+        return conv(self.attention1(torch.cat([x, skip], dim=1)))
 
     def forward(self, x, size, skip=None):
-        # The wide maps before the first convolution are made again for the gradient, not kept; that convolution is not.
-        x = checkpoint(self.first_conv, x, size, skip, use_reentrant=False, preserve_rng_state=False)
+        # The wide maps before the first convolution are made again for the gradient, not kept; that
+        # convolution is not.
+        x = checkpoint(self.first_conv, x, size, skip, use_reentrant=False,
+                       preserve_rng_state=False)
         return self.attention2(self.convs[1](self.convs[0][1:](x)))
 
 
 class ResNet50UNet(nn.Module):
-    """The network of segmentation_models_pytorch's Unet("resnet50", encoder_depth=3, decoder_channels=(256, 128, 64),
-    decoder_attention_type="scse") without layer3 and layer4, which that network builds and never uses.
+    """The network of segmentation_models_pytorch's Unet("resnet50", encoder_depth=3,
+    decoder_channels=(256, 128, 64), decoder_attention_type="scse") without layer3 and layer4, which
+    that network builds and never uses.
 
     (B, 3, H, W) -> (B, 1, H, W) logits, any H and W. 4,536,047 parameters.
     """
 
     def __init__(self):
         super().__init__()
-        # features_only drops what lies past layer2 and keeps timm's names. zero_init_last=False is torchvision's start.
-        self.encoder = timm.create_model(BACKBONES["resnet50"], features_only=True, out_indices=(0, 1, 2),
-                                         zero_init_last=False)
+        # features_only drops what lies past layer2 and keeps timm's names. zero_init_last=False is
+        # torchvision's start.
+        self.encoder = timm.create_model(BACKBONES["resnet50"], features_only=True,
+                                         out_indices=(0, 1, 2), zero_init_last=False)
         self.up1 = UpBlock(512, 256, 256)                       # layer2 with layer1
         self.up2 = UpBlock(256, 64, 128)                        # with the stem
         self.up3 = UpBlock(128, 0, 64)                          # full size, no skip
@@ -133,7 +154,7 @@ class ResNet50UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
-        stem, layer1, layer2 = self.encoder(x)                  # (B, 64, H/2), (B, 256, H/4), (B, 512, H/8)
+        stem, layer1, layer2 = self.encoder(x)  # (B, 64, H/2), (B, 256, H/4), (B, 512, H/8)
         y = self.up1(layer2, layer1.shape[2:], layer1)          # (B, 256, H/4)
         y = self.up2(y, stem.shape[2:], stem)                   # (B, 128, H/2)
         y = self.up3(y, x.shape[2:])                            # (B, 64, H)
@@ -141,11 +162,12 @@ class ResNet50UNet(nn.Module):
 
 
 class ViTSmallUNet(nn.Module):
-    """The paper's Figure 5: a convolutional U-Net whose bottleneck also sees the patch tokens of a ViT-small/8. The widths
-    and how the two are joined (VC block) are our reading of appendix A.1: the figure gives neither.
+    """The paper's Figure 5: a convolutional U-Net whose bottleneck also sees the patch tokens of a
+    ViT-small/8. The widths and how the two are joined (VC block) are our reading of appendix A.1:
+    the figure gives neither.
 
-    (B, 3, S, S) -> (B, 1, S, S) logits, S = img_size, a multiple of 16. The ViT is the encoder that is transferred;
-    stem, down and up blocks and the VC block count as decoder.
+    (B, 3, S, S) -> (B, 1, S, S) logits, S = img_size, a multiple of 16. The ViT is the encoder that
+    is transferred; stem, down and up blocks and the VC block count as decoder.
     """
 
     def __init__(self, img_size):
@@ -155,9 +177,10 @@ class ViTSmallUNet(nn.Module):
                              "prepare the data again, e.g. with --size 224")
         self.encoder = timm.create_model(BACKBONES["vit_small"], img_size=img_size, num_classes=0)
         self.stem = double_conv(3, 64)
-        self.down = nn.ModuleList([double_conv(64, 128), double_conv(128, 256), double_conv(256, 512),
-                                   double_conv(512, 512)])
-        self.vc_conv = nn.Conv2d(384, 512, 1)                   # VC block: 1x1 convolution, then linear over channels
+        self.down = nn.ModuleList([double_conv(64, 128), double_conv(128, 256),
+                                   double_conv(256, 512), double_conv(512, 512)])
+        # VC block: 1x1 convolution, then linear over channels
+        self.vc_conv = nn.Conv2d(384, 512, 1)
         self.vc_linear = nn.Linear(512, 512)
         self.up = nn.ModuleList([double_conv(512 + 512 + 512, 256), double_conv(256 + 256, 128),
                                  double_conv(128 + 128, 64), double_conv(64 + 64, 64)])
@@ -168,12 +191,15 @@ class ViTSmallUNet(nn.Module):
     def forward(self, x):
         skips = [self.stem(x)]                                  # (B, 64, S, S)
         for block in self.down:
-            skips.append(block(F.max_pool2d(skips[-1], 2)))     # (B, 128, S/2) ... (B, 512, S/8), (B, 512, S/16)
+            # (B, 128, S/2) ... (B, 512, S/8), (B, 512, S/16)
+            skips.append(block(F.max_pool2d(skips[-1], 2)))
         bottleneck = skips.pop()
-        tokens = self.encoder.forward_features(x)[:, 1:]        # (B, N, 384), class token dropped; N = (S/8)^2
+        # (B, N, 384), class token dropped; N = (S/8)^2
+        tokens = self.encoder.forward_features(x)[:, 1:]
         side = x.shape[-1] // 8
         vc = tokens.transpose(1, 2).reshape(len(x), 384, side, side)
-        vc = self.vc_linear(self.vc_conv(vc).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)   # (B, 512, S/8, S/8)
+        # (B, 512, S/8, S/8)
+        vc = self.vc_linear(self.vc_conv(vc).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         vc = F.interpolate(vc, size=bottleneck.shape[2:], mode="bilinear", align_corners=False)
         y = torch.cat([bottleneck, vc], dim=1)                  # (B, 1024, S/16, S/16)
         for block in self.up:
@@ -185,8 +211,9 @@ class ViTSmallUNet(nn.Module):
 def build_unet(backbone, img_size=224, encoder_depth=3):
     """A U-Net with random weights: (B, 3, H, W) float, ImageNet-normalised -> (B, 1, H, W) logits.
 
-    backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16). encoder_depth: 3, the
-    paper's, is the only one there is for the ResNet; the ViT has none. Raises ValueError for anything else.
+    backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16).
+    encoder_depth: 3, the paper's, is the only one there is for the ResNet; the ViT has none. Raises
+    ValueError for anything else.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
@@ -203,86 +230,108 @@ def _summary(names):
     return ", ".join(f"{top} ({len(group)} tensors)" for top, group in groups.items())
 
 
-def export_encoder(unet_or_backbone, path):
-    """Write the encoder as a bare state dict in timm's names; print and return what timm's full model has beyond it.
+def _missing(wanted, state):
+    """The names of `wanted` that `state` lacks. BatchNorm counters are left out: old files have none.
+    """
+    return [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
 
-    unet_or_backbone: a network of this file, anything with `.encoder`, or a plain timm model. The file loads into
-    `timm.create_model("resnet50" or "vit_small_patch8_224")` and torchvision's `resnet50()` with strict=False: no name
-    is unexpected; the returned list (layer3, layer4, fc for our depth-3 ResNet) is missing. Raises ValueError for
-    another network.
+
+def export_encoder(unet_or_backbone, path):
+    """Write the encoder as a bare state dict in timm's names; print and return what timm's full
+    model has beyond it.
+
+    unet_or_backbone: a network of this file, anything with `.encoder`, or a plain timm model. The
+    file loads into `timm.create_model("resnet50" or "vit_small_patch8_224")` and torchvision's
+    `resnet50()` with strict=False: no name is unexpected; the returned list (layer3, layer4, fc for
+    our depth-3 ResNet) is missing. Raises ValueError for another network.
     """
     encoder = getattr(unet_or_backbone, "encoder", unet_or_backbone)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        state[name] = tensor.detach().cpu().contiguous()
     backbone = next((b for b, anchor in ANCHORS.items() if anchor in state), None)
     if backbone is None:
-        raise ValueError(f"no {' or '.join(BACKBONES)} encoder to export in {type(unet_or_backbone).__name__}")
+        raise ValueError(f"no {' or '.join(BACKBONES)} encoder to export in "
+                         f"{type(unet_or_backbone).__name__}")
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
     with torch.device("meta"):
         full = timm.create_model(BACKBONES[backbone]).state_dict()
-    missing = [name for name in full if name not in state and not name.endswith("num_batches_tracked")]
-    print(f"{path}: {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond it: {_summary(missing) or 'nothing'}")
+    missing = _missing(full, state)
+    print(f"{path}: {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond it: "
+          f"{_summary(missing) or 'nothing'}")
     return missing
 
 
 def read_encoder(path, backbone):
-    """A checkpoint file -> {timm's name: tensor} of its encoder, prefixes and wrappings taken off. Raises ValueError, with
-    the path, for a file that cannot be read or holds no such encoder."""
+    """A checkpoint file -> {timm's name: tensor} of its encoder, prefixes and wrappings taken off.
+    Raises ValueError, with the path, for a file that cannot be read or holds no such encoder."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):        # DINO and timm save their settings so
+        # DINO and timm save their settings so
+        with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except Exception as error:                                  # torch raises a dozen kinds for a file that is not one
+    except Exception as error:  # torch raises a dozen kinds for a file that is not one
         reason = type(error).__name__
         if "weights_only" in str(error):
             reason += ": it may hold more than weights, then save only the weights"
         raise ValueError(f"{path} is not a readable PyTorch checkpoint ({reason})") from None
     wrapping = True
     while wrapping and isinstance(file, dict):
-        wrapping = next((key for key in ("state_dict", "model", "teacher") if isinstance(file.get(key), dict)), None)
-        file = file[wrapping] if wrapping else file
+        wrappers = ("state_dict", "model", "teacher")
+        wrapping = [key for key in wrappers if isinstance(file.get(key), dict)]
+        if wrapping:
+            file = file[wrapping[0]]
     if not isinstance(file, dict):
         raise ValueError(f"{path} holds a {type(file).__name__}, not the weights of a network")
-    names = [name for name, value in file.items() if isinstance(name, str) and isinstance(value, torch.Tensor)]
+    names = []
+    for name, value in file.items():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            names.append(name)
 
     def prefixes(anchor):
-        return [name[:-len(anchor)] for name in names if name == anchor or name.endswith("." + anchor)]
+        return [n[:-len(anchor)] for n in names if n == anchor or n.endswith("." + anchor)]
 
     found = {b: prefixes(anchor) for b, anchor in ANCHORS.items() if prefixes(anchor)}
     if backbone not in found:
         holds = f"a {next(iter(found))} encoder" if found else "no encoder that is known here"
         raise ValueError(f"{path} holds {holds}, not a {backbone}")
     if len(found[backbone]) > 1:
-        raise ValueError(f"{path} holds several {backbone} encoders ({', '.join(found[backbone])}): export one of them")
-    prefix = found[backbone][0]                                 # "", "module.", "backbone.", "encoder.", ...
+        raise ValueError(f"{path} holds several {backbone} encoders "
+                         f"({', '.join(found[backbone])}): export one of them")
+    prefix = found[backbone][0]  # "", "module.", "backbone.", "encoder.", ...
     return {name[len(prefix):]: file[name] for name in names if name.startswith(prefix)}
 
 
 def load_encoder(unet, path):
-    """Load an encoder into `unet.encoder`; print and return the names in the file that were not used.
+    """Load an encoder into `unet.encoder`; print and return the names in the file that were not
+    used.
 
-    path: a file of export_encoder, a checkpoint of timm's or torchvision's resnet50 or of timm's vit_small_patch8,
-    bare or inside {"state_dict": ...}, with or without "module." / "backbone." / "encoder." before the names. Position
-    embeddings of another image size are resampled. Raises ValueError, with the path, for a file that cannot be read,
-    that has nothing in common with the encoder, or that lacks some of its weights, has them in another shape, or not finite.
+    path: a file of export_encoder, a checkpoint of timm's or torchvision's resnet50 or of timm's
+    vit_small_patch8, bare or inside {"state_dict": ...}, with or without "module." / "backbone." /
+    "encoder." before the names. Position embeddings of another image size are resampled. Raises
+    ValueError, with the path, for a file that cannot be read, that has nothing in common with the
+    encoder, or that lacks some of its weights, has them in another shape, or not finite.
     """
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
     state = read_encoder(path, backbone)
     if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], unet.encoder.patch_embed.grid_size)
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+        grid = unet.encoder.patch_embed.grid_size
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid)
+    missing = _missing(own, state)
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the {backbone} encoder, "
-                         f"for example {missing[0]}")
+        raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the "
+                         f"{backbone} encoder, for example {missing[0]}")
     for name in own:
         if name in state and state[name].shape != own[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, the {backbone} encoder here needs "
-                             f"{tuple(own[name].shape)}")
+            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, the {backbone} "
+                             f"encoder here needs {tuple(own[name].shape)}")
         if name in state and not torch.isfinite(state[name]).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
     unused = [name for name in state if name not in own]
-    unet.encoder.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    used = {name: tensor for name, tensor in state.items() if name in own}
+    unet.encoder.load_state_dict(used, strict=False)
     print(f"{path}: encoder loaded; not used: {_summary(unused) or 'nothing'}")
     return unused
