@@ -231,8 +231,8 @@ def _summary(names):
 
 
 def _missing(wanted, state):
-    """The names of `wanted` that `state` lacks. BatchNorm counters are left out: old files have none.
-    """
+    """The names of `wanted` that `state` lacks, but for BatchNorm's counters, which old files
+    lack."""
     return [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
 
 
