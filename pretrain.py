@@ -923,7 +923,7 @@ def train(method, sets, options, folder, device, draws=None):
             is_better = trainer.end_epoch(val_loss)
             if rank == 0:
                 write_csv(folder / "log.csv", log)
-            if is_better or not method.keep_best:     # a loss that says little: the last is kept
+            if is_better or not method.keep_best:       # a loss that says little: the last is kept
                 save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss,
                                      model=trainer.module.state_dict()))
             save("last.pt", trainer.state_dict())
@@ -1052,11 +1052,11 @@ def pick_precision(asked, device, method):
 def build_method(args, meta):
     """(the method, with its weights drawn from --seed; the values of the flags that were left
     unset, a dict). Flags that only MedSASS uses are named and ignored for a baseline."""
-    own = dict(foreground=meta["foreground"])
+    defaults = dict(foreground=meta["foreground"])
     flags = {}
     if args.method == "medsass":
         flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
-                     foreground=args.foreground or own["foreground"], refine=args.refine or ())
+                     foreground=args.foreground or defaults["foreground"], refine=args.refine or ())
     else:
         usual = parse_args(["--dataset", args.dataset])
         given = []
@@ -1074,13 +1074,13 @@ def build_method(args, meta):
     if min(args.batch_size, meta["counts"]["train"]) < 2 and isinstance(method, (BYOL, SimSiam)):
         sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: "
                  "--batch-size 2 or more, and 2 training images")
-    own |= dict(lr=method.lr, weight_decay=method.weight_decay)
-    own |= dict(patience=5 if method.keep_best else 0)
+    defaults |= dict(lr=method.lr, weight_decay=method.weight_decay)
+    defaults |= dict(patience=5 if method.keep_best else 0)
     if args.lr is not None:
         method.lr = args.lr
     if args.weight_decay is not None:
         method.weight_decay = args.weight_decay
-    return method, own
+    return method, defaults
 
 
 def start_from(method, source, backbone):
@@ -1115,13 +1115,13 @@ VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch
                patience="p", lr="lr", weight_decay="wd", amp="")
 
 
-def run_settings(args, own, meta, amp):
-    """All that decides what a run computes; equal settings, equal bits (on one machine). own: of
-    build_method."""
+def run_settings(args, defaults, meta, amp):
+    """All that decides what a run computes; equal settings, equal bits (on one machine). defaults:
+    of build_method."""
     names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs",
              "batch_size", "patience", "lr", "weight_decay", "seed")
     settings = {name: getattr(args, name) for name in names}
-    for name, value in own.items():
+    for name, value in defaults.items():
         if settings[name] is None:
             settings[name] = value
     if args.method != "medsass":
@@ -1136,9 +1136,9 @@ def run_settings(args, own, meta, amp):
     return settings | dict(amp=amp, img_size=meta["size"], data=meta["fingerprint"])
 
 
-def run_folder(args, own):
+def run_folder(args, defaults):
     """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not usual, in
-    flag order. own: of build_method."""
+    flag order. defaults: of build_method."""
     usual = parse_args(["--dataset", args.dataset])
     words = [args.method]
     if args.refine and args.method == "medsass":
@@ -1148,7 +1148,7 @@ def run_folder(args, own):
     for name, prefix in VARIANT.items():
         value = getattr(args, name)
         is_ignored = args.method != "medsass" and name in MEDSASS_FLAGS
-        if value not in (None, getattr(usual, name), own.get(name)) and not is_ignored:
+        if value not in (None, getattr(usual, name), defaults.get(name)) and not is_ignored:
             words.append(f"{prefix}{value}")
     return Path(args.out) / args.dataset / args.backbone / "-".join(words) / f"seed{args.seed}"
 
@@ -1292,9 +1292,9 @@ def main(argv=None):
         sys.exit("--sync-batchnorm is for several GPUs, under torchrun")
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
     torch.backends.cudnn.allow_tf32 = True
-    method, own = build_method(args, meta)
+    method, defaults = build_method(args, meta)
     amp = pick_precision(args.amp, device, method)
-    settings = run_settings(args, own, meta, amp)
+    settings = run_settings(args, defaults, meta, amp)
     if args.encoder:
         settings["encoder_sha256"] = start_from(method, args.encoder, args.backbone)
     if device.type == "cuda":
@@ -1306,7 +1306,7 @@ def main(argv=None):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     options = Options(args.epochs, args.batch_size, settings["patience"], args.seed, amp,
                       args.workers, args.save_minutes)
-    folder = run_folder(args, own)
+    folder = run_folder(args, defaults)
     with prepare_data.only_one(folder / ".lock") if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             command = shlex.join(["python", "pretrain.py", *flags])
