@@ -1076,7 +1076,7 @@ def test_dino_entropies_show_both_collapses():
 def test_mae_masks_restores_and_hides():
     method, (images,) = build("mae", "vit_small", size=64)
     patches = method.patchify(images)
-    assert torch.equal(method.unpatchify(patches), images) and torch.equal(patches[1, 9], images[1, :, 8:16, 8:16].permute(1, 2, 0).flatten())
+    assert torch.equal(method.unpatchify(patches), images) and torch.equal(patches[1, 9], images[1, :, 8:16, 8:16].flatten())
     tokens = torch.arange(4 * 64.0).view(4, 64, 1)
     kept, mask, restore = method.random_masking(tokens)
     assert kept.shape[1] == 16 and (mask.sum(dim=1) == 48).all()
@@ -1103,8 +1103,8 @@ def test_mae_masks_restores_and_hides():
     target = method.target(images)
     p = patches[2, 5].double().numpy()
     assert np.allclose(target[2, 5], (p - p.mean()) / np.sqrt(p.var(ddof=1) + 1e-6), atol=1e-4)
-    hidden = target[mask == 1].numpy().reshape(-1, 3)           # of the best constant, one a channel
-    assert method.health()["error"] == pytest.approx(method.error.item() / hidden.var(axis=0).mean(), rel=1e-4)
+    hidden = target[mask == 1].numpy().reshape(-1, 3, 64)       # of the best constant, one a channel
+    assert method.health()["error"] == pytest.approx(method.error.item() / hidden.var(axis=(0, 2)).mean(), rel=1e-4)
     error = ((method.decode(*[latent_and_loss(images)[0], (torch.manual_seed(1), method.encode(images)[2])[1]]) - target) ** 2).mean(-1)
     assert loss == pytest.approx(((error * mask).sum() / mask.sum()).item(), rel=1e-5)
 

@@ -8,12 +8,13 @@ One file; torch, torchvision, timm.
 Section 3 and appendix A; reference: facebookresearch/mae. `method.encoder` is a plain timm ViT.
 """
 
-import functools
 import math
 
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torchvision.transforms import v2
 
@@ -58,22 +59,20 @@ class MAE(nn.Module):
             raise ValueError("MAE drops patches of 8 pixels, which only a ViT can do: take "
                              "vit_small and a side that is a multiple of 8, not "
                              f"{backbone} at {img_size}")
-        self.patch = 8
-        self.side = img_size // 8
         self.mask_ratio = mask_ratio
         self.view = augmentation(img_size)
         vit = timm.create_model("vit_small_patch8_224", img_size=img_size, num_classes=0)
         self.encoder = vit
-        positions = sincos_positions(vit.embed_dim, self.side)
+        positions = sincos_positions(vit.embed_dim, img_size // 8)
         vit.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_embed = nn.Linear(vit.embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.register_buffer("decoder_positions", sincos_positions(width, self.side))
-        norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        blocks = [Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
+        self.register_buffer("decoder_positions", sincos_positions(width, img_size // 8))
+        # timm's LayerNorm has the eps of the reference, 1e-6; torch's is 1e-5.
+        blocks = [Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = norm(width)
-        self.head = nn.Linear(width, self.patch ** 2 * 3)
+        self.decoder_norm = LayerNorm(width)
+        self.head = nn.Linear(width, 3 * 8 * 8)
         self.lr = 1.5e-4 * batch_size / 256         # 9.4e-6 at batch 16 (appendix A.1)
         self.weight_decay = 0.05
         for module in self.modules():               # as in the reference: Xavier everywhere
@@ -88,14 +87,13 @@ class MAE(nn.Module):
         return [self.view(image)]
 
     def patchify(self, images):
-        """(B, 3, S, S) -> (B, N, 8 * 8 * 3)."""
-        x = images.unflatten(3, (self.side, self.patch)).unflatten(2, (self.side, self.patch))
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        """(B, 3, S, S) -> (B, N, 3 * 8 * 8)."""
+        return F.unfold(images, 8, stride=8).transpose(1, 2)
 
     def unpatchify(self, patches):
-        """(B, N, 8 * 8 * 3) -> (B, 3, S, S)."""
-        x = patches.unflatten(1, (self.side, self.side)).unflatten(3, (self.patch, self.patch, 3))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        """(B, N, 3 * 8 * 8) -> (B, 3, S, S)."""
+        side = 8 * math.isqrt(patches.shape[1])
+        return F.fold(patches.transpose(1, 2), side, 8, stride=8)
 
     def random_masking(self, tokens):
         """(B, N, D) -> the kept quarter (B, N/4, D), mask (B, N) with 1 = hidden, and the order
@@ -116,7 +114,7 @@ class MAE(nn.Module):
 
     def decode(self, latent, restore):
         """Mask tokens are put in, the order restored, every patch is predicted:
-        (B, N, 8 * 8 * 3)."""
+        (B, N, 3 * 8 * 8)."""
         x = self.decoder_embed(latent)
         hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], hidden], dim=1)
@@ -134,16 +132,15 @@ class MAE(nn.Module):
         latent, mask, restore = self.encode(views[0])
         target = self.target(views[0])
         error = ((self.decode(latent, restore) - target) ** 2).mean(dim=-1)     # (B, N)
-        self.error = (error * mask).sum() / mask.sum()      # on hidden patches only
-        hidden = target[mask == 1].unflatten(-1, (-1, 3)).flatten(0, 1)         # (values, 3)
-        self.constant_error = hidden.var(dim=0, correction=0).mean()
+        self.error = error[mask == 1].mean()                # of hidden patches only
+        hidden = target[mask == 1].unflatten(1, (3, 64))                        # (patches, 3, 64)
+        self.constant_error = hidden.var(dim=(0, 2), correction=0).mean()
         return self.error
 
     def optimizer(self):
         """AdamW (.9, .95), weight decay on matrices only (appendix A.1)."""
-        learning = [p for p in self.parameters() if p.requires_grad]
-        matrices = [p for p in learning if p.ndim > 1]
-        vectors = [p for p in learning if p.ndim <= 1]
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim <= 1]
         groups = [dict(params=matrices, weight_decay=self.weight_decay),
                   dict(params=vectors, weight_decay=0.0)]
         return torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95), fused=True)
@@ -151,10 +148,13 @@ class MAE(nn.Module):
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         """Linear warm-up over 5 % of the run (40 of 800 epochs there), then cosine to 0."""
         warm = max(1, total_steps // 20)
-        done = max(0, step - warm) / max(1, total_steps - warm)
-        rate = min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * done)) / 2
+        if step < warm:
+            lr = self.lr * (step + 1) / warm
+        else:
+            done = (step - warm) / (total_steps - warm)
+            lr = self.lr * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = self.lr * rate
+            group["lr"] = lr
 
     def after_backward(self):
         """No clipping, nothing frozen."""
