@@ -1,18 +1,22 @@
-"""Score a network on a test set it never saw, train it on some labels first, or let it draw masks for a folder of images.
+"""Score a network on a test set that it never saw, train it on some labels first, or let it draw
+masks for a folder of images.
 
     python finetune_eval.py --run runs/demo/resnet50/medsass/seed0
     python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --protocol finetune --labels 0.1
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol supervised
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol reference
-    python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small --protocol frozen
-    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --predict my_images --out my_masks
+    python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small
+    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --predict my_images --out masks
+    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --export network.pt2
     python finetune_eval.py --report
 
-transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that nobody trained (section
-4.1). frozen: the decoder is trained, the encoder stays. finetune: all is trained. semi: all is trained, on the labelled
-images, and where they are too few also on the others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch. classify: a linear probe on the encoder's pooled features (appendix D). reference: what costs nothing, on the
-same test images. One JSON an evaluation, under results/, with a CSV of its test images; --report writes
-results/README.md from them.
+transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that
+nobody trained (section 4.1). frozen: the decoder is trained, the encoder stays. finetune: all is
+trained. semi: all is trained, on the labelled images, and where they are too few also on the
+others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch.
+classify: a linear probe on the encoder's pooled features (appendix D). reference: what needs no
+training, on the same test images. One JSON an evaluation, under results/, with a CSV of its test
+images; --report writes results/README.md from them.
 """
 
 import argparse
@@ -23,10 +27,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
+import urllib.parse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,87 +47,135 @@ from tqdm import tqdm
 import prepare_data
 from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder, read_encoder
-from pretrain import (REFINEMENTS, THRESHOLDS, Batches, Images, MedSASS, Options, check_numbers, clear_run, decide_refinement,
-                      end_on_sigterm, explain_memory, is_finished, load_checkpoint, normalise, open_run, paper_augmentation, pick_device,
-                      pick_precision, pseudo_mask, read_log, refined_name, seed_from, train, write_atomically, write_csv, write_json, write_masks)
+from pretrain import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    REFINEMENTS,
+    Batches,
+    Images,
+    MedSASS,
+    Options,
+    check_numbers,
+    clear_run,
+    decide_refinement,
+    end_on_sigterm,
+    explain_memory,
+    is_finished,
+    load_checkpoint,
+    normalise,
+    open_run,
+    paper_augmentation,
+    pick_device,
+    pick_precision,
+    pseudo_mask,
+    read_log,
+    seed_from,
+    train,
+    write_atomically,
+    write_csv,
+    write_json,
+    write_masks,
+)
 
-BATCH = 16                                                      # test images at a time; no score depends on it
-TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")      # protocols that train
-REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted", "random_init", "best_constant")
-# Who draws masks without a label: (threshold, parts of --refine).
-TEACHERS = {threshold: (threshold, ()) for threshold in THRESHOLDS}
-for last in (1, 2, 3):                                          # otsu+channel, otsu+channel-frame, otsu+
-    TEACHERS["otsu" + refined_name(REFINEMENTS[:last])] = ("otsu", REFINEMENTS[:last])
-ROWS = (*REFERENCE, *(f"teacher-{name}" for name in TEACHERS))
-COLUMNS = ("tp", "fp", "fn", "tn", "hd95")                     # of a table: what one test image scored
-SCORES = [f"{name}_{kind}" for name in ("iou", "dice", "precision", "recall", "accuracy") for kind in ("global", "image")]
+BATCH = 16                                  # test images at a time; no score depends on it
+TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")     # protocols that train
+REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted",
+             "refined_threshold", "random_init", "best_constant")
+METRICS = ("iou", "dice", "precision", "recall", "accuracy")
+COUNTS = ("tp", "fp", "fn", "tn")
 
+# -------------------------------------------------------------------------- metrics (appendix G)
 
-# ------------------------------------------------------------------------------------------------ metrics (appendix G)
 
 def count_pixels(pred, target):
-    """bool (N, H, W) twice -> int64 (N, 4): true positives, false positives, false negatives, true negatives."""
-    pred, target = pred.reshape(len(pred), -1), target.reshape(len(target), -1)
-    return np.stack([(a & b).sum(axis=1) for a, b in ((pred, target), (pred, ~target), (~pred, target),
-                                                      (~pred, ~target))], axis=1).astype(np.int64)
+    """bool (N, H, W) twice -> int64 (N, 4): true positives, false positives, false negatives, true
+    negatives."""
+    pred = pred.reshape(len(pred), -1)
+    target = target.reshape(len(target), -1)
+    counts = [pred & target, pred & ~target, ~pred & target, ~pred & ~target]
+    return np.stack([pixels.sum(axis=1) for pixels in counts], axis=1).astype(np.int64)
 
 
 def scores_from_counts(counts):
-    """int (..., 4) from count_pixels -> dict of float (...): iou, dice, precision, recall, accuracy, each in [0, 1].
+    """int (..., 4) of count_pixels -> dict of float (...), each in [0, 1], one for each of METRICS.
 
-    0 / 0 is 1 where neither mask has any foreground (nothing to find, nothing found), and 0 elsewhere.
+    0 / 0 is 1 where neither mask has any foreground (nothing to find, nothing found), and 0
+    elsewhere.
     """
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    if_empty = np.where(tp + fp + fn == 0, 1.0, 0.0)
 
     def ratio(part, whole):
-        return np.where(whole > 0, part / np.maximum(whole, 1), np.where(tp + fp + fn == 0, 1.0, 0.0))
+        return np.where(whole > 0, part / np.maximum(whole, 1), if_empty)
 
-    return dict(iou=ratio(tp, tp + fp + fn), dice=ratio(2 * tp, 2 * tp + fp + fn), precision=ratio(tp, tp + fp),
-                recall=ratio(tp, tp + fn), accuracy=ratio(tp + tn, tp + fp + fn + tn))
+    return dict(
+        iou=ratio(tp, tp + fp + fn),
+        dice=ratio(2 * tp, 2 * tp + fp + fn),
+        precision=ratio(tp, tp + fp),
+        recall=ratio(tp, tp + fn),
+        accuracy=ratio(tp + tn, tp + fp + fn + tn))
 
 
 def resampled_scores(counts, weights):
-    """counts (N, 4) and how often each image counts, (R, N) -> dict of float (R,): iou_global, iou_image, ...: counts
-    summed over the set, and the mean over its images."""
-    overall, single = scores_from_counts(weights @ counts), scores_from_counts(counts)
-    means = {name: weights @ value / weights.sum(axis=1) for name, value in single.items()}
-    return {f"{name}_{kind}": value[name] for name in overall for kind, value in (("global", overall), ("image", means))}
+    """counts (N, 4), and how often each image counts, (R, N) -> dict of float (R,): iou_global,
+    iou_image, ...: counts summed over the set, and the mean over its images."""
+    scores = {}
+    overall = scores_from_counts(weights @ counts)
+    for name, of_image in scores_from_counts(counts).items():
+        scores[f"{name}_global"] = overall[name]
+        scores[f"{name}_image"] = weights @ of_image / weights.sum(axis=1)
+    return scores
 
 
 def segmentation_scores(pred, target):
-    """bool (N, H, W) twice -> dict iou, dice, precision, recall, accuracy, each "_global" (counts summed over the set)
-    and "_image" (mean over images). Raises ValueError for another dtype or unequal shapes."""
-    if pred.dtype != bool or target.dtype != bool or pred.shape != target.shape or pred.ndim != 3 or not len(pred):
-        raise ValueError(f"two bool arrays (N, H, W) of one shape are needed, not {pred.dtype} {pred.shape} and "
-                         f"{target.dtype} {target.shape}")
+    """bool (N, H, W) twice -> dict iou, dice, precision, recall, accuracy, each "_global" (counts
+    summed over the set) and "_image" (mean over images). Raises ValueError for another dtype or
+    unequal shapes."""
+    is_bool = pred.dtype == target.dtype == bool
+    if not is_bool or pred.shape != target.shape or pred.ndim != 3 or not len(pred):
+        raise ValueError("two bool arrays (N, H, W) of one shape are needed, not "
+                         f"{pred.dtype} {pred.shape} and {target.dtype} {target.shape}")
     scores = resampled_scores(count_pixels(pred, target), np.ones((1, len(pred)), np.int64))
     return {name: float(value[0]) for name, value in scores.items()}
+
+
+def boundary(mask):
+    """bool (H, W) -> bool (H, W): foreground with background, or the picture's edge, on one of its
+    four sides."""
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    inner = cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return mask & (inner == 0)
+
+
+def distance_to(pixels):
+    """bool (H, W) -> float (H, W): how far each place is from the nearest of these pixels."""
+    far = cv2.distanceTransform((~pixels).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.sqrt(np.rint(far.astype(np.float64) ** 2))        # squares are whole: no rounding
 
 
 def hausdorff95(pred, target):
     """bool (N, H, W) twice -> float (N,): the 95 % Hausdorff distance of each pair, in pixels.
 
-    From every boundary pixel of one mask to the nearest boundary pixel of the other: the 95th percentile, and of the two
-    directions the larger. A boundary pixel is foreground with a background pixel, or the picture's edge, on one of its
-    four sides. Two empty masks are 0 apart; an empty one and another as far as the picture's diagonal.
+    From every boundary pixel of one mask to the nearest boundary pixel of the other: the 95th
+    percentile, and of the two directions the larger. Two empty masks are 0 apart; an empty one and
+    another as far as the picture's diagonal.
     """
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     distances = []
-    for pair in zip(pred, target):
-        if not all(mask.any() for mask in pair):
-            distances.append(math.hypot(*pair[0].shape) if any(mask.any() for mask in pair) else 0.0)
-            continue
-        a, b = (mask & ~cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(bool)
-                for mask in pair)
-        to_a, to_b = (np.sqrt(np.rint(cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-                                      .astype(np.float64) ** 2)) for edge in (a, b))     # squares are whole: no rounding
-        distances.append(float(max(np.percentile(to_b[a], 95), np.percentile(to_a[b], 95))))
+    for a, b in zip(pred, target, strict=True):
+        if a.any() and b.any():
+            edge_a = boundary(a)
+            edge_b = boundary(b)
+            there = np.percentile(distance_to(edge_b)[edge_a], 95)
+            back = np.percentile(distance_to(edge_a)[edge_b], 95)
+            distances.append(float(max(there, back)))
+        else:
+            distances.append(math.hypot(*a.shape) if a.any() or b.any() else 0.0)
     return np.array(distances)
 
 
 def bootstrap_weights(groups, rounds=2000, seed=0):
-    """The group of each image (N,) -> float (rounds, N), whole: how often it is drawn when as many groups as there are are
-    drawn with replacement (Efron 1979). Images without a group of their own are groups of one."""
+    """The group of each image (N,) -> float (rounds, N), whole: how often it is drawn when as many
+    groups as there are are drawn with replacement (Efron 1979)."""
     return draw_groups(tuple(groups), rounds, seed)
 
 
@@ -132,7 +184,8 @@ def draw_groups(groups, rounds, seed):
     """bootstrap_weights of a tuple; kept, because the report needs the same ones for every cell."""
     _, index = np.unique(groups, return_inverse=True)
     n = index.max() + 1
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)[:, index].astype(np.float64)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)
+    return drawn[:, index].astype(np.float64)
 
 
 def interval(samples):
@@ -141,68 +194,102 @@ def interval(samples):
 
 
 def summarise(table, groups):
-    """float (N, 5), the COLUMNS -> dict: all SCORES and hd95_image (pixels), each also with "_ci", its
-    95 % bootstrap interval over groups."""
-    once, weights = np.ones((1, len(table))), bootstrap_weights(groups)
-    values, samples = (resampled_scores(table[:, :4], w) | dict(hd95_image=w @ table[:, 4] / w.sum(axis=1))
-                       for w in (once, weights))
-    return {name: float(value[0]) for name, value in values.items()} | {f"{n}_ci": interval(v) for n, v in samples.items()}
+    """float (N, 5), COUNTS and hd95 -> dict: all scores and hd95_image (pixels), each also with
+    "_ci", its 95 % bootstrap interval over groups."""
+    def scores(weights):
+        hd95 = weights @ table[:, 4] / weights.sum(axis=1)
+        return resampled_scores(table[:, :4], weights) | dict(hd95_image=hd95)
+
+    values = scores(np.ones((1, len(table))))
+    block = {name: float(value[0]) for name, value in values.items()}
+    for name, samples in scores(bootstrap_weights(groups)).items():
+        block[f"{name}_ci"] = interval(samples)
+    return block
 
 
-def resampled_iou(tables, groups):
-    """A list of tables (N, 5) over the same images, one a seed -> their mean global IoU, and that of each resampling (R,)."""
+def mean_iou(tables, weights):
+    """A list of tables (N, 5) over the same images, one a seed, and weights (R, N) -> float (R,):
+    the mean over seeds of the global IoU."""
     counts = np.stack(tables)[..., :4]
-    value, samples = (scores_from_counts(weights @ counts)["iou"].mean(axis=0)
-                      for weights in (np.ones((1, len(groups))), bootstrap_weights(groups)))
-    return float(value[0]), samples
+    return scores_from_counts(weights @ counts)["iou"].mean(axis=0)
 
 
 def paired_difference(first, second, groups):
-    """Two lists of tables (N, 5) over the same images -> (difference of their mean global IoU, [low, high]).
+    """Two lists of tables (N, 5) over the same images -> (difference of their mean global IoU,
+    [low, high]).
 
-    The same resampled images are scored for both: what is hard for all cancels (Efron & Tibshirani 1993)."""
-    (one, ones), (other, others) = resampled_iou(first, groups), resampled_iou(second, groups)
-    return one - other, interval(ones - others)
+    The same resampled images are scored for both: what is hard for all cancels (Efron & Tibshirani
+    1993).
+    """
+    once = np.ones((1, len(groups)))
+    weights = bootstrap_weights(groups)
+    difference = mean_iou(first, once) - mean_iou(second, once)
+    samples = mean_iou(first, weights) - mean_iou(second, weights)
+    return float(difference[0]), interval(samples)
 
 
-# ------------------------------------------------------------------------------------------------ networks and batches
+# ------------------------------------------------------------------------- networks and batches
+
+@dataclass
+class Job:
+    """One evaluation, as it was decided from the flags, the run and the data set."""
+    args: argparse.Namespace                # the flags, as they were given
+    data: Path                              # the prepared data set
+    settings: dict                          # of the network's run, or made up where it has none
+    seed: int
+    decoder: str                            # what it starts from: "pretrained" or "fresh"
+    name: str                               # of the result, and of the folder of its training
+    device: torch.device
+    command: str
+
 
 def read_run(run):
-    """The settings of a run folder (its config.json), a dict; ends the program where it is not a finished run."""
+    """The settings of a run folder (its config.json), a dict; ends the program where it is not a
+    finished run."""
     try:
         settings = json.loads((run / "config.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
-        sys.exit(f"{run} is not a run folder: it has no readable config.json (see python pretrain.py --help)")
+        sys.exit(f"{run} is not a run folder: it has no readable config.json (see python "
+                 "pretrain.py --help)")
     gone = [key for key in ("channel", "fov", "round") if key in settings]
     if gone or settings.get("threshold") == "enclosed":
-        sys.exit(f"{run} was made with flags that are gone ({' '.join(gone) or 'enclosed'}): train again, with --refine")
+        sys.exit(f"{run} was made with flags that are gone ({' '.join(gone) or 'enclosed'}): train "
+                 "again, with --refine")
     if not is_finished(run):
         sys.exit(f"{run} is not finished: run its command again, it goes on where it stopped")
     return settings
 
 
-def load_network(args, settings, decoder):
-    """A U-Net drawn from --seed, and the file its weights are then loaded from: the whole network of an end-to-end run
-    where `decoder` is "pretrained", else the encoder alone (of a run or of --encoder)."""
-    torch.manual_seed(seed_from(args.seed, 1))                  # not the draw that pre-training started from
-    path = Path(args.encoder or Path(args.run) / ("best.pt" if decoder == "pretrained" else "encoder.pth"))
+def weights_file(args, decoder):
+    """Where the weights are: the whole network of an end-to-end run where `decoder` is
+    "pretrained", else the encoder alone, of a run or of --encoder."""
+    if args.encoder:
+        return Path(args.encoder)
+    return Path(args.run) / ("best.pt" if decoder == "pretrained" else "encoder.pth")
+
+
+def load_network(backbone, img_size, seed, path, decoder):
+    """A U-Net, drawn from `seed`, with the weights of weights_file. Ends the program where they do
+    not fit."""
+    torch.manual_seed(seed_from(seed, 1))   # not the draw that pre-training started from
     try:
-        unet = build_unet(settings["backbone"], settings["img_size"])
+        unet = build_unet(backbone, img_size)
         if decoder == "pretrained":
             unet.load_state_dict(load_checkpoint(path, "cpu")["model"])
         else:
             load_encoder(unet, path)
     except ValueError as error:
         sys.exit(str(error))
-    return unet, path
+    return unet
 
 
 @torch.inference_mode()
 def predict_logits(unet, images, device, flips=False):
-    """uint8 ndarray (B, S, S, 3) -> float32 ndarray (B, S, S): logits, foreground where > 0; with flips their mean over the
-    picture as it is, flipped up and down, left and right, and both."""
-    batch = normalise(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device))    # channels_last
-    logits = unet(batch)[:, 0].float()                          # (B, S, S)
+    """uint8 ndarray (B, S, S, 3) -> float32 ndarray (B, S, S): logits, foreground where > 0; with
+    flips their mean over the picture as it is, flipped up and down, left and right, and both."""
+    batch = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # channels_last
+    batch = normalise(batch.to(device))
+    logits = unet(batch)[:, 0].float()      # (B, S, S)
     if flips:
         for axes in ((2,), (3,), (2, 3)):
             logits += unet(batch.flip(axes)).flip(axes)[:, 0].float()
@@ -211,8 +298,8 @@ def predict_logits(unet, images, device, flips=False):
 
 
 def score_images(predict, images, masks, batch=BATCH):
-    """float (N, 5), the COLUMNS, over a mapped test set. predict: uint8 (B, S, S, 3) -> bool (B, S, S). Memory:
-    one batch."""
+    """float (N, 5), COUNTS and hd95 of each image of a mapped test set. predict: uint8
+    (B, S, S, 3) -> bool (B, S, S). Memory: one batch."""
     table = []
     for start in tqdm(range(0, len(images), batch), "score", unit=" batches", leave=False):
         target = masks[start:start + batch].astype(bool)
@@ -226,38 +313,45 @@ def groups_of(names):
     return [row["group"] or row["name"] for row in names]
 
 
-def open_test(args):
-    """(images, masks, rows of test.csv) of the test part; ends the program where nothing can be scored."""
-    folder = Path(args.data) / args.dataset
-    images, masks = prepare_data.open_part(folder, "test")
+def open_test(data):
+    """(images, masks, rows of test.csv) of the test part; ends the program where nothing can be
+    scored."""
+    images, masks = prepare_data.open_part(data, "test")
     if masks is None:
-        sys.exit(f"{folder} has no test masks: nothing can be scored; --predict draws masks without any")
+        sys.exit(f"{data} has no test masks: nothing can be scored; --predict draws masks without "
+                 "any")
     if not masks.any():
-        print(f"{folder}: no test mask has any foreground; IoU is 1 where nothing is predicted, else 0")
-    return images, masks, prepare_data.read_names(folder, "test")
+        print(f"{data}: no test mask has any foreground; IoU is 1 where nothing is predicted, "
+              "else 0")
+    return images, masks, prepare_data.read_names(data, "test")
 
 
-# ---------------------------------------------------------------------------------------------------- training on labels
+# ----------------------------------------------------------------------------- training on labels
 
 def labelled_rows(names, labels, seed, of):
-    """Which rows of a part are taken as labelled: a list of indices, nested in `labels`, the same for every method.
+    """Which rows of a part are taken as labelled: a list of indices, nested in `labels`, the same
+    for every method.
 
-    Groups come in an order of (seed) alone, their images one after the other. labels: a share of them (float), or a
-    count (int) out of `of` training images, of which any other part gives its like share; never fewer than one.
+    Groups come in an order of (seed) alone, their images one after the other. labels: a share of
+    them (float), or a count (int) out of `of` training images, of which any other part gives its
+    like share; never fewer than one.
     """
     groups = collections.defaultdict(list)
     for k, group in enumerate(groups_of(names)):
         groups[group].append(k)
-    order = np.random.default_rng(seed_from(seed, 2)).permutation(sorted(groups)).tolist()
-    n = max(1, round((labels if isinstance(labels, float) else labels / of) * len(names)))
-    return [k for group in order for k in groups[group]][:n]
+    rows = []
+    for group in np.random.default_rng(seed_from(seed, 2)).permutation(sorted(groups)).tolist():
+        rows += groups[group]
+    share = labels if isinstance(labels, float) else labels / of
+    return rows[:max(1, round(share * len(names)))]
 
 
 class WithClass(Images):
-    """Images, and to each view its class: `classes`, an int a row of the part. Key (pass, k) -> (row, [view, int64 ()])."""
+    """Images, and to each view its class: `classes`, an int a row of the part. Key (epoch, k) ->
+    (row, [view, int64 ()])."""
 
-    def __init__(self, *args, classes, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, folder, part, transform, seed, rows, classes):
+        super().__init__(folder, part, transform, seed, rows)
         self.classes = classes
 
     def __getitem__(self, key):
@@ -265,10 +359,30 @@ class WithClass(Images):
         return row, [view, torch.tensor(self.classes[row])]
 
 
+class PartlyLabelled(Images):
+    """All training images with the masks of one file. Even draws are of the labelled `rows`, odd
+    ones of all, each in stored order, over and over. Key (epoch, k) -> (row, [view, mask
+    (1, S, S)])."""
+
+    def __init__(self, folder, transform, seed, rows, masks):
+        super().__init__(folder, "train", transform, seed, masks=masks)
+        self.labelled = rows
+
+    def __getitem__(self, key):
+        epoch, k = key
+        draw = epoch * len(self) + k        # from the beginning of the run
+        pair = draw // 2
+        if draw % 2:
+            row = pair % len(self)
+        else:
+            row = self.labelled[pair % len(self.labelled)]
+        return super().__getitem__((draw, row))
+
+
 class FineTuning(MedSASS):
-    """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate rises over the first tenth
-    of the steps and falls to 0 by a cosine, and the last weights are kept, because one or two validation labels cannot
-    choose; with a patience the best ones (keep_best)."""
+    """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate
+    rises over the first tenth of the steps and falls to 0 by a cosine, and the last weights are
+    kept, because one or two validation labels cannot choose; with --patience the best ones."""
 
     keep_best = False
 
@@ -277,44 +391,37 @@ class FineTuning(MedSASS):
         if step < warm_up:
             factor = (step + 1) / warm_up
         else:
-            factor = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up)))
+            done = (step - warm_up) / (total_steps - warm_up)
+            factor = 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = self.lr * factor
 
     def health(self):
+        """Shares of foreground in the last batch: of the true masks, and of what was drawn."""
         true, predicted = self.shares
         return dict(true_foreground=true.item(), predicted_foreground=predicted.item())
 
     def samples(self, views):
-        return {"image": views[0], "truth": views[1], "prediction": self.unet(normalise(views[0])) > 0}
-
-
-class PartlyLabelled(Images):
-    """All training images with the masks of one file. Even draws are of the labelled `rows`, odd ones of all, each in
-    stored order, over and over. Key (epoch, k) -> (row, [view, mask (1, S, S)])."""
-
-    def __init__(self, folder, transform, seed, rows, masks):
-        super().__init__(folder, "train", transform, seed, masks=masks)
-        self.labelled = rows
-
-    def __getitem__(self, key):
-        draw = key[0] * len(self) + key[1]                      # from the beginning of the run
-        pair = draw // 2
-        row = pair % len(self) if draw % 2 else self.labelled[pair % len(self.labelled)]
-        return super().__getitem__((draw, row))
+        """{title: pictures (B, 1 or 3, H, W)}: what it saw and drew."""
+        images, masks = views
+        return {"image": images, "truth": masks, "prediction": self.unet(normalise(images)) > 0}
 
 
 def focal_cross_entropy(logits, target, gamma=2.0):
-    """Focal loss over classes (Lin et al. 2017, eq. 4): mean of -(1 - p) ** gamma log p. (B, C), int64 (B,) -> scalar."""
+    """Focal loss over classes (Lin et al. 2017, eq. 4): the mean of -(1 - p) ** gamma log p.
+    logits (B, C), target int64 (B,) -> scalar."""
     log_p = F.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
 
 
 class Probe(nn.Module):
-    """Linear layers on the pooled features of an encoder that stays as it is (appendix D): one on the mean over a ViT's patch
-    tokens (384), or over a ResNet's layer2 (512 channels, all that MedSASS trains); and another on layer4 (2048), where the
-    encoder has it, as BYOL's, DINO's and SimSiam's losses train it. They share nothing and learn side by side. The members
-    are those of every method in pretrain.py."""
+    """Linear layers on the pooled features of an encoder that stays as it is (appendix D).
+
+    One on the mean over a ViT's patch tokens (384), or over a ResNet's layer2 (512 channels, all
+    that MedSASS trains); and another on layer4 (2048), where the encoder has it, as the losses of
+    BYOL, DINO and SimSiam train it. They share nothing and learn side by side. The members are
+    those of every method in pretrain.py.
+    """
 
     keep_best = True
 
@@ -323,14 +430,15 @@ class Probe(nn.Module):
         if backbone == "vit_small":
             self.stages = {"tokens": 384}
             self.encoder = build_unet(backbone, img_size).encoder
-        elif has_layer4:
-            self.stages = {"layer2": 512, "layer4": 2048}
-            self.encoder = timm.create_model("resnet50", features_only=True, out_indices=(2, 4))
         else:
             self.stages = {"layer2": 512}
-            self.encoder = timm.create_model("resnet50", features_only=True, out_indices=(2,))
+            depths = (2,)
+            if has_layer4:
+                self.stages["layer4"] = 2048
+                depths = (2, 4)
+            self.encoder = timm.create_model("resnet50", features_only=True, out_indices=depths)
         self.encoder.requires_grad_(False)
-        self.linear = nn.ModuleList([nn.Linear(width, classes) for width in self.stages.values()])
+        self.linear = nn.ModuleList(nn.Linear(width, classes) for width in self.stages.values())
         self.lr, self.weight_decay = 3.6e-4, 1e-5
 
     def train(self, mode=True):
@@ -354,7 +462,8 @@ class Probe(nn.Module):
         return sum(focal_cross_entropy(each, target) for each in logits)
 
     def optimizer(self):
-        return torch.optim.Adam(self.linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.Adam(self.linear.parameters(), self.lr, fused=True,
+                                weight_decay=self.weight_decay)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         """The rate is constant."""
@@ -376,59 +485,95 @@ class Probe(nn.Module):
         return {"image": views[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------- protocols
-
-def training_folder(args, settings):
-    """The run folder of training on labels: in that of --run, or below --runs."""
-    folder = Path(args.runs) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
-    if args.run:
-        folder = Path(args.run)
-    name = args.name.replace("-flips", "")                      # which change prediction alone
-    if settings.get("seed", args.seed) != args.seed:            # another draw of labels than the run's
-        name += f"-seed{args.seed}"
-    return folder / name
-
-
 @dataclass
 class LabelledSets:
-    """Data to train on labels with, each with keys and items as of Images. n_train: images an epoch, as many for few labels
-    as for all, so that every method has the same steps."""
+    """Data to train on labels with, each with keys and items as of Images."""
     train: Images
-    plain: Images                                               # the same un-augmented, for BatchNorm
+    plain: Images                           # the same un-augmented, for BatchNorm
     val: Images
-    n_train: int
+    n_train: int                            # images an epoch: as many for few labels as for all,
+    #                                         so that every method has the same steps
 
 
-def fit(method, sets, args, settings, epochs, subfolder=""):
-    """Train `method`, on the device where it is, on LabelledSets by pretrain.py's loop in a run folder of its own, or go on
-    with what is there. Returns the folder and a dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run,
-    kept_epoch."""
-    device = next(method.parameters()).device
-    folder = training_folder(args, settings) / subfolder
-    method.weight_decay = args.weight_decay
-    amp = pick_precision(args.amp, device, method)
+def labelled_sets(job, keep=None, classes=None):
+    """The LabelledSets of --labels. keep: rows that can be taken, a list a part (unset: all).
+    classes: a number a row of each part, instead of the masks. Ends the program where there are
+    fewer images than labels asked for, or no masks."""
+    labels = job.args.labels
+    rows = {}
+    of = {}
+    for part in ("train", "val"):
+        names = prepare_data.read_names(job.data, part)
+        kept = range(len(names)) if keep is None else keep[part]
+        of[part] = len(kept)
+        if not isinstance(labels, float) and labels > of["train"]:
+            sys.exit(f"--labels {labels}: {job.data} has {of['train']} training images")
+        chosen = labelled_rows([names[k] for k in kept], labels, job.seed, of["train"])
+        rows[part] = [kept[k] for k in chosen]
+    print(f"labels: {len(rows['train'])} of {of['train']} training images, and {len(rows['val'])} "
+          f"of {of['val']} validation images")
+
+    def labelled(part, transform):
+        if classes is not None:
+            return WithClass(job.data, part, transform, job.seed, rows[part], classes[part])
+        if prepare_data.open_part(job.data, part)[1] is None:
+            sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
+        masks = job.data / f"{part}_masks.npy"
+        return Images(job.data, part, transform, job.seed, rows[part], masks=masks)
+
+    return LabelledSets(
+        train=labelled("train", paper_augmentation()),
+        plain=Images(job.data, "train", v2.Identity(), job.seed, rows["train"]),
+        val=labelled("val", v2.Identity()),
+        n_train=of["train"])
+
+
+def training_folder(job):
+    """The run folder of training on labels: in that of --run, or below --runs."""
+    name = job.name.replace("-flips", "")   # which change prediction alone
+    if job.args.run:
+        if job.settings["seed"] != job.seed:        # another draw of labels than the run's
+            name += f"-seed{job.seed}"
+        return Path(job.args.run) / name
+    where = Path(job.args.runs) / job.data.name / job.settings["backbone"]
+    return where / job.settings["variant"] / f"seed{job.seed}" / name
+
+
+def fit(method, sets, job, epochs, subfolder=""):
+    """Train `method`, on the device where it is, on LabelledSets by pretrain.py's loop in a run
+    folder of its own, or go on with what is there. Returns the folder and a dict: n_labels_train,
+    n_labels_val, budget_steps, steps, epochs_run, kept_epoch."""
+    args = job.args
+    folder = training_folder(job) / subfolder
+    amp = pick_precision(args.amp, job.device, method)
     patience = args.patience
     if patience is None:
         patience = 5 if method.keep_best else 0
     method.keep_best = patience > 0
-    options = Options(epochs, args.batch_size, patience, args.seed, amp, args.workers)
+    options = Options(epochs, args.batch_size, patience, job.seed, amp, args.workers)
     n_labels = len(getattr(sets.train, "labelled", sets.train))
-    own = {name: getattr(args, name) for name in ("dataset", "protocol", "labels", "decoder", "loss", "batch_size", "seed")}
-    own |= dict(epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
-                train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels, n_val=len(sets.val))
+    settings = job.settings | dict(
+        dataset=job.data.name, protocol=args.protocol, labels=args.labels, decoder=job.decoder,
+        loss=args.loss, batch_size=args.batch_size, seed=job.seed, epochs=epochs,
+        patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
+        train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels,
+        n_val=len(sets.val))
     with prepare_data.only_one(folder / ".lock"):
-        open_run(settings | own, folder, args.command, args.overwrite)
+        open_run(settings, folder, job.command, args.overwrite)
         if not is_finished(folder):
-            train(method, (sets.train, sets.plain, sets.val), options, folder, device, sets.n_train)
-    epochs_run, steps = len(read_log(folder)), len(Batches(sets.n_train, args.batch_size))
-    return folder, dict(n_labels_train=n_labels, n_labels_val=len(sets.val), budget_steps=epochs * steps,
-                        steps=epochs_run * steps, epochs_run=epochs_run,
-                        kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
+            three = (sets.train, sets.plain, sets.val)
+            train(method, three, options, folder, job.device, sets.n_train)
+    epochs_run = len(read_log(folder))
+    steps = len(Batches(sets.n_train, args.batch_size))
+    return folder, dict(
+        n_labels_train=n_labels, n_labels_val=len(sets.val), budget_steps=epochs * steps,
+        steps=epochs_run * steps, epochs_run=epochs_run,
+        kept_epoch=load_checkpoint(folder / "best.pt", "cpu")["epoch"])
 
 
 def draw_rows(unet, weights, images, rows):
-    """The masks, bool (S, S), that a network with `weights` draws for some `rows` of uint8 (N, S, S, 3), may be mapped, one
-    after the other. Leaves it with these weights, in eval mode."""
+    """The masks, bool (S, S), that a network with `weights` draws for some `rows` of uint8
+    (N, S, S, 3), may be mapped, one after the other. Leaves it with these weights, in eval mode."""
     unet.load_state_dict(weights)
     unet.eval()
     device = next(unet.parameters()).device
@@ -437,41 +582,50 @@ def draw_rows(unet, weights, images, rows):
 
 
 def iou_of(pred, masks, rows):
-    """Global IoU, 0 to 1, of masks, bool (S, S) each, and the `rows` of uint8 (N, S, S), may be mapped."""
+    """Global IoU, 0 to 1, of masks, bool (S, S) each, and the `rows` of uint8 (N, S, S), may be
+    mapped."""
     counts = np.zeros(4, np.int64)
-    for mask, row in zip(pred, rows):
+    for mask, row in zip(pred, rows, strict=True):
         counts += count_pixels(mask[None], masks[row][None] > 0)[0]
     return float(scores_from_counts(counts)["iou"])
 
 
 def compare_tuned(unet, pretrained, tuned, sets, folder):
-    """Whether the network tuned on the labels is better than the pre-trained one: a dict, `trusted` and the IoUs that decide,
-    kept in decision.json. Writes the pre-trained one's masks, with the true ones where there are labels, into
-    train_masks.npy. pretrained, tuned: weights for `unet`. folder: the run folder of tuning.
+    """Whether the network tuned on the labels is better than the pre-trained one: a dict, `trusted`
+    and the IoUs that decide, kept in decision.json. Writes the pre-trained one's masks, with the
+    true ones where there are labels, into train_masks.npy. pretrained, tuned: weights for `unet`.
+    folder: the run folder of tuning.
 
-    The pre-trained network errs alike on labelled and unlabelled images, so that a tuned one that is right agrees with it on
-    the unlabelled as well as the truth does on the labelled; one that has learnt a few images by heart agrees less. So with
-        ratio = IoU(tuned, pre-trained) on the unlabelled images / IoU(pre-trained, truth) on the labelled ones
-    it is trusted where ratio >= 1, and not where ratio < .8; in between, and where all are labelled, the validation images
-    decide.
+    The pre-trained network errs alike on labelled and unlabelled images, so that a tuned one that
+    is right agrees with it on the unlabelled as well as the truth does on the labelled; one that
+    has learnt a few images by heart agrees less. So with
+        ratio = IoU(tuned, pre-trained) on the unlabelled images
+                / IoU(pre-trained, truth) on the labelled ones
+    it is trusted where ratio >= 1, and not where ratio < .8; in between, and where all are
+    labelled, the validation images decide.
     """
     path = folder / "decision.json"
     if path.exists():
         return json.loads(path.read_text())
-    rows, data = sets.train.rows, sets.train.path.parent
-    others = sorted(set(range(sets.n_train)) - set(rows))
-    images, truth = prepare_data.open_part(data, "train")
-    drawn = draw_rows(unet, pretrained, images, others)
-    labelled = set(rows)
-    write_masks((truth[k] if k in labelled else next(drawn) for k in range(len(truth))), truth.shape, folder / "train_masks.npy")
-    val_images, val_truth = prepare_data.open_part(data, "val")
+    labelled = set(sets.train.rows)
+    others = sorted(set(range(sets.n_train)) - labelled)
+    images, truth = prepare_data.open_part(sets.train.path.parent, "train")
+
+    def all_masks():
+        drawn = draw_rows(unet, pretrained, images, others)
+        for k, mask in enumerate(truth):
+            yield mask if k in labelled else next(drawn)
+
+    write_masks(all_masks(), truth.shape, folder / "train_masks.npy")
+    val_images, val_truth = prepare_data.open_part(sets.train.path.parent, "val")
     result = {}
     for name, weights in dict(pretrained=pretrained, tuned=tuned).items():
         drawn = draw_rows(unet, weights, val_images, sets.val.rows)
         result[f"{name}_val_iou"] = iou_of(drawn, val_truth, sets.val.rows)
     trusted = result["tuned_val_iou"] >= result["pretrained_val_iou"]
     if others:
-        result["pretrained_iou"] = iou_of(draw_rows(unet, pretrained, images, rows), truth, rows)
+        drawn = draw_rows(unet, pretrained, images, sets.train.rows)
+        result["pretrained_iou"] = iou_of(drawn, truth, sets.train.rows)
         masks = np.load(folder / "train_masks.npy", mmap_mode="r")
         result["agreement"] = iou_of(draw_rows(unet, tuned, images, others), masks, others)
         if result["agreement"] >= result["pretrained_iou"]:
@@ -483,290 +637,332 @@ def compare_tuned(unet, pretrained, tuned, sets, folder):
     return result
 
 
-def fit_semi(method, sets, args, settings, epochs):
-    """As fit, on the labelled images, and where they are too few on the others, too, with the masks that the pre-trained
-    network draws for them (self-training: Lee 2013).
+def fit_semi(method, sets, job, epochs):
+    """As fit, on the labelled images, and where they are too few on the others, too, with the masks
+    that the pre-trained network draws for them (self-training: Lee 2013).
 
-    The first half of the epochs tunes the pre-trained network on the labels alone. If the tuned one is trusted
-    (compare_tuned), it goes on so for the second half. Else the pre-trained one starts again: half of what it sees are
-    labelled images, half are all images, with its own masks where there is no label. The dict has that of compare_tuned.
+    The first half of the epochs tunes the pre-trained network on the labels alone. If the tuned one
+    is trusted (compare_tuned), it goes on so for the second half. Else the pre-trained one starts
+    again: half of what it sees are labelled images, half are all images, with its own masks where
+    there is no label. The dict has that of compare_tuned.
     """
     pretrained = {name: value.clone() for name, value in method.unet.state_dict().items()}
-    method.lr = 1e-3 if args.lr is None else args.lr
-    whole_folder = training_folder(args, settings)
-    if args.overwrite:                                          # or the second half would be the old one's until it begins
-        with prepare_data.only_one(whole_folder / ".lock"):
-            clear_run(whole_folder)
-    folder, first_half = fit(method, sets, args, settings, epochs // 2, "labels")
+    method.lr = 1e-3 if job.args.lr is None else job.args.lr
+    whole = training_folder(job)
+    if job.args.overwrite:      # or the second half would be the old one's until it begins
+        with prepare_data.only_one(whole / ".lock"):
+            clear_run(whole)
+    folder, first_half = fit(method, sets, job, epochs // 2, "labels")
     tuned = load_checkpoint(folder / "best.pt", "cpu")["model"]
     decision = compare_tuned(method.unet, pretrained, tuned, sets, folder)
-    print(", ".join(f"{name} {value:.3f}" for name, value in decision.items() if name != "trusted"))
+    for name, value in decision.items():
+        if name != "trusted":
+            print(f"{name} {value:.3f}")
     if decision["trusted"]:
         print("the tuned network is trusted: on with the labels alone")
         method.unet.load_state_dict(tuned)
     else:
-        print("the tuned network is not trusted: from the pre-trained one again, with its masks where there is no label")
+        print("the tuned network is not trusted: from the pre-trained one again, with its masks "
+              "where there is no label")
         method.unet.load_state_dict(pretrained)
-        train_set = PartlyLabelled(sets.train.path.parent, paper_augmentation(), args.seed, sets.train.rows,
+        train_set = PartlyLabelled(job.data, paper_augmentation(), job.seed, sets.train.rows,
                                    folder / "train_masks.npy")
         sets = replace(sets, train=train_set)
-    method.lr /= 3                                              # lower: the network is trained
-    folder, result = fit(method, sets, args, settings, epochs - epochs // 2)
+    method.lr /= 3                          # lower: the network is trained
+    folder, result = fit(method, sets, job, epochs - epochs // 2)
     result["kept_epoch"] += first_half["epochs_run"]
     for name in ("budget_steps", "steps", "epochs_run"):
         result[name] += first_half[name]
     return folder, result | decision
 
 
-def labelled_sets(args, keep=None, classes=None):
-    """The LabelledSets of --labels. keep: rows that can be taken, a list a part (unset: all). classes: a number a row of each
-    part, instead of the masks. Ends the program where there are fewer images than labels asked for."""
-    data, seed = Path(args.data) / args.dataset, args.seed
-    names = {part: prepare_data.read_names(data, part) for part in ("train", "val")}
-    keep = keep or {part: list(range(len(rows))) for part, rows in names.items()}
-    of = len(keep["train"])
-    if not isinstance(args.labels, float) and args.labels > of:
-        sys.exit(f"--labels {args.labels}: {data} has {of} training images")
-    rows = {part: [kept[k] for k in labelled_rows([names[part][i] for i in kept], args.labels, seed, of)]
-            for part, kept in keep.items()}
-    print(f"labels: {len(rows['train'])} of {of} training images, and {len(rows['val'])} of {len(keep['val'])} validation "
-          "images")
+# --------------------------------------------------------------------------------------- protocols
 
-    def true(part, transform):
-        return (Images(data, part, transform, seed, rows[part], masks=data / f"{part}_masks.npy") if classes is None else
-                WithClass(data, part, transform, seed, rows[part], classes=classes[part]))
-
-    plain = Images(data, "train", v2.Identity(), seed, rows["train"])
-    return LabelledSets(true("train", paper_augmentation()), plain, true("val", v2.Identity()), of)
-
-
-def teacher_of(data, threshold, foreground, refine=()):
-    """Who draws masks for a data set without a label: (draw: uint8 (B, S, S, 3) -> bool (B, S, S); evidence of --refine)."""
+def mask_drawer(job, refine):
+    """(draw: uint8 (B, S, S, 3) -> bool (B, S, S), masks without a network; evidence of
+    --refine)."""
+    settings = job.settings
     if not refine:
-        return lambda batch: pseudo_mask(batch, threshold, foreground) > 0, {}
-    refinement, evidence = decide_refinement(prepare_data.open_part(data, "train")[0], foreground, refine)
+        def draw(images):
+            return pseudo_mask(images, settings["threshold"], settings["foreground"]) > 0
+
+        return draw, {}
+    images = prepare_data.open_part(job.data, "train")[0]
+    refinement, evidence = decide_refinement(images, settings["foreground"], refine)
     return lambda batch: np.stack([refinement.draw(image) for image in batch]), evidence
 
 
-def sheet_of_three(unet, images, masks, table, teacher, names, device):
-    """As the paper's Table 6: image, pseudo-mask, truth, prediction; the images of best, median and worst IoU."""
-    iou = scores_from_counts(table[:, :4])["iou"]
+def sheet_of_three(unet, images, masks, iou, job):
+    """As the paper's Table 6: image, pseudo-mask, truth, prediction, of the test images of best,
+    median and worst IoU."""
+    draw, _ = mask_drawer(job, job.settings.get("refine", ()))
+    names = prepare_data.read_names(job.data, "test")
     order = np.argsort(-iou, kind="stable")
-    rows, captions = [], []
+    rows = []
+    captions = []
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         image = np.array(images[k])
-        rows.append([image, teacher(image[None])[0], masks[k], predict_logits(unet, image[None], device)[0] > 0])
+        pred = predict_logits(unet, image[None], job.device)[0] > 0
+        rows.append([image, draw(image[None])[0], masks[k], pred])
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}"[:64])
-    return prepare_data.contact_sheet(rows, ["image", "pseudo-mask", "truth", "prediction"], captions)
+    titles = ["image", "pseudo-mask", "truth", "prediction"]
+    return prepare_data.contact_sheet(rows, titles, captions)
 
 
-def segment(args, settings, meta, device):
-    """transfer, frozen, finetune, semi, supervised: train if the protocol does, and score the network on the test part.
-    Returns the result, a table (N, 5) a row of the CSV, and the qualitative sheet. Ends the program where masks that it
-    needs are missing."""
-    images, masks, names = open_test(args)
-    torch.manual_seed(seed_from(args.seed))
-    result = {}
+def segment(job):
+    """transfer, frozen, finetune, semi, supervised: train if the protocol does, and score the
+    network on the test part. Returns the result, {"": table (N, 5)}, and the qualitative sheet.
+    Ends the program where masks that it needs are missing."""
+    args = job.args
+    size = job.settings["img_size"]
+    images, masks, names = open_test(job.data)
+    torch.manual_seed(seed_from(job.seed))
+    part = "decoder" if args.protocol == "frozen" else "end2end"
     try:
-        method = FineTuning(settings["backbone"], meta["size"], args.batch_size, loss=args.loss,
-                            train_part="decoder" if args.protocol == "frozen" else "end2end")
+        method = FineTuning(job.settings["backbone"], size, args.batch_size, loss=args.loss,
+                            train_part=part)
     except ValueError as error:
         sys.exit(str(error))
+    result = {}
     if args.protocol != "supervised":
-        unet, weights = load_network(args, settings, args.decoder)
+        path = weights_file(args, job.decoder)
+        unet = load_network(job.settings["backbone"], size, job.seed, path, job.decoder)
         method.unet.load_state_dict(unet.state_dict())
-        result["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        result["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        job = replace(job, settings=job.settings | result)
     if args.lr is not None:
         method.lr = args.lr
-    elif args.decoder == "fresh":
+    elif job.decoder == "fresh":
         method.lr = 1e-3
+    method.to(job.device, memory_format=torch.channels_last)
     if args.protocol in TRAINED:
-        for part in ("train", "val"):
-            if prepare_data.open_part(Path(args.data) / args.dataset, part)[1] is None:
-                sys.exit(f"{Path(args.data) / args.dataset} has no {part} masks: {args.protocol} needs them")
         train_method = fit_semi if args.protocol == "semi" else fit
-        method.to(device, memory_format=torch.channels_last)
-        folder, took = train_method(method, labelled_sets(args), args, settings | result, args.epochs)
+        folder, training = train_method(method, labelled_sets(job), job, args.epochs)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
-        result |= took
-    unet = method.unet.to(device, memory_format=torch.channels_last).eval()
-    draw, _ = teacher_of(Path(args.data) / args.dataset, settings["threshold"], settings["foreground"],
-                         settings.get("refine", ()))
-    agreed = np.zeros(4, np.int64)                              # with the teacher, on images that neither has seen
+        result |= training
+    unet = method.unet.eval()
 
     def predict(batch):
-        pred = predict_logits(unet, batch, device, args.flips) > 0
-        agreed[:] += count_pixels(pred, draw(batch)).sum(axis=0)
-        return pred
+        return predict_logits(unet, batch, job.device, args.flips) > 0
 
     table = score_images(predict, images, masks)
-    if args.protocol == "transfer" and settings["method"] == "medsass" and "protocol" not in settings:
-        result["teacher_agreement"] = float(scores_from_counts(agreed)["iou"])
-    sheet = sheet_of_three(unet, images, masks, table, draw, names, device)
-    return dict(n_test=len(images), **result, **summarise(table, groups_of(names))), {"": table}, sheet
+    iou = scores_from_counts(table[:, :4])["iou"]
+    sheet = sheet_of_three(unet, images, masks, iou, job)
+    return result | summarise(table, groups_of(names)), {"": table}, sheet
 
 
 def best_constant(data):
-    """The cut of the mean training mask with the best IoU over the training part, when it is predicted for every image:
-    bool (S, S). None where there are no masks."""
-    _, masks = prepare_data.open_part(data, "train")
+    """The cut of the mean training mask with the best IoU over the training part, when it is
+    predicted for every image: bool (S, S). None where there are no masks."""
+    masks = prepare_data.open_part(data, "train")[1]
     if masks is None:
         return None
-    counts = sum(mask.astype(np.int64) for mask in masks)       # (S, S): images with foreground there
+    counts = sum(mask.astype(np.int64) for mask in masks)       # (S, S): images with foreground
     ranked = np.sort(counts, axis=None)[::-1]
-    pixels = np.arange(1, ranked.size + 1)                      # that the mask has, from the most frequent on
+    pixels = np.arange(1, ranked.size + 1)  # that the mask has, from the most frequent on
     hits = np.cumsum(ranked)
     iou = hits / np.maximum(len(masks) * pixels + ranked.sum() - hits, 1)
     return counts >= max(ranked[iou.argmax()], 1)
 
 
-def reference(args, settings, meta, device):
-    """Score what costs nothing on the same test images: trivial masks, the threshold, an untrained network, and each of
-    TEACHERS, with a picture of all on training images. Only best_constant uses labels. Without test masks the tables are
-    empty."""
-    data, foreground = Path(args.data) / args.dataset, settings["foreground"]
-    teachers = {name: teacher_of(data, how[0], foreground, how[1]) for name, how in TEACHERS.items()}
-    train_images = prepare_data.open_part(data, "train")[0]
-    shown = [np.array(train_images[k]) for k in range(min(6, len(train_images)))]
-    drawn = [[image, *(draw(image[None])[0] for draw, _ in teachers.values())] for image in shown]
-    sheet = prepare_data.contact_sheet(drawn, ["image", *teachers], cell=144)
-    if prepare_data.open_part(data, "test")[1] is None:
+def reference(job):
+    """Score what needs no training on the same test images: REFERENCE. Only best_constant uses
+    labels. Returns the result, a table (N, 5) a row, and a sheet of what the threshold and --refine
+    draw on training images. Without test masks there are no tables."""
+    settings = job.settings
+    draw, _ = mask_drawer(job, ())
+    draw_refined, evidence = mask_drawer(job, REFINEMENTS)
+    pictures = []
+    for image in prepare_data.open_part(job.data, "train")[0][:6]:
+        image = np.array(image)
+        pictures.append([image, draw(image[None])[0], draw_refined(image[None])[0]])
+    sheet = prepare_data.contact_sheet(pictures, ["image", settings["threshold"], "refined"], None,
+                                       cell=144)
+    if prepare_data.open_part(job.data, "test")[1] is None:
         return {}, {}, sheet
-    images, masks, names = open_test(args)
-    torch.manual_seed(seed_from(args.seed))                     # the very weights that pre-training starts from
+    images, masks, names = open_test(job.data)
+    torch.manual_seed(seed_from(job.seed))  # the very weights that pre-training starts from
     try:
-        unet = build_unet(args.backbone, meta["size"]).to(device, memory_format=torch.channels_last).eval()
+        unet = build_unet(settings["backbone"], settings["img_size"])
     except ValueError as error:
         sys.exit(str(error))
-    other = "dark" if foreground == "bright" else "bright"
-    rows = dict(all_foreground=lambda batch: np.ones(batch.shape[:3], bool),
-                all_background=lambda batch: np.zeros(batch.shape[:3], bool),
-                raw_threshold=lambda batch: pseudo_mask(batch, settings["threshold"], foreground) > 0,
-                raw_threshold_inverted=lambda batch: pseudo_mask(batch, settings["threshold"], other) > 0,
-                random_init=lambda batch: predict_logits(unet, batch, device) > 0)
-    constant = best_constant(data)
+    unet = unet.to(job.device, memory_format=torch.channels_last).eval()
+
+    def inverted(batch):                    # an image of one gray value: no foreground either way
+        other = "dark" if settings["foreground"] == "bright" else "bright"
+        return pseudo_mask(batch, settings["threshold"], other) > 0
+
+    rows = dict(
+        all_foreground=lambda batch: np.ones(batch.shape[:3], bool),
+        all_background=lambda batch: np.zeros(batch.shape[:3], bool),
+        raw_threshold=draw,
+        raw_threshold_inverted=inverted,
+        refined_threshold=draw_refined,
+        random_init=lambda batch: predict_logits(unet, batch, job.device) > 0)
+    constant = best_constant(job.data)
     if constant is None:
-        print(f"{args.dataset} has no training masks: no row best_constant")
+        print(f"{job.data} has no training masks: no row best_constant")
     else:
         rows["best_constant"] = lambda batch: np.repeat(constant[None], len(batch), axis=0)
-    rows |= {f"teacher-{name}": draw for name, (draw, _) in teachers.items()}
     tables = {name: score_images(predict, images, masks) for name, predict in rows.items()}
     result = {name: summarise(table, groups_of(names)) for name, table in tables.items()}
-    for name, (_, evidence) in teachers.items():
-        result[f"teacher-{name}"] |= evidence
+    result["refined_threshold"] |= evidence
     if constant is not None:
         result["best_constant"]["uses_labels"] = True
-    return dict(n_test=len(images), **result), tables, sheet
+    return result, tables, sheet
 
 
-def classify(args, settings, meta, device):
-    """A linear probe on the run's encoder; recall of each class, their mean, and the confusion matrix. Returns the result,
-    and (label, prediction) of each test image that has a label."""
-    data = Path(args.data) / args.dataset
+def classes_of(data):
+    """The labels in the CSVs of a data set: their names, sorted; a number a row of each part, -1
+    without a label; the rows that have one. Ends the program where a probe cannot be trained."""
     names = {part: prepare_data.read_names(data, part) for part in prepare_data.PARTS}
-    keep = {part: [k for k, row in enumerate(rows) if row["label"]] for part, rows in names.items()}
-    labels = sorted({names["train"][k]["label"] for k in keep["train"]})
-    new = {names[part][k]["label"] for part in ("val", "test") for k in keep[part]} - set(labels)
-    if len(labels) < 2 or new or not all(keep.values()):
-        sys.exit(f"{data}: classify needs at least two labels in train.csv, and the same ones in val.csv and test.csv; found "
-                 f"{labels or 'none'}" + (f", elsewhere {sorted(new)}" if new else ""))
-    number = {part: [labels.index(row["label"]) if row["label"] else -1 for row in rows] for part, rows in names.items()}
-    weights = Path(args.encoder or Path(args.run) / "encoder.pth")
-    torch.manual_seed(seed_from(args.seed, 3))
+    found = {part: {row["label"] for row in rows} - {""} for part, rows in names.items()}
+    classes = sorted(found["train"])
+    new = sorted((found["val"] | found["test"]) - found["train"])
+    if len(classes) < 2 or new or not all(found.values()):
+        elsewhere = f", elsewhere {new}" if new else ""
+        sys.exit(f"{data}: classify needs at least two labels in train.csv, and the same ones in "
+                 f"val.csv and test.csv; found {classes or 'none'}{elsewhere}")
+    number = {"": -1} | {name: k for k, name in enumerate(classes)}
+    numbers = {part: [number[row["label"]] for row in rows] for part, rows in names.items()}
+    keep = {part: np.flatnonzero(np.array(n) >= 0).tolist() for part, n in numbers.items()}
+    return classes, numbers, keep
+
+
+def classify(job):
+    """A linear probe on the encoder; recall of each class, their mean, and the confusion matrix, of
+    each stage. Returns the result, rows of (label, prediction) of the test images, and no sheet."""
+    size, backbone = job.settings["img_size"], job.settings["backbone"]
+    classes, numbers, keep = classes_of(job.data)
+    path = weights_file(job.args, "fresh")
+    torch.manual_seed(seed_from(job.seed, 3))
     try:
-        has_layer4 = "layer4.0.conv1.weight" in read_encoder(weights, settings["backbone"])
-        probe = Probe(settings["backbone"], meta["size"], len(labels), has_layer4)
-        load_encoder(probe, weights)
+        has_layer4 = "layer4.0.conv1.weight" in read_encoder(path, backbone)
+        probe = Probe(backbone, size, len(classes), has_layer4)
+        load_encoder(probe, path)
     except ValueError as error:
         sys.exit(str(error))
-    result = dict(weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
-    sets = labelled_sets(args, {part: keep[part] for part in ("train", "val")}, number)
-    probe.lr = probe.lr if args.lr is None else args.lr
-    probe.to(device, memory_format=torch.channels_last)
-    folder, took = fit(probe, sets, args, settings | result, args.epochs)
+    result = dict(weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    job = replace(job, settings=job.settings | result)
+    if job.args.lr is not None:
+        probe.lr = job.args.lr
+    probe.to(job.device, memory_format=torch.channels_last)
+    folder, training = fit(probe, labelled_sets(job, keep, numbers), job, job.args.epochs)
     probe.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
-    probe.to(device).eval()
-    images = np.load(data / "test_images.npy", mmap_mode="r")
-    truth = np.array(number["test"])[keep["test"]]
-    drawn = {stage: [] for stage in probe.stages}               # the class that each stage's layer gives an image
+    probe.eval()
+    images = np.load(job.data / "test_images.npy", mmap_mode="r")
+    test = keep["test"]
+    predicted = {stage: [] for stage in probe.stages}
     with torch.inference_mode():
-        for start in range(0, len(truth), BATCH):
-            batch = torch.from_numpy(images[keep["test"][start:start + BATCH]]).permute(0, 3, 1, 2).to(device)
-            for pred, logits in zip(drawn.values(), probe.logits(batch), strict=True):
-                pred += logits.argmax(dim=1).tolist()
-    groups = np.array(groups_of(names["test"]))[keep["test"]]
+        for start in range(0, len(test), BATCH):
+            batch = torch.from_numpy(images[test[start:start + BATCH]]).permute(0, 3, 1, 2)
+            logits = probe.logits(batch.to(job.device))
+            for pred, each in zip(predicted.values(), logits, strict=True):
+                pred += each.argmax(dim=1).tolist()
+    truth = np.array(numbers["test"])[test]
+    names = [prepare_data.read_names(job.data, "test")[k] for k in test]
     scores = {}
-    for stage, pred in drawn.items():
-        confusion, recall, ci = class_scores(truth, np.array(pred), len(labels), groups)
-        scores[stage] = dict(macro_recall=float(np.nanmean(recall)), macro_recall_ci=ci, accuracy=float((truth == pred).mean()),
-                             confusion=confusion.tolist(),
-                             class_recall={name: float(r) for name, r in zip(labels, recall) if not np.isnan(r)})
+    for stage, pred in predicted.items():
+        scores[stage] = class_scores(truth, np.array(pred), classes, groups_of(names))
     deepest = list(scores)[-1]
-    result |= dict(n_test=len(truth), **took, classes=labels, stage=deepest, **scores.pop(deepest), **scores,
-                   majority_accuracy=float(np.bincount(truth).max() / len(truth)))
-    rows = [dict(name=names["test"][k]["name"], group=names["test"][k]["group"], label=labels[t], prediction=labels[p])
-            for k, t, p in zip(keep["test"], truth, drawn[deepest])]
+    majority = float(np.bincount(truth).max() / len(truth))
+    result |= training | dict(n_test=len(test), classes=classes, stage=deepest,
+                              majority_accuracy=majority)
+    result |= scores.pop(deepest) | scores
+    rows = []
+    for row, t, p in zip(names, truth, predicted[deepest], strict=True):
+        rows.append(dict(name=row["name"], group=row["group"], label=classes[t],
+                         prediction=classes[p]))
     return result, rows, None
 
 
 def class_scores(truth, pred, classes, groups):
-    """int (N,) twice -> confusion (C, C), truth by rows; recall of each class (C,), nan where the test part has none; and
-    the 95 % bootstrap interval of their mean."""
-    def recalls(weights):
-        hits = np.stack([weights @ ((truth == c) & (pred == c)) for c in range(classes)])
-        return hits / np.maximum(np.stack([weights @ (truth == c) for c in range(classes)]), 1e-9)
+    """int (N,) twice, the names of the classes -> dict: macro_recall, the mean over the classes
+    that the test part has, with its 95 % bootstrap interval; accuracy; confusion, truth by rows;
+    recall of each class."""
+    present = np.bincount(truth, minlength=len(classes)) > 0
 
-    present = np.bincount(truth, minlength=classes) > 0
-    confusion = np.zeros((classes, classes), np.int64)
+    def recalls(weights):
+        values = []
+        for c in np.flatnonzero(present):
+            right = weights @ ((truth == c) & (pred == c))
+            values.append(right / np.maximum(weights @ (truth == c), 1e-9))
+        return np.stack(values)                                 # (classes that are there, R)
+
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (truth, pred), 1)
-    recall = np.where(present, recalls(np.ones((1, len(truth))))[:, 0], np.nan)
-    return confusion, recall, interval(recalls(bootstrap_weights(groups))[present].mean(axis=0))
+    recall = recalls(np.ones((1, len(truth))))[:, 0]
+    names = [name for name, there in zip(classes, present, strict=True) if there]
+    return dict(
+        macro_recall=float(recall.mean()),
+        macro_recall_ci=interval(recalls(bootstrap_weights(groups)).mean(axis=0)),
+        accuracy=float((truth == pred).mean()),
+        confusion=confusion.tolist(),
+        class_recall=dict(zip(names, recall.tolist(), strict=True)))
 
 
 def per_image(tables, names):
-    """{row: table (N, 5)} -> a list of dicts, one an image and row: what the pictures scored, each by itself."""
+    """{row: table (N, 5)} -> a list of dicts, one an image and row: what the pictures scored, each
+    by itself."""
     rows = []
     for row, table in tables.items():
-        single = scores_from_counts(table[:, :4])
-        for k, (image, values) in enumerate(zip(names, table)):
-            counts = dict(zip(COLUMNS, values[:4].astype(int).tolist()))
-            rows.append(dict(row=row, name=image["name"], group=image["group"], **counts, hd95=f"{values[4]:.6g}",
-                             **{name: f"{value[k]:.6g}" for name, value in single.items()}))
+        scores = scores_from_counts(table[:, :4])
+        for k, image in enumerate(names):
+            line = dict(row=row, name=image["name"], group=image["group"])
+            line |= dict(zip(COUNTS, table[k, :4].astype(int).tolist(), strict=True))
+            line["hd95"] = f"{table[k, 4]:.6g}"
+            line |= {name: f"{value[k]:.6g}" for name, value in scores.items()}
+            rows.append(line)
     return rows
 
 
-def evaluate(args, settings, meta, device):
-    """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its picture."""
-    folder = Path(args.out) / args.dataset / settings["backbone"] / settings["variant"] / f"seed{args.seed}"
-    path = folder / f"{args.name}.json"
-    with prepare_data.only_one(folder / f".{args.name}.lock"):
-        head = dict(dataset=args.dataset, backbone=settings["backbone"], method=settings["method"],
-                    variant=settings["variant"], train=settings["train"], protocol=args.protocol,
-                    labels=args.labels if args.protocol in TRAINED else settings.get("labels", 0.0), seed=args.seed)
-        about = ("threshold", "foreground", "refine", "loss", "epochs", "batch_size")
-        head |= {key: settings[key] for key in about if key in settings}
-        if "refine" in settings:
-            head["refine"] = " ".join(settings["refine"])
-        head |= dict(img_size=meta["size"], data=meta["fingerprint"])
-        if "n_train" in settings:                               # a run of this script, that has seen labels
-            head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
-        if args.protocol in TRAINED:
-            head |= dict(name=args.name, decoder=args.decoder)
-        protocol = dict(reference=reference, classify=classify).get(args.protocol, segment)
-        result, tables, sheet = protocol(args, settings, meta, device)
-        result, picture = head | result, folder / "teachers.png" if args.protocol == "reference" else path.with_suffix(".png")
-        if path.exists() and not args.overwrite:
+def head_of(job):
+    """What a result says of the network and of how it was made, a dict."""
+    settings = job.settings
+    protocol = job.args.protocol
+    labels = job.args.labels if protocol in TRAINED else settings.get("labels", 0.0)
+    head = dict(dataset=job.data.name, backbone=settings["backbone"], method=settings["method"],
+                variant=settings["variant"], train=settings["train"], protocol=protocol,
+                labels=labels, seed=job.seed, name=job.name)
+    for key in ("threshold", "foreground", "refine", "loss", "epochs", "batch_size", "img_size",
+                "data"):
+        if key in settings:
+            head[key] = settings[key]
+    if "refine" in settings:
+        head["refine"] = " ".join(settings["refine"])
+    if "n_train" in settings:               # a run of this script, that has seen labels
+        head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
+    if protocol in TRAINED:
+        head["decoder"] = job.decoder
+    return head
+
+
+def evaluate(job):
+    """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its
+    picture."""
+    head = head_of(job)
+    folder = Path(job.args.out or "results") / head["dataset"] / head["backbone"]
+    folder = folder / head["variant"] / f"seed{job.seed}"
+    path = folder / f"{job.name}.json"
+    with prepare_data.only_one(folder / f".{job.name}.lock"):
+        protocol = dict(reference=reference, classify=classify).get(job.args.protocol, segment)
+        result, tables, sheet = protocol(job)
+        if tables and isinstance(tables, dict):
+            names = prepare_data.read_names(job.data, "test")
+            tables = per_image(tables, names)
+            head["n_test"] = len(names)
+        result = head | result
+        if path.exists() and not job.args.overwrite:
             refuse_to_replace(path, result)
+        picture = path.with_suffix(".png")
         if sheet is not None:
-            write_atomically(picture, functools.partial(Image.fromarray(sheet).save, format="PNG"))
+            save_png(picture, sheet)
         if not tables:
-            print(f"{Path(args.data) / args.dataset} has no test masks: no scores; {picture} shows what each teacher draws")
+            print(f"{job.data} has no test masks: no scores, but pictures of what is drawn without "
+                  f"a network\n{picture}")
             return
-        if isinstance(tables, dict):
-            tables = per_image(tables, prepare_data.read_names(Path(args.data) / args.dataset, "test"))
         write_csv(path.with_suffix(".csv"), tables)
-        text = json.dumps(result | dict(command=args.command), indent=2) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_json(path, result | dict(command=job.command))
     print_scores(result)
     print(path)
 
@@ -779,437 +975,106 @@ def refuse_to_replace(path, result):
         there = {}
     differ = [key for key, value in result.items() if there.get(key) != value]
     if differ:
-        sys.exit(f"{path} holds another evaluation (other {', '.join(differ)}): --overwrite replaces it")
+        sys.exit(f"{path} holds another evaluation (other {', '.join(differ)}): --overwrite "
+                 "replaces it")
 
 
-def print_scores(r):
+def print_scores(result):
     """The scores of one result on the screen, a line a reference row or network."""
-    if r["protocol"] == "classify":
-        low, high = r["macro_recall_ci"]
-        print(f"macro recall {r['macro_recall']:.4f} [{low:.4f}, {high:.4f}], accuracy {r['accuracy']:.4f}; always the "
-              f"commonest class: {1 / len(r['class_recall']):.4f}, {r['majority_accuracy']:.4f}")
-        return
-    for name, row in rows_of(r).items():
-        low, high = row["iou_global_ci"]
-        print(f"{name or r['variant']:24} IoU {row['iou_global']:.4f} [{low:.4f}, {high:.4f}], an image {row['iou_image']:.4f}; "
-              f"precision {row['precision_global']:.4f}, recall {row['recall_global']:.4f}, hd95 {row['hd95_image']:.1f} px"
-              + ("  (uses labels)" if row.get("uses_labels") else ""))
+    for name, block in blocks_of(result).items():
+        texts = []
+        for score in ("macro_recall", "iou_global", "iou_image", "precision_global",
+                      "recall_global", "hd95_image", "accuracy", "majority_accuracy"):
+            if score in block:
+                text = f"{score} {block[score]:.4f}"
+                if score in ("macro_recall", "iou_global"):
+                    low, high = block[f"{score}_ci"]
+                    text += f" [{low:.4f}, {high:.4f}]"
+                texts.append(text)
+        if "uses_labels" in block:
+            texts.append("uses labels")
+        print(f"{name or result['variant']:22} {', '.join(texts)}")
 
 
-# -------------------------------------------------------------------------------------------------------------- report
-
-METHODS = dict(medsass="MedSASS", byol="BYOL", dino="DINO", simsiam="SimSiam", mae="MAE", simmim="SimMIM",
-               supervised="supervised")
-PAPER_SETS = ("dm", "tissuenet", "isic", "xray")
-
-
-def four(*values):
-    """The paper's numbers on its four data sets, in the order of its tables."""
-    return {name: value for name, value in zip(PAPER_SETS, values) if value is not None}
-
-
-def by_method(train, backbone, numbers):
-    """Rows of a table that compares methods: (title, what a result must have, the paper's numbers)."""
-    return [(METHODS[m] + (" (encoder)" if m == "medsass" and train == "encoder" else ""),
-             dict(method=m, train="end2end" if m == "supervised" else train, backbone=backbone), four(*v))
-            for m, v in numbers.items()]
-
-
-def by_setting(key, train, rows):
-    """Rows of an ablation of MedSASS: the same, for (title, value of `key`, backbone, the paper's numbers)."""
-    return [(title, {"method": "medsass", "train": train, "backbone": backbone, key: value}, numbers)
-            for title, value, backbone, numbers in rows]
-
-
-RN_E = dict(dino=(.1399, .2972, .2426, .2052), byol=(.1278, .3455, .2412, .2185), simsiam=(.1415, .3021, .2395, .1939),
-            medsass=(.1742, .3824, .2445, .2568))
-VIT_E = dict(dino=(.1668, .2483, .1891, .2106), mae=(.1668, .3455, .191, .2106), simmim=(.167, .3335, .1913, .2077),
-             medsass=(.136, .3633, .1914, .2466))
-# (title, protocol, score, rows). Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10 encoder only.
-TABLES = [
-    ("Table 1: encoder only, ResNet-50", "transfer", "iou_global", by_method("encoder", "resnet50", RN_E)),
-    ("Table 2: encoder only, ViT-small", "transfer", "iou_global", by_method("encoder", "vit_small", VIT_E)),
-    ("Figure 3: encoder only and end to end, ResNet-50", "transfer", "iou_global",
-     by_method("encoder", "resnet50", RN_E) + by_method("end2end", "resnet50", dict(medsass=(.181, .5077, .4847, .3522)))),
-    ("Figure 4: encoder only and end to end, ViT-small", "transfer", "iou_global",
-     by_method("encoder", "vit_small", VIT_E) + by_method("end2end", "vit_small", dict(medsass=()))),
-    ("Table 3: threshold", "transfer", "iou_global", by_setting("threshold", "end2end", [
-        ("adaptive mean", "adaptive_mean", "resnet50", four(.1724, .3949, .2393, .1839)),
-        ("adaptive Gaussian", "adaptive_gaussian", "resnet50", four(.1725, .391, .2393, .2079)),
-        ("GHT", "ght", "resnet50", four(.1809, .4927, .1236, .1689)),
-        ("Otsu", "otsu", "resnet50", four(.181, .5077, .4847, .3522))])),
-    ("Table 4: loss", "transfer", "iou_global", by_setting("loss", "end2end", [
-        ("Tversky", "tversky", "resnet50", four(.1726, .3604, .2444, .1963)),
-        ("focal", "focal", "resnet50", four(.02, .11, .05291, .02)),
-        ("focal-Tversky", "focal_tversky", "resnet50", four(.181, .5077, .4847, .3522))])),
-    ("Appendix B.1: cross-entropy, IoU", "transfer", "iou_global",
-     by_setting("loss", "end2end", [("cross-entropy", "bce", "resnet50", dict(isic=0.0))])),
-    ("Appendix B.1: cross-entropy, accuracy", "transfer", "accuracy_global",
-     by_setting("loss", "end2end", [("cross-entropy", "bce", "resnet50", dict(isic=.7608))])),
-    ("Table 5: epochs", "transfer", "iou_global", by_setting("epochs", "encoder", [
-        (f"{name}, {n} epochs", n, backbone, dict(tissuenet=value))
-        for name, backbone, values in (("ResNet-50", "resnet50", (.3785, .3778, .3824, .3876)),
-                                       ("ViT-small", "vit_small", (.3575, .3564, .3633, .4091)))
-        for n, value in zip((10, 20, 50, 70), values)])),
-    ("Tables 7, 8: batch size", "transfer", "iou_global", by_setting("batch_size", "encoder", [
-        (f"{name}, batch {n}", n, backbone, numbers)
-        for name, backbone, values in (
-            ("ResNet-50", "resnet50", (dict(), dict(isic=.2445, tissuenet=.3824), dict(isic=.2449, tissuenet=.3852))),
-            ("ViT-small", "vit_small", (dict(), dict(isic=.1914, tissuenet=.3633), dict(isic=.2014, tissuenet=.3822))))
-        for n, numbers in zip((8, 16, 32), values)])),
-    ("Table 9: linear probe", "classify", "macro_recall", [
-        row for backbone, numbers in (
-            ("resnet50", dict(byol=(.65, .7073), dino=(.6546, .5241), simsiam=(.6475, .6541), medsass=(.655, .5785))),
-            ("vit_small", dict(mae=(.6492, .673), simmim=(.6438, .66), dino=(.65, .40), medsass=(.6554, .183))))
-        for row in by_method("encoder", backbone, {m: (None, None, *v) for m, v in numbers.items()})]),
-    ("Table 10: natural images from a drone", "transfer", "iou_global", [
-        (METHODS[m], dict(method=m, train="encoder", backbone="resnet50"), dict(drone=v))
-        for m, v in dict(simsiam=.9932, byol=.9910, medsass=.9744, dino=.9459).items()]),
-    *[(f"Figure 10: every label and none, {backbone}", None, "iou_global",
-       by_method("end2end", backbone, dict(supervised=(), medsass=()))) for backbone in BACKBONES]]
-USUAL = dict(threshold="otsu", loss="focal_tversky", epochs=50, batch_size=16, refine=None)
-
-
-def read_results(out):
-    """Every result below `out` with the tables of its test images, and a line for each JSON that is none."""
-    results, bad = [], []
-    for path in sorted(Path(out).rglob("*.json")):
-        try:
-            r = json.loads(path.read_text())
-            {r[key] for key in ("dataset", "backbone", "method", "variant", "train", "protocol", "labels", "seed")}
-            {r[key] for key in ("n_labels_train", "n_labels_val", "budget_steps") if r["protocol"] in TRAINED}
-            probe, rows = r["protocol"] == "classify", collections.defaultdict(list)
-            needed = ["macro_recall", "accuracy", "majority_accuracy"] if probe else [*SCORES, "hd95_image"]
-            with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-                for line in csv.DictReader(file):
-                    rows[line.get("row", "")].append(line)
-            assert rows.keys() == rows_of(r).keys() and {len(lines) for lines in rows.values()} == {r["n_test"]}
-            assert all(math.isfinite(block[score]) for block in rows_of(r).values() for score in needed)
-            first = next(iter(rows.values()))
-            r["names"], r["groups"] = [line["name"] for line in first], groups_of(first)
-            r["tables"] = {} if probe else {name: np.array([[float(line[c]) for c in COLUMNS] for line in lines])
-                                            for name, lines in rows.items()}
-            results.append(r)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration) as error:
-            bad.append(f"{path} is not a result of finetune_eval.py, or its CSV is missing or damaged: left out "
-                       f"({type(error).__name__})")
-    return results, bad
-
-
-def rows_of(r):
-    """The blocks of scores of a result: {reference row: block}, or {"": the result itself}."""
-    return {name: r[name] for name in ROWS if name in r} if r["protocol"] == "reference" else {"": r}
-
-
-def cells_of(results):
-    """Results that differ only in their seed are a cell: {key: list of (result, row), by seed}."""
-    cells = collections.defaultdict(list)
-    for r in sorted(results, key=lambda r: r["seed"]):
-        for row in rows_of(r):
-            where = r["dataset"], r["backbone"], r["protocol"], r["variant"], r.get("name", r["protocol"]), row
-            cells[where].append((r, row))
-    return cells
-
-
-def mean_std(cell, score="iou_global"):
-    """A cell's "mean +- std (seeds)" of a score; std (n - 1) only where there are several seeds."""
-    values = [rows_of(r)[row][score] for r, row in cell]
-    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") + f" ({len(values)})"
-
-
-def tables_of(cell):
-    """The tables (N, 5) of a cell, one a seed, if all are over the same images; else None."""
-    return [r["tables"][row] for r, row in cell] if len({tuple(r["names"]) for r, _ in cell}) == 1 else None
-
-
-def cell_interval(cell):
-    """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]; None where test images differ."""
-    tables = tables_of(cell)
-    return tables and interval(resampled_iou(tables, cell[0][0]["groups"])[1])
-
-
-def said_interval(cell):
-    """cell_interval in words: "0.7111 - 0.7912"."""
-    bounds = cell_interval(cell)
-    return f"{bounds[0]:.4f} - {bounds[1]:.4f}" if bounds else "test images differ"
-
-
-def compare(cell, other):
-    """paired_difference of two cells, or None where their test images are not the same."""
-    first, second = tables_of(cell), tables_of(other)
-    if first is None or second is None or cell[0][0]["names"] != other[0][0]["names"]:
-        return None
-    return paired_difference(first, second, cell[0][0]["groups"])
-
-
-def said(gap):
-    """A paired difference in words: "+0.0123 [-0.0045, +0.0291] ≈"; ≈ where the interval holds 0."""
-    return f"{gap[0]:+.4f} [{gap[1][0]:+.4f}, {gap[1][1]:+.4f}]" + (" ≈" if gap[1][0] <= 0 <= gap[1][1] else "")
-
-
-def best_trivial(cells, dataset, backbone):
-    """The row of REFERENCE of the largest mean IoU on this data set: (name, cell), or None where there is no reference."""
-    rows = {key[5]: cell for key, cell in cells.items()
-            if key[:4] == (dataset, backbone, "reference", "reference") and key[5] in REFERENCE}
-    return max(rows.items(), key=lambda item: np.mean([rows_of(r)[row]["iou_global"] for r, row in item[1]]), default=None)
-
-
-def markdown(header, rows):
-    """The lines of a table, a blank one before it."""
-    return ["", *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))]
-
-
-def dataset_section(cells, dataset):
-    """All cells of a data set, a table a backbone; the reference rows first; "≈" where a cell is not separated from the
-    best of the paper's."""
-    lines = []
-    for backbone in BACKBONES:
-        mine = {key: cell for key, cell in cells.items() if key[:2] == (dataset, backbone) and key[2] != "classify"}
-        if not mine:
-            continue
-        best = best_trivial(cells, dataset, backbone)
-        n_test = next(iter(mine.values()))[0][0]["n_test"]
-        lines += ["", f"**{backbone}**, {n_test} test images. " + (f"Best of what costs nothing: `{best[0]}`." if best else
-                  "No reference rows here: run `--protocol reference`.")]
-        rows = []
-        for key in sorted(mine, key=lambda k: (k[2] != "reference", k[2], k[4], k[3], ROWS.index(k[5]) if k[5] else 0)):
-            cell = mine[key]
-            r, gap = cell[0][0], compare(cell, best[1]) if best and cell is not best[1] else None
-            labels = (f"{r['n_labels_train']} + {r['n_labels_val']}" if "n_labels_train" in r else
-                      "all" if r.get(key[5], {}).get("uses_labels") else "0")
-            others = [np.mean([rows_of(r)[row][score] for r, row in cell]) for score in
-                      ("iou_image", "dice_global", "precision_global", "recall_global", "hd95_image")]
-            rows.append([key[4], key[5] or key[3], labels, mean_std(cell), said_interval(cell), said(gap) if gap else "",
-                         *(f"{v:.4f}" for v in others[:4]), f"{others[4]:.1f}"])
-        lines += markdown(["protocol", "network", "labels", "IoU, mean ± std (seeds)", "95 % interval", "vs best trivial row",
-                           "IoU an image", "Dice", "precision", "recall", "hd95, px"], rows)
-    return lines
-
-
-def pick(results, dataset, protocol, want):
-    """The results for one cell of a paper's table, one a seed: those that have what the table wants and are else as the
-    paper's, or, where none is (a run in miniature), as most of them are."""
-    pool = [r for r in results if r["dataset"] == dataset and r["protocol"] == protocol and "-from-" not in r["variant"]
-            and all(r.get(key) == value for key, value in want.items())]
-    for key, usual in (USUAL | dict(labels=1.0 if protocol in TRAINED else 0.0)).items():
-        values = collections.Counter(str(r.get(key)) for r in pool if key not in want)      # 1 label is not all, 1.0
-        if values:
-            pool = [r for r in pool if str(r.get(key)) == (str(usual) if str(usual) in values else values.most_common(1)[0][0])]
-    plainest = min(((len(r["variant"]), r["variant"], r.get("name")) for r in pool), default=None)
-    return [(r, "") for r in sorted(pool, key=lambda r: r["seed"])
-            if (len(r["variant"]), r["variant"], r.get("name")) == plainest]
-
-
-def verdict(dataset, ours, paper, cells, score):
-    """A sentence on one data set of one table. ours: {row: cell}; paper: {row: number}."""
-    if not ours:
-        return None
-    mean = {row: np.mean([r[score] for r, _ in cell]) for row, cell in ours.items()}
-    best = max(mean, key=mean.get)
-    text = f"{dataset}: best here {best} ({mean[best]:.4f})" if len(mean) > 1 else f"{dataset}: {best} {mean[best]:.4f} here"
-    shared = {row: value for row, value in paper.items() if row in mean}
-    if len(shared) > 1:
-        theirs = max(shared, key=shared.get)
-        text += f", in the paper {theirs} ({shared[theirs]:.4f}) among these: {'agrees' if theirs == best else 'does not agree'}"
-    elif shared:
-        text += f", {shared[best] if best in shared else next(iter(shared.values())):.4f} in the paper"
-    trivial = best_trivial(cells, dataset, ours[best][0][0]["backbone"])
-    gap = compare(ours[best], trivial[1]) if trivial and score == "iou_global" else None
-    if gap:
-        text += f"; {said(gap)} against `{trivial[0]}`, which costs nothing"
-    return text
-
-
-def paper_sections(results, cells):
-    """One section a table or figure of the paper: ours, and the paper's number where the data set is the paper's."""
-    lines, sets = [], sorted({r["dataset"] for r in results})
-    for title, protocol, score, rows in TABLES:
-        columns = [*dict.fromkeys([*(d for _, _, numbers in rows for d in numbers), *sets])]
-        ours = {(label, d): pick(results, d, protocol or ("supervised" if want["method"] == "supervised" else "transfer"), want)
-                for label, want, _ in rows for d in columns}
-        columns = [d for d in columns if d in PAPER_SETS + ("drone",) or any(ours[label, d] for label, _, _ in rows)]
-        lines += ["", f"### {title}", "", f"{score.replace('_', ' ')}: ours, mean ± std (seeds) / the paper's; - is missing."]
-        lines += markdown(["", *columns], [[label, *((mean_std(ours[label, d], score) if ours[label, d] else "-") + (
-            f" / {numbers[d]:.4f}" if d in numbers else "") for d in columns)] for label, want, numbers in rows])
-        verdicts = [verdict(d, {label: ours[label, d] for label, _, _ in rows if ours[label, d]},
-                        {label: numbers[d] for label, _, numbers in rows if d in numbers}, cells, score) for d in columns]
-        lines += ["", *[f"- {text}" for text in verdicts if text]] if any(verdicts) else ["", "Nothing of this was run here."]
-    return lines
-
-
-def curves_of(cells, dataset, backbone):
-    """{network and how it was trained: {number of training labels: cell}}, transfer at 0, then finetune or supervised."""
-    curves, start = collections.defaultdict(dict), {}
-    for (*where, protocol, variant, name, _), cell in sorted(cells.items()):
-        if where == [dataset, backbone] and protocol in ("finetune", "semi", "supervised"):
-            curves[variant, re.sub(r"-l\d[^-]*", "", name)][cell[0][0]["n_labels_train"]] = cell
-        elif where == [dataset, backbone] and protocol == "transfer" and "n_labels_train" not in cell[0][0]:
-            start[variant] = {0: cell}
-    return {f"{variant}, {name}": start.get(variant, {}) | curve for (variant, name), curve in curves.items()}
-
-
-def curve_section(cells, dataset, backbone):
-    """Score against labels, and each network's paired difference to supervised training of the same budget, with as many
-    labels and with the most."""
-    curves = curves_of(cells, dataset, backbone)
-    if not curves:
-        return []
-    counts = sorted({n for curve in curves.values() for n in curve})
-    lines = ["", f"**{backbone}**: IoU against labelled training images (0: `transfer`)."]
-    lines += markdown(["network", *counts], [[name, *(mean_std(curve[n]) if n in curve else "-" for n in counts)]
-                                             for name, curve in curves.items()]) + [""]
-    scratch = {(n, cell[0][0]["budget_steps"]): cell for curve in curves.values() for n, cell in curve.items()
-               if cell[0][0]["protocol"] == "supervised"}
-    for name, curve in curves.items():
-        for n, cell in ((n, cell) for n, cell in curve.items() if cell[0][0]["protocol"] in ("finetune", "semi")):
-            budget = cell[0][0]["budget_steps"]
-            most = max((m for m, b in scratch if b == budget), default=n)
-            for m in sorted({n, most}):
-                gap = compare(cell, scratch[m, budget]) if (m, budget) in scratch else None
-                if gap:
-                    lines.append(f"- {name}, {n} labels, against supervised with {m}: {said(gap)}")
-    return lines
-
-
-def draw_charts(cells, dataset, backbone, out):
-    """PNG charts: a bar a cell, and score against labels, with 95 % intervals. Returns their file names."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    bars = {key: cell for key, cell in sorted(cells.items(), reverse=True)
-            if key[:2] == (dataset, backbone) and key[2] not in ("classify", "reference")}
-    best, curves, names = best_trivial(cells, dataset, backbone), curves_of(cells, dataset, backbone), []
-
-    def value_and_bar(cell):                                    # the mean, and how far the interval reaches down and up
-        value = np.mean([rows_of(r)[row]["iou_global"] for r, row in cell])
-        return value, np.maximum(0, np.array([[-1], [1]]) * (np.array([cell_interval(cell) or [value] * 2]).T - value))
-
-    def save(kind, height, draw):
-        figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
-        draw(axes)
-        if best:
-            (axes.axvline if kind == "bars" else axes.axhline)(value_and_bar(best[1])[0], color="black", linestyle="--",
-                                                               label=f"{best[0]}, costs nothing")
-        axes.set_title(f"{dataset}, {backbone}; 95 % intervals over test images")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-        names.append(f"{dataset}-{backbone}-{kind}.png")
-        write_atomically(Path(out) / names[-1], functools.partial(figure.savefig, format="png", dpi=110))
-        plt.close(figure)
-
-    def draw_bars(axes):
-        for y, cell in enumerate(bars.values()):
-            value, reach = value_and_bar(cell)
-            axes.barh(y, value, color="0.75", edgecolor="black", xerr=reach, capsize=2)
-        axes.set_yticks(range(len(bars)), [f"{key[3]}: {key[4]}" for key in bars], fontsize=7)
-        axes.set_xlabel("test IoU (global, 0 to 1)")
-
-    def draw_curves(axes):
-        for k, (name, curve) in enumerate(curves.items()):
-            points = [value_and_bar(curve[n]) for n in sorted(curve)]
-            axes.errorbar(sorted(curve), [p[0] for p in points], yerr=np.hstack([p[1] for p in points]), label=name, capsize=2,
-                          color=str(0.3 * (k % 3)), marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set(xlabel="labelled training images", ylabel="test IoU (global, 0 to 1)")
-
-    if bars:
-        save("bars", 1.5 + 0.28 * len(bars), draw_bars)
-    if curves:
-        save("labels", 4.5, draw_curves)
-    return names
-
-
-def report(out):
-    """Write README.md and charts under `out` from every result there; a JSON that is no result is named and left out."""
-    results, bad = read_results(out)
-    print(*bad, sep="\n", end="\n" if bad else "")
-    if not results:
-        sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")
-    cells = cells_of(results)
-    lines = ["# Results", "", f"Written by `python finetune_eval.py --report` from {len(results)} results. IoU is over the whole "
-             "test part (counts summed), intervals are 95 % bootstrap over test images or their groups. Labels: training + "
-             "validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: the interval of the paired "
-             "difference holds 0, so the two are not separated.", *[f"\n- {line}" for line in bad]]
-    charts = True
-    for dataset in sorted({r["dataset"] for r in results}):
-        lines += ["", f"## {dataset}", *dataset_section(cells, dataset)]
-        for backbone in BACKBONES:
-            lines += curve_section(cells, dataset, backbone)
-            try:
-                lines += [line for name in draw_charts(cells, dataset, backbone, out) for line in ("", f"![{name}]({name})")]
-            except ImportError:
-                charts = False
-        probes = {key: cell for key, cell in cells.items() if key[0] == dataset and key[2] == "classify"}
-        if probes:
-            lines += ["", "Linear probe: mean recall of the classes; always the commonest class scores 1 / classes."]
-            rows = []
-            for key, cell in sorted(probes.items()):
-                first = cell[0][0]
-                about = [key[1], key[3], f"{first['n_labels_train']} + {first['n_labels_val']}"]
-                commonest = f"{first['majority_accuracy']:.4f}"
-                rows.append([*about, first.get("stage", ""), mean_std(cell, "macro_recall"), mean_std(cell, "accuracy"), commonest])
-                if "layer2" in first:
-                    shallow = [f"{np.mean([r['layer2'][score] for r, _ in cell]):.4f} ({len(cell)})" for score in
-                               ("macro_recall", "accuracy")]
-                    rows.append([*about, "layer2", *shallow, commonest])
-            lines += markdown(["backbone", "network", "labels", "stage", "macro recall", "accuracy", "commonest class, accuracy"], rows)
-    lines += ["", "## The paper's tables", *paper_sections(results, cells)]
-    text = "\n".join(lines) + "\n"
-    write_atomically(Path(out) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print("\n".join(lines[:lines.index("## The paper's tables")]))
-    print(f"{Path(out) / 'README.md'}: {len(results)} results, {len(bad)} warnings"
-          + ("" if charts else "; no charts: matplotlib is not installed (pip install matplotlib)"))
-
-
-# ------------------------------------------------------------------------------------------------------------- predict
+# ---------------------------------------------------------------------------------------- predict
 
 def predict_tiled(unet, image, tile, size, device, flips=False):
-    """uint8 (H, W, 3), however large -> bool (H, W). Windows of tile x tile pixels, each resized to the `size` that the network
-    was trained at, overlap by half; their logits are weighted by sin ** 2 towards the middle and summed: the mask is where
-    the sum is positive. Memory beyond picture and mask: one row of windows."""
+    """uint8 (H, W, 3), however large -> bool (H, W). Windows of tile x tile pixels, each resized to
+    the `size` that the network was trained at, overlap by half; their logits are weighted by
+    sin ** 2 towards the middle and summed: the mask is where the sum is positive. Memory beyond
+    picture and mask: one row of windows."""
     def starts(length):
-        return [*range(0, max(length - tile, 0), tile // 2), max(length - tile, 0)]
+        last = max(length - tile, 0)
+        return [*range(0, last, tile // 2), last]
 
     height, width = image.shape[:2]
     ramp = np.sin(np.pi * (np.arange(tile) + 0.5) / tile).astype(np.float32) ** 2
-    weight, mask = np.outer(ramp, ramp), np.zeros((height, width), bool)
-    band, rows, columns = np.zeros((tile, width), np.float32), starts(height), starts(width)
-    for y, following in zip(rows, [*rows[1:], height]):
-        for k in range(0, len(columns), BATCH):
-            windows = [image[y:y + tile, x:x + tile] for x in columns[k:k + BATCH]]
-            windows = [cv2.copyMakeBorder(w, 0, tile - w.shape[0], 0, tile - w.shape[1], cv2.BORDER_REFLECT_101) for w in windows]
-            batch = np.stack([prepare_data.resize(window, size) for window in windows])
-            for x, logits in zip(columns[k:], predict_logits(unet, batch, device, flips)):
-                logits = cv2.resize(logits, (tile, tile), interpolation=cv2.INTER_LINEAR) * weight
-                band[:, x:x + tile] += logits[:, :width - x]
+    weight = np.outer(ramp, ramp)
+    mask = np.zeros((height, width), bool)
+    band = np.zeros((tile, width), np.float32)      # summed logits of the rows from y on
+    rows = starts(height)
+    columns = starts(width)
+    for y, following in zip(rows, [*rows[1:], height], strict=True):
+        for first in range(0, len(columns), BATCH):
+            batch = []
+            for x in columns[first:first + BATCH]:
+                window = image[y:y + tile, x:x + tile]
+                below, right = tile - window.shape[0], tile - window.shape[1]
+                window = cv2.copyMakeBorder(window, 0, below, 0, right, cv2.BORDER_REFLECT_101)
+                batch.append(prepare_data.resize(window, size))
+            drawn = predict_logits(unet, np.stack(batch), device, flips)
+            for x, logits in zip(columns[first:], drawn):       # noqa: B905, the last are fewer
+                logits = cv2.resize(logits, (tile, tile), interpolation=cv2.INTER_LINEAR)
+                band[:, x:x + tile] += (logits * weight)[:, :width - x]
         done = following - y
         mask[y:following] = band[:done] > 0
-        band = np.concatenate([band[done:], np.zeros((min(done, tile), width), np.float32)])
+        empty = np.zeros((min(done, tile), width), np.float32)
+        band = np.concatenate([band[done:], empty])
     return mask
 
 
+def whole_network(args, settings):
+    """(the U-Net of a run in eval mode, its side in pixels): trained as a whole, or an encoder in a
+    decoder that nobody trained."""
+    decoder = "pretrained" if settings["train"] == "end2end" else "fresh"
+    size = settings["img_size"]
+    seed = settings["seed"] if args.seed is None else args.seed
+    path = weights_file(args, decoder)
+    return load_network(settings["backbone"], size, seed, path, decoder).eval(), size
+
+
 def predict_folder(args, settings, device):
-    """Draw a mask, PNG 0 / 255, for every image below a folder, upright and at its own size, under its name (see
-    prepare_data.find_files) in the same sub-folders; a CSV with each foreground share; with --overlay also pictures. A
-    bad file is named, the others are done, the exit code is 1."""
-    source, out = Path(args.predict), Path(args.out)
+    """Draw a mask, PNG 0 / 255, for every image below a folder, upright and at its own size, under
+    its name (see prepare_data.find_files) in the same sub-folders; a CSV with each foreground
+    share; with --overlay also pictures. A bad file is named, the others are done, the exit code
+    is 1."""
+    source = Path(args.predict)
+    out = Path(args.out)
     if not source.is_dir():
         sys.exit(f"{source}: no such folder")
     if out.resolve().is_relative_to(source.resolve()):
-        sys.exit(f"{out}: lies in {source}, where its masks could overwrite images or pass for some: give another --out")
+        sys.exit(f"{out}: lies in {source}, where its masks could overwrite images or pass for "
+                 "some: give another --out")
     files = prepare_data.find_files(source)
     if files.masks:
-        print(f"{sum(map(len, files.masks.values()))} files are taken as masks, and not predicted")
-    targets = [out / "foreground.csv", *(out / f"{name}.png" for name in files.images)]
-    targets += [out / "overlay" / f"{name}.png" for name in files.images] if args.overlay else []
+        count = sum(len(masks) for masks in files.masks.values())
+        print(f"{count} files are taken as masks, and not predicted")
+    targets = [out / "foreground.csv"]
+    for name in files.images:
+        targets.append(out / f"{name}.png")
+        if args.overlay:
+            targets.append(out / "overlay" / f"{name}.png")
     if len(set(targets)) < len(targets):
-        sys.exit(f"{source}: has a folder overlay, whose masks would overwrite the pictures of --overlay")
+        sys.exit(f"{source}: has a folder overlay, whose masks would overwrite the pictures of "
+                 "--overlay")
     there = [target for target in targets if target.exists()]
     if there and not args.overwrite:
         sys.exit(f"{there[0]} would be overwritten: give another --out, or --overwrite")
-    unet, _ = load_network(args, settings, "pretrained" if settings["train"] == "end2end" else "fresh")
-    unet = unet.to(device, memory_format=torch.channels_last).eval()
-    shares, stacks, bad = [], [], files.bad
+    unet, size = whole_network(args, settings)
+    unet = unet.to(device, memory_format=torch.channels_last)
+    shares = []
+    stacks = []
+    bad = files.bad
     for name, path in tqdm(files.images.items(), "predict", unit=" images"):
         try:
             picture = prepare_data.read_picture(path, args.page)
@@ -1220,22 +1085,23 @@ def predict_folder(args, settings, device):
         if picture.pages > 1:
             stacks.append(f"{path} has {picture.pages}")
         if args.tile is not None:
-            size = settings["img_size"]
             mask = predict_tiled(unet, image, args.tile or size, size, device, args.flips)
         else:
-            small = prepare_data.resize(image, settings["img_size"])[None]
+            small = prepare_data.resize(image, size)[None]
             logits = predict_logits(unet, small, device, args.flips)[0]
             mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
         save_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
-            image[mask] = (image[mask] * 0.6 + np.array([255, 0, 0]) * 0.4).astype(np.uint8)
+            red = np.array([255, 0, 0])
+            image[mask] = (image[mask] * 0.6 + red * 0.4).astype(np.uint8)
             save_png(out / "overlay" / f"{name}.png", image)
-        shares.append(dict(name=path.relative_to(source).as_posix(), foreground_share=f"{mask.mean():.6f}"))
-
+        share = f"{mask.mean():.6f}"
+        shares.append(dict(name=path.relative_to(source).as_posix(), foreground_share=share))
     if shares:
         write_csv(out / "foreground.csv", shares)
     if stacks:
-        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} is taken, counted from 0")
+        print(f"{len(stacks)} files have several pages or frames ({stacks[0]}): page {args.page} "
+              "is taken, counted from 0")
     print(f"{out}: {len(shares)} masks, and foreground.csv")
     if bad:
         sys.exit("\n".join(bad) + f"\n{len(bad)} bad file(s), listed above, have no mask")
@@ -1247,7 +1113,517 @@ def save_png(path, pixels):
     write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+class Exported(nn.Module):
+    """uint8 RGB (B, 3, S, S) -> float32 (B, 1, S, S), the probability of foreground: a U-Net with
+    its normalisation inside."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, images):
+        return torch.sigmoid(self.unet((images / 255 - self.mean) / self.std))
+
+
+def export_network(args, settings):
+    """--export: a run's network as one file that needs none of this code (torch.export, .pt2), for
+    any number of images; size and foreground are in the file's metadata, network.json."""
+    path = Path(args.export)
+    if path.exists() and not args.overwrite:
+        sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
+    if path.suffix != ".pt2":
+        sys.exit(f"--export {path}: torch wants the name to end in .pt2")
+    unet, size = whole_network(args, settings)
+    unet.requires_grad_(False)
+    about = dict(size=size, foreground=settings["foreground"], backbone=settings["backbone"],
+                 dataset=settings["dataset"], input="uint8 RGB (B, 3, size, size)",
+                 output="float32 (B, 1, size, size), probability of foreground")
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    any_number = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        program = torch.export.export(Exported(unet), (images,), dynamic_shapes=any_number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.pt2")
+    try:
+        torch.export.save(program, temporary, extra_files={"network.json": json.dumps(about)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{path}: {', '.join(f'{name} {value}' for name, value in about.items())}")
+
+
+# ----------------------------------------------------------------------------------------- report
+
+@dataclass
+class Row:
+    """What one network, or one reference row, scored on a test part with one seed."""
+    result: dict                            # its JSON
+    name: str                               # of the reference row; else of the protocol
+    scores: dict                            # the block of scores
+    table: np.ndarray | None                # (N, 5), COUNTS and hd95; None of a probe
+    images: list                            # names of the test images
+    groups: list
+
+    def __post_init__(self):
+        self.dataset = self.result["dataset"]
+        self.backbone = self.result["backbone"]
+        self.protocol = self.result["protocol"]
+        self.variant = self.result["variant"]
+        self.seed = self.result["seed"]
+        self.n_labels = self.result.get("n_labels_train", 0)
+
+    @property
+    def cell(self):
+        """What rows that differ only in their seed have in common."""
+        return self.dataset, self.backbone, self.protocol, self.variant, self.name
+
+    @property
+    def network(self):
+        """How the report calls it."""
+        title = self.name if self.protocol == "reference" else f"{self.variant}: {self.name}"
+        return title if self.backbone == "resnet50" else f"{title} ({self.backbone})"
+
+    @property
+    def labels(self):
+        """Training + validation images whose masks or classes were used."""
+        if self.protocol == "reference":
+            return "all" if self.scores.get("uses_labels") else "0"
+        if not self.n_labels:
+            return "0"
+        return f"{self.n_labels} + {self.result['n_labels_val']}"
+
+
+def blocks_of(result):
+    """The blocks of scores of a result: {reference row: block}, or {"": the result itself}."""
+    if result["protocol"] != "reference":
+        return {"": result}
+    return {name: result[name] for name in REFERENCE if name in result}
+
+
+def read_result(path):
+    """A JSON of evaluate, and the CSV beside it -> a list of Rows. Raises KeyError, ValueError and
+    the like where it is none."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = collections.defaultdict(list)
+    with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            lines[line.get("row", "")].append(line)
+    rows = []
+    for name, block in blocks_of(result).items():
+        images = lines[name]
+        if len(images) != result["n_test"]:
+            raise ValueError(f"{len(images)} images in its CSV")
+        table = None
+        if result["protocol"] == "classify":
+            needed = ["macro_recall", "accuracy", "majority_accuracy"]
+        else:
+            needed = ["iou_global", "iou_image", "hd95_image"]
+            columns = [[float(line[key]) for key in (*COUNTS, "hd95")] for line in images]
+            table = np.array(columns)
+        if not all(math.isfinite(block[key]) for key in needed):
+            raise ValueError("scores that are no numbers")
+        title = name or result.get("name", result["protocol"])
+        names = [line["name"] for line in images]
+        rows.append(Row(result, title, block, table, names, groups_of(images)))
+    return rows
+
+
+def read_results(out):
+    """The Rows of every result below `out`, and a line for each JSON that is none."""
+    rows = []
+    bad = []
+    for path in sorted(Path(out).rglob("*.json")):
+        try:
+            rows += read_result(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            bad.append(f"{path} is not a result of finetune_eval.py, or its CSV is missing or "
+                       f"damaged: left out ({type(error).__name__})")
+    return rows, bad
+
+
+def cells_of(rows):
+    """Rows grouped by what they have in common: a list of lists, each by seed; references first,
+    then by labels and name."""
+    cells = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.seed):
+        cells[row.cell].append(row)
+
+    def place(cell):
+        first = cell[0]
+        if first.protocol == "reference":
+            return 0, REFERENCE.index(first.name), first.network
+        return 1, first.n_labels, first.network
+
+    return sorted(cells.values(), key=place)
+
+
+def mean_std(cell, score="iou_global"):
+    """A cell's "mean ± std (seeds)" of a score; std (n - 1) only where there are several seeds."""
+    values = [row.scores[score] for row in cell]
+    text = f"{np.mean(values):.4f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.4f}"
+    return f"{text} ({len(values)})"
+
+
+def mean_iou_of(cell):
+    """The mean over seeds of a cell's global IoU."""
+    return float(np.mean([row.scores["iou_global"] for row in cell]))
+
+
+def cell_interval(cell):
+    """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]; None where their
+    test images differ."""
+    if any(row.images != cell[0].images for row in cell):
+        return None
+    weights = bootstrap_weights(cell[0].groups)
+    return interval(mean_iou([row.table for row in cell], weights))
+
+
+def difference(cell, other):
+    """The paired difference of two cells in words: "+0.0123 [-0.0045, +0.0291] ≈"; ≈ where the
+    interval holds 0. Nothing where there is no other, or its test images are others."""
+    if other is None or any(row.images != cell[0].images for row in [*cell, *other]):
+        return ""
+    first = [row.table for row in cell]
+    second = [row.table for row in other]
+    gap, (low, high) = paired_difference(first, second, cell[0].groups)
+    sign = " ≈" if low <= 0 <= high else ""
+    return f"{gap:+.4f} [{low:+.4f}, {high:+.4f}]{sign}"
+
+
+def markdown(header, rows):
+    """The lines of a table, a blank one before it."""
+    lines = [""]
+    for cells in (header, ["---"] * len(header), *rows):
+        texts = [str(cell).replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
+    return lines
+
+
+def best_reference(cells):
+    """The cell of the reference row of the largest mean IoU, or None where there is none."""
+    references = [cell for cell in cells if cell[0].protocol == "reference"]
+    return max(references, key=mean_iou_of, default=None)
+
+
+def dataset_table(cells):
+    """The lines of a data set's table: every cell but the probes, and the reference rows once,
+    whatever the backbone, but the untrained network."""
+    best = best_reference(cells)
+    title = f"vs {best[0].name}" if best else "vs best reference row (none here)"
+    rows = []
+    seen = set()
+    for cell in cells:
+        first = cell[0]
+        if first.protocol == "reference" and first.name != "random_init":
+            if (first.name, first.variant) in seen:
+                continue
+            seen.add((first.name, first.variant))
+        bounds = cell_interval(cell)
+        between = f"{bounds[0]:.4f} - {bounds[1]:.4f}" if bounds else "test images differ"
+        against = "" if cell is best else difference(cell, best)
+        hd95 = np.mean([row.scores["hd95_image"] for row in cell])
+        rows.append([first.network, first.labels, mean_std(cell), between, against, f"{hd95:.1f}"])
+    header = ["network", "labels", "IoU, mean ± std (seeds)", "95 % interval", title, "hd95, px"]
+    return markdown(header, rows)
+
+
+def find_supervised(cells, cell, n_labels):
+    """The cell of supervised training on the same backbone, for as many steps where this one was
+    trained on labels, with n_labels (None: the most); None where there is none."""
+    budget = cell[0].result.get("budget_steps")
+    found = []
+    for other in cells:
+        first = other[0]
+        if (first.protocol != "supervised" or first.backbone != cell[0].backbone
+                or budget not in (None, first.result["budget_steps"])
+                or n_labels not in (None, first.n_labels)):
+            continue
+        found.append(other)
+    return max(found, default=None,
+               key=lambda other: (other[0].n_labels, other[0].result["budget_steps"]))
+
+
+def supervised_table(cells):
+    """The lines of a table: what was pre-trained against supervised training, with as many labels
+    and with the most. Nothing where there was no supervised training."""
+    rows = []
+    for cell in cells:
+        if cell[0].protocol in ("reference", "supervised"):
+            continue
+        most = find_supervised(cells, cell, None)
+        if most:
+            same = find_supervised(cells, cell, cell[0].n_labels)
+            rows.append([cell[0].network, cell[0].labels, difference(cell, same),
+                         f"{difference(cell, most)} ({most[0].labels})"])
+    if not rows:
+        return []
+    header = ["network", "labels", "vs supervised, as many labels",
+              "vs supervised, most labels (how many)"]
+    return markdown(header, rows)
+
+
+def probe_table(cells):
+    """The lines of the table of linear probes, a row a stage of the encoder."""
+    rows = []
+    for cell in cells:
+        result = cell[0].result
+        majority = f"{result['majority_accuracy']:.4f}"
+        rows.append([cell[0].network, cell[0].labels, result.get("stage", ""),
+                     mean_std(cell, "macro_recall"), mean_std(cell, "accuracy"), majority])
+        if "layer2" in result:
+            scores = []
+            for score in ("macro_recall", "accuracy"):
+                mean = np.mean([row.result["layer2"][score] for row in cell])
+                scores.append(f"{mean:.4f} ({len(cell)})")
+            rows.append([cell[0].network, cell[0].labels, "layer2", *scores, majority])
+    header = ["network", "labels", "stage", "mean recall over classes", "accuracy",
+              "always the commonest class"]
+    return markdown(header, rows)
+
+
+def draw_chart(cells, path):
+    """One PNG: a bar a network, and its IoU against the labels used, with 95 % intervals; in gray.
+    Raises ImportError where matplotlib is not installed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    networks = [cell for cell in cells if cell[0].protocol != "reference"]
+    curves = collections.defaultdict(list)
+    without = {}                            # the networks before they saw a label
+    for cell in networks:
+        first = cell[0]
+        if first.protocol in TRAINED:
+            name = first.network.replace(f"-l{first.result['labels']}", "")
+            curves[name].append(cell)
+        elif not first.n_labels:
+            without[first.backbone, first.variant] = cell
+    height = max(3.5, 1.5 + 0.28 * len(networks))
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
+
+    def reach(cell):                        # how far its interval reaches down and up
+        value = mean_iou_of(cell)
+        low, high = cell_interval(cell) or (value, value)
+        return [max(0, value - low)], [max(0, high - value)]
+
+    for y, cell in enumerate(reversed(networks)):
+        bars.barh(y, mean_iou_of(cell), color="0.75", edgecolor="black", xerr=reach(cell),
+                  capsize=2)
+    titles = [f"{cell[0].network}, {cell[0].labels}" for cell in reversed(networks)]
+    bars.set_yticks(range(len(titles)), titles, fontsize=7)
+    bars.set(xlim=(0, 1), xlabel="test IoU (global)", title="network, labels")
+    for k, (name, curve) in enumerate(curves.items()):
+        start = without.get((curve[0][0].backbone, curve[0][0].variant))
+        if start:
+            curve.insert(0, start)
+        errors = np.hstack([reach(cell) for cell in curve])
+        lines.errorbar([cell[0].n_labels for cell in curve], [mean_iou_of(c) for c in curve],
+                       yerr=errors, label=name, capsize=2, color=str(0.3 * (k % 3)),
+                       marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
+    lines.set_xscale("symlog", linthresh=1)
+    lines.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)",
+              title="trained on labels")
+    best = best_reference(cells)
+    if best:
+        value = mean_iou_of(best)
+        bars.axvline(value, color="black", linestyle="--")
+        lines.axhline(value, color="black", linestyle="--", label=best[0].name)
+    if lines.get_legend_handles_labels()[0]:
+        lines.legend(fontsize=7)
+    figure.suptitle(f"{cells[0][0].dataset}; 95 % intervals over test images")
+    write_atomically(path, functools.partial(figure.savefig, format="png", dpi=100))
+    plt.close(figure)
+
+
+# The paper's tables: a title and what results must have; below it rows: title | what else | the
+# numbers on PAPER_SETS. Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10 encoder only.
+PAPER_SETS = ("dm", "tissuenet", "isic", "xray", "drone")
+PAPER = """
+Table 1: encoder only, ResNet-50 | backbone=resnet50 train=encoder
+    DINO | method=dino | .1399 .2972 .2426 .2052
+    BYOL | method=byol | .1278 .3455 .2412 .2185
+    SimSiam | method=simsiam | .1415 .3021 .2395 .1939
+    MedSASS | method=medsass | .1742 .3824 .2445 .2568
+Table 2: encoder only, ViT-small | backbone=vit_small train=encoder
+    DINO | method=dino | .1668 .2483 .1891 .2106
+    MAE | method=mae | .1668 .3455 .1910 .2106
+    SimMIM | method=simmim | .1670 .3335 .1913 .2077
+    MedSASS | method=medsass | .1360 .3633 .1914 .2466
+Figures 3, 4: end to end | method=medsass train=end2end
+    ResNet-50 | backbone=resnet50 | .1810 .5077 .4847 .3522
+    ViT-small | backbone=vit_small |
+Figure 10: supervised, every label | protocol=supervised labels=1.0
+    ResNet-50 | backbone=resnet50 |
+    ViT-small | backbone=vit_small |
+Table 3: threshold | method=medsass train=end2end backbone=resnet50
+    adaptive mean | threshold=adaptive_mean | .1724 .3949 .2393 .1839
+    adaptive Gaussian | threshold=adaptive_gaussian | .1725 .3910 .2393 .2079
+    GHT | threshold=ght | .1809 .4927 .1236 .1689
+    Otsu | threshold=otsu | .1810 .5077 .4847 .3522
+Table 4: loss | method=medsass train=end2end backbone=resnet50
+    Tversky | loss=tversky | .1726 .3604 .2444 .1963
+    focal | loss=focal | .0200 .1100 .0529 .0200
+    focal-Tversky | loss=focal_tversky | .1810 .5077 .4847 .3522
+Appendix B.1, IoU | method=medsass train=end2end backbone=resnet50
+    cross-entropy | loss=bce | - - 0
+Appendix B.1, accuracy | method=medsass train=end2end backbone=resnet50 score=accuracy_global
+    cross-entropy | loss=bce | - - .7608
+Table 5: epochs | method=medsass train=encoder
+    ResNet-50, 10 | backbone=resnet50 epochs=10 | - .3785
+    ResNet-50, 20 | backbone=resnet50 epochs=20 | - .3778
+    ResNet-50, 50 | backbone=resnet50 epochs=50 | - .3824
+    ResNet-50, 70 | backbone=resnet50 epochs=70 | - .3876
+    ViT-small, 10 | backbone=vit_small epochs=10 | - .3575
+    ViT-small, 20 | backbone=vit_small epochs=20 | - .3564
+    ViT-small, 50 | backbone=vit_small epochs=50 | - .3633
+    ViT-small, 70 | backbone=vit_small epochs=70 | - .4091
+Tables 7, 8: batch size | method=medsass train=encoder
+    ResNet-50, 8 | backbone=resnet50 batch_size=8 |
+    ResNet-50, 16 | backbone=resnet50 batch_size=16 | - .3824 .2445
+    ResNet-50, 32 | backbone=resnet50 batch_size=32 | - .3852 .2449
+    ViT-small, 8 | backbone=vit_small batch_size=8 |
+    ViT-small, 16 | backbone=vit_small batch_size=16 | - .3633 .1914
+    ViT-small, 32 | backbone=vit_small batch_size=32 | - .3822 .2014
+Table 9: linear probe | protocol=classify score=macro_recall train=encoder
+    ResNet-50, BYOL | backbone=resnet50 method=byol | - - .6500 .7073
+    ResNet-50, DINO | backbone=resnet50 method=dino | - - .6546 .5241
+    ResNet-50, SimSiam | backbone=resnet50 method=simsiam | - - .6475 .6541
+    ResNet-50, MedSASS | backbone=resnet50 method=medsass | - - .6550 .5785
+    ViT-small, MAE | backbone=vit_small method=mae | - - .6492 .6730
+    ViT-small, SimMIM | backbone=vit_small method=simmim | - - .6438 .6600
+    ViT-small, DINO | backbone=vit_small method=dino | - - .6500 .4000
+    ViT-small, MedSASS | backbone=vit_small method=medsass | - - .6554 .1830
+Table 10: natural images from a drone | backbone=resnet50 train=encoder
+    SimSiam | method=simsiam | - - - - .9932
+    BYOL | method=byol | - - - - .9910
+    MedSASS | method=medsass | - - - - .9744
+    DINO | method=dino | - - - - .9459
+"""
+AS_IN_THE_PAPER = dict(protocol="transfer", score="iou_global")
+
+
+def paper_tables():
+    """PAPER, a list of (title, rows); a row is (title, a dict of what a result must have and the
+    score that is shown, {data set: number})."""
+    tables = []
+    for line in PAPER.strip().splitlines():
+        title, words, *numbers = [text.strip() for text in line.split("|")]
+        wanted = dict(word.split("=") for word in words.split())
+        if not numbers:
+            common = AS_IN_THE_PAPER | wanted
+            tables.append((title, []))
+            continue
+        shown = zip(PAPER_SETS, numbers[0].split(), strict=False)
+        shown = {dataset: float(number) for dataset, number in shown if number != "-"}
+        tables[-1][1].append((title, common | wanted, shown))
+    return tables
+
+
+def cell_of_paper(cells, dataset, wanted):
+    """Our cell for a row of a paper's table, or None: without --refine and --encoder; of several
+    the one whose other flags are the most usual, that is, of the shortest name."""
+    found = []
+    for cell in cells:
+        result = cell[0].result
+        if (result["dataset"] == dataset and "refine" not in result
+                and "-from-" not in result["variant"]
+                and all(str(result.get(k)) == v for k, v in wanted.items() if k != "score")):
+            found.append(cell)
+    return min(found, key=lambda cell: (len(cell[0].network), cell[0].network), default=None)
+
+
+def unusual(result, wanted):
+    """", 20 epochs, 96 px": where a result is not as the paper's, in words."""
+    text = ""
+    for key, usual, unit in (("epochs", 50, "epochs"), ("batch_size", 16, "a batch"),
+                             ("img_size", 224, "px")):
+        if key not in wanted and result.get(key, usual) != usual:
+            text += f", {result[key]} {unit}"
+    return text
+
+
+def paper_sections(cells):
+    """The lines of the paper's tables of which something was run here: ours, with what is not as in
+    the paper, and the paper's number where the data set is the paper's."""
+    lines = []
+    missing = []
+    datasets = dict.fromkeys(cell[0].dataset for cell in cells)
+    for title, rows in paper_tables():
+        columns = []
+        for dataset in datasets:
+            column = []
+            run_here = in_the_paper = 0
+            for _, wanted, numbers in rows:
+                cell = cell_of_paper(cells, dataset, wanted)
+                text = "-"
+                if cell:
+                    run_here += 1
+                    in_the_paper += dataset in numbers
+                    text = mean_std(cell, wanted["score"]) + unusual(cell[0].result, wanted)
+                if dataset in numbers:
+                    text += f" / {numbers[dataset]:.4f}"
+                column.append(text)
+            if in_the_paper or run_here > 1:        # one value alone compares nothing
+                columns.append([dataset, *column])
+        if columns:
+            first = ["ours, mean ± std (seeds) / the paper's", *(row[0] for row in rows)]
+            header, *table = zip(first, *columns, strict=True)
+            lines += ["", f"### {title}", *markdown(header, table)]
+        else:
+            missing.append(title)
+    if missing:
+        lines += ["", f"Not run here: {'; '.join(missing)}."]
+    return lines
+
+
+def report(out):
+    """Write README.md and a chart a data set under `out` from every result there; a JSON that is no
+    result is named and left out. Ends the program where there is none."""
+    rows, bad = read_results(out)
+    for line in bad:
+        print(line)
+    if not rows:
+        sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")
+    lines = [
+        "# Results", "",
+        "Written by `python finetune_eval.py --report`. IoU is over the whole test part (counts "
+        "summed), intervals are 95 % bootstrap over test images or their groups. Labels: training "
+        "+ validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: "
+        "the interval of the paired difference holds 0, so the two are not separated."]
+    for line in bad:
+        lines += ["", f"- {line}"]
+    no_charts = ""
+    for dataset in sorted({row.dataset for row in rows}):
+        here = cells_of([row for row in rows if row.dataset == dataset])
+        probes = [cell for cell in here if cell[0].protocol == "classify"]
+        scored = [cell for cell in here if cell[0].protocol != "classify"]
+        lines += ["", f"## {dataset}"]
+        if scored:
+            first = scored[0][0].result
+            size = f" of {first['img_size']} px" if "img_size" in first else ""
+            lines += ["", f"{first['n_test']} test images{size}."]
+            lines += dataset_table(scored)
+            lines += supervised_table(scored)
+            try:
+                draw_chart(scored, Path(out) / f"{dataset}.png")
+                lines += ["", f"![{dataset}]({urllib.parse.quote(dataset)}.png)"]
+            except ImportError:
+                no_charts = "; no charts: matplotlib is not installed (pip install matplotlib)"
+        if probes:
+            lines += ["", "Linear probes:", *probe_table(probes)]
+    print("\n".join(lines))
+    lines += ["", "## The paper's tables", *paper_sections(cells_of(rows))]
+    text = "\n".join(lines) + "\n"
+    path = Path(out) / "README.md"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"{path}: {len({id(row.result) for row in rows})} results, {len(bad)} warnings"
+          f"{no_charts}")
+
+
+# ------------------------------------------------------------------------------------------ flags
 
 def labels_of(text):
     """--labels: a number with a point is a share in (0, 1], one without a count from 1 up."""
@@ -1255,151 +1631,225 @@ def labels_of(text):
         value = float(text) if "." in text else int(text)
     except ValueError:
         value = -1
-    if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-        raise argparse.ArgumentTypeError(f"{text} is neither a share above 0.0 and up to 1.0 (with a point) nor a count from 1 (without)")
+    if value <= 0 or isinstance(value, float) and not value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither a share above 0.0 and up to 1.0 (with "
+                                         "a point) nor a count from 1 (without)")
     return value
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser("finetune_eval.py", description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=prepare_data.Help)
+    parser = argparse.ArgumentParser("finetune_eval.py", description=__doc__, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS, formatter_class=prepare_data.Help)
     add = parser.add_argument
-    add("--run", metavar="DIR", help="a finished run folder of pretrain.py, or of this script (then to score or predict)")
-    add("--encoder", metavar="FILE", help="any encoder (ours, timm's, torchvision's) instead of a run")
+    add("--run", metavar="DIR",
+        help="a finished run folder of pretrain.py, or of this script (then to score, predict or "
+        "export)")
+    add("--encoder", metavar="FILE",
+        help="any encoder (ours, timm's, torchvision's), without a run")
     add("--dataset", help="a prepared data set; with --run unset: the one it was trained on")
     add("--backbone", choices=list(BACKBONES), help="without --run: the network")
-    add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"], help="what to do before scoring")
-    add("--labels", type=labels_of, default=1.0, help="labelled training images: 0.1 is a share, 10 a count; as large a share "
-        "of the validation images is the validation set")
-    add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"], help="what the decoder starts from; auto: "
-        "pretrained for finetune, semi and transfer of an end-to-end run, else fresh")
-    add("--loss", default="focal_tversky", choices=list(LOSSES), help="of frozen, finetune, semi, supervised (appendix C)")
-    add("--epochs", type=int, default=50, help="of training on labels, at most (appendices C, D); an epoch has the steps of "
-        "all training images, however few are labelled")
+    add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"],
+        help="what to do before scoring")
+    add("--labels", type=labels_of, default=1.0,
+        help="labelled training images: 0.1 is a share, 10 a count; as large a share of the "
+        "validation images is the validation set")
+    add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"],
+        help="what the decoder starts from; auto: pretrained for finetune, semi and transfer of an "
+        "end-to-end run, else fresh")
+    add("--loss", default="focal_tversky", choices=list(LOSSES),
+        help="of frozen, finetune, semi, supervised (appendix C)")
+    add("--epochs", type=int, default=50,
+        help="of training on labels (appendices C, D); an epoch has the steps of all training "
+        "images, however few are labelled")
     add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
-    add("--patience", type=int, help="stop after so many epochs without a better validation loss, and keep the best; 0: never, "
-        "and keep the last weights. Unset: 0, as the rate falls to 0 over all epochs; for classify 5")
-    add("--lr", type=float, help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh and for semi, whose "
-        "second half has a third of it; else 3.6e-4")
-    add("--weight-decay", type=float, default=1e-5, help="of Adam, as in pretraining")
-    add("--threshold", default="otsu", choices=THRESHOLDS, help="reference: who draws raw_threshold")
-    add("--foreground", choices=["bright", "dark"], help="reference; unset: what prepare_data.py decided")
+    add("--patience", type=int,
+        help="stop after so many epochs without a better validation loss, and keep the best; 0: "
+        "never, and keep the last weights. Unset: 0, as the rate falls to 0 over all epochs; for "
+        "classify 5")
+    add("--lr", type=float,
+        help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh and for semi, "
+        "whose second half has a third of it; else 3.6e-4")
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
-    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"], help="precision of training on labels, as in pretrain.py")
-    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)), help="processes that load and augment")
-    add("--flips", action="store_true", help="predict with the mean over the four flips of a picture")
-    add("--predict", metavar="DIR", help="draw masks for the images of this folder; needs --run, --out")
-    add("--tile", type=int, nargs="?", const=0, metavar="PX", help="with --predict, for large pictures: in overlapping windows of so "
-        "many pixels a side (no number: the training size) instead of resized as a whole")
-    add("--page", type=int, default=0, help="with --predict: the page or frame of files that have several; 0 is the first")
-    add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
-    add("--report", action="store_true", help="write README.md and charts from all results under --out")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
+        help="precision of training on labels, as in pretrain.py")
+    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
+        help="processes that load and augment")
+    add("--flips", action="store_true",
+        help="predict with the mean over the four flips of a picture")
+    add("--predict", metavar="DIR",
+        help="draw masks for the images of this folder; needs --run, --out")
+    add("--tile", type=int, nargs="?", const=0, metavar="PX",
+        help="with --predict, for large pictures: in overlapping windows of so many pixels a side "
+        "(no number: the training size) instead of resized as a whole")
+    add("--page", type=int, default=0,
+        help="with --predict: the page or frame of files that have several; 0 is the first")
+    add("--overlay", action="store_true",
+        help="with --predict: pictures with the mask in red, too")
+    add("--export", metavar="FILE",
+        help="write the network of --run as one file (.pt2) that needs none of this code")
+    add("--report", action="store_true",
+        help="write README.md and charts from all results under --out")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
-    add("--runs", default="runs", metavar="DIR", help="where training on labels is kept when there is no --run to keep it in")
-    add("--out", metavar="DIR", help="where results are kept (unset: results); with --predict the folder for the masks")
+    add("--runs", default="runs", metavar="DIR",
+        help="where training on labels is kept when there is no --run to keep it in")
+    add("--out", metavar="DIR",
+        help="where results are kept (unset: results); with --predict the folder for the masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--overwrite", action="store_true", help="replace results or masks that are already there")
+    add("--overwrite", action="store_true",
+        help="replace results, masks or files that are already there")
     args = parser.parse_args(argv)
+    if not args.report:
+        check_flags(parser, args)
+    return args
+
+
+def check_flags(parser, args):
+    """End the program where flags contradict each other or numbers make no sense."""
+    check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, seed=0, workers=0, page=0)
+    loads_nothing = args.protocol in ("supervised", "reference")
+    only_uses_run = args.predict or args.export
     if args.protocol == "semi" and args.epochs < 2:
         parser.error("semi trains in two halves: --epochs 2 or more")
-    if args.report:
-        return args, parser
-    check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0, workers=0)
-    if args.tile is not None and args.tile < 16 and args.tile != 0 or args.page < 0:
-        parser.error("--tile is at least 16 pixels, and --page counts from 0")
+    if args.tile is not None and args.tile < 16 and args.tile != 0:
+        parser.error("--tile is at least 16 pixels")
     if args.predict and not (args.run and args.out):
         parser.error("--predict needs --run RUN_DIR and --out DIR")
+    if args.export and not args.run:
+        parser.error("--export needs --run RUN_DIR")
     if args.run and args.encoder:
         parser.error("--run and --encoder exclude each other")
     if not args.run and not (args.dataset and args.backbone):
         parser.error("give --run RUN_DIR, or --dataset NAME and --backbone B")
-    if args.protocol in ("supervised", "reference") and (args.run or args.encoder) and not args.predict:
-        parser.error(f"{args.protocol} loads nothing: give --dataset and --backbone, leave out --run and --encoder")
-    if args.protocol not in ("supervised", "reference") and not (args.run or args.encoder):
+    if loads_nothing and (args.run or args.encoder) and not only_uses_run:
+        parser.error(f"{args.protocol} loads nothing: give --dataset and --backbone, leave out "
+                     "--run and --encoder")
+    if not loads_nothing and not (args.run or args.encoder):
         parser.error(f"{args.protocol} needs --run RUN_DIR or --encoder FILE")
-    return args, parser
 
 
-def name_unused(args, parser):
-    """Say in one line which flags were given that this job does not use."""
-    training = {"labels", "loss", "epochs", "batch_size", "patience", "lr", "weight_decay", "workers", "amp"}
-    network = {"transfer": {"decoder"}, "frozen": {"decoder"}, "finetune": {"decoder"}, "classify": set(), "supervised": set(), "semi": set(),
-               "reference": {"threshold", "foreground"}}
-    used = network[args.protocol] | (training if args.protocol in TRAINED else set())
-    used |= {"flips"} if args.protocol not in ("reference", "classify") else set()
-    used -= {"loss"} if args.protocol == "classify" else set()
-    used = {"overlay", "tile", "page", "flips"} if args.predict else used | {"dataset", "protocol"}
-    used |= set() if args.run else {"backbone"}
-    every = training | {"flips", "decoder", "threshold", "foreground", "overlay", "tile", "page", "dataset", "protocol", "backbone"}
-    given = ["--" + name.replace("_", "-") for name in sorted(every - used) if getattr(args, name) != parser.get_default(name)]
+# Flags that change what is computed, and what stands before their value in a result's name.
+NAMED = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", amp="")
+TRAINING = {*NAMED, "workers"}
+USED = dict(
+    transfer={"decoder", "flips"},
+    frozen=TRAINING | {"decoder", "flips"},
+    finetune=TRAINING | {"decoder", "flips"},
+    semi=TRAINING | {"flips"},
+    supervised=TRAINING | {"flips"},
+    classify=TRAINING - {"loss"},
+    reference=set())
+
+
+def used_flags(args):
+    """The flags that this job uses; says in one line which others were given."""
+    if args.predict:
+        used = {"predict", "overlay", "tile", "page", "flips"}
+    elif args.export:
+        used = {"export"}
+    else:
+        used = USED[args.protocol] | {"dataset", "protocol"}
+    if not args.run:
+        used = used | {"backbone"}
+    usual = parse_args(["--report"])
+    every = set().union(*USED.values()) | {"overlay", "tile", "page", "dataset", "protocol",
+                                           "backbone", "export"}
+    given = []
+    for name in sorted(every - used):
+        if getattr(args, name) != getattr(usual, name):
+            given.append("--" + name.replace("_", "-"))
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
-    for name in (every - used) - {"dataset", "protocol", "backbone"}:       # so that no name and no setting shows it
-        setattr(args, name, parser.get_default(name))
+    return used
 
 
-def describe(args, settings, meta):
-    """What is evaluated: a dict backbone, method, train, variant, ...; from the run, or made up for what has none."""
+def result_name(args, used, decoder, source):
+    """Of a result and of the folder of its training: the protocol, and what is not as usual.
+    source: the data set that the network was trained on."""
+    usual = parse_args(["--report"])
+    words = [args.protocol]
+    for name, prefix in NAMED.items():
+        value = getattr(args, name)
+        if name in used and str(value) != str(getattr(usual, name)):    # 1 label is not all, 1.0
+            words.append(f"{prefix}{value}")
+    if args.decoder != "auto" and "decoder" in used:
+        words.append(decoder)
+    if args.flips and "flips" in used:
+        words.append("flips")
+    if args.dataset not in (None, source):
+        words.append(f"on-{args.dataset}")
+    return "-".join(words)
+
+
+def describe(args, run, meta):
+    """What is evaluated: backbone, method, train, variant, ...: of the settings of its `run`, or
+    made up for what has none. A dict."""
     common = dict(backbone=args.backbone, threshold="otsu", foreground=meta["foreground"])
     if args.protocol == "reference":
-        foreground = args.foreground or meta["foreground"]
-        variant = "-".join(["reference", *[args.threshold] * (args.threshold != "otsu"),
-                            *[foreground] * (foreground != meta["foreground"])])
-        return common | dict(method="reference", train=None, threshold=args.threshold, foreground=foreground, variant=variant)
+        return common | dict(method="reference", train=None, variant="reference")
     if args.protocol == "supervised":
-        return common | dict(method="supervised", train="end2end", variant="supervised", loss=args.loss, epochs=args.epochs,
-                             batch_size=args.batch_size)
+        return common | dict(method="supervised", train="end2end", variant="supervised",
+                             loss=args.loss, epochs=args.epochs, batch_size=args.batch_size)
     if args.encoder:
-        return common | dict(method=Path(args.encoder).stem, train="encoder", variant=Path(args.encoder).stem)
+        name = Path(args.encoder).stem
+        return common | dict(method=name, train="encoder", variant=name)
     folder = Path(args.run).resolve()
-    variant = folder.parent.name if "protocol" not in settings else f"{folder.parents[1].name}-{folder.name}"
-    if args.dataset != settings["dataset"]:
-        variant += f"-from-{settings['dataset']}"
-    if args.backbone == "vit_small" and args.decoder == "pretrained" and settings["img_size"] != meta["size"]:
-        sys.exit(f"{args.run} was trained at {settings['img_size']} px and {args.dataset} is prepared at "
-                 f"{meta['size']}: a ViT U-Net needs one size, prepare the data with --size {settings['img_size']}")
-    return settings | dict(variant=variant)
+    variant = folder.parent.name
+    if "protocol" in run:                   # a run of this script, in the folder of another
+        variant = f"{folder.parents[1].name}-{folder.name}"
+    if args.dataset not in (None, run["dataset"]):
+        variant += f"-from-{run['dataset']}"
+    return run | dict(variant=variant)
+
+
+def plan(args, used, device, command):
+    """The Job that the flags ask for. Ends the program where it cannot be done."""
+    run = read_run(Path(args.run)) if args.run else {}
+    data = Path(args.data) / (args.dataset or run["dataset"])
+    meta = prepare_data.read_meta(data)
+    is_whole = run.get("train") == "end2end"        # the run has a decoder of its own
+    source = args.run or args.encoder or args.protocol
+    if args.decoder == "pretrained" and "decoder" in used and not is_whole:
+        sys.exit(f"--decoder pretrained: {source} has an encoder only")
+    if args.protocol == "semi" and (not is_whole or "protocol" in run):
+        sys.exit("semi draws masks without labels: it needs a --run of pretrain.py that trained a "
+                 f"whole U-Net, and {source} is none")
+    decoder = args.decoder
+    if decoder == "auto" or "decoder" not in used:
+        keeps = is_whole and args.protocol in ("transfer", "finetune", "semi")
+        decoder = "pretrained" if keeps else "fresh"
+    size = meta["size"]
+    if run.get("backbone") == "vit_small" and decoder == "pretrained" and run["img_size"] != size:
+        sys.exit(f"{args.run} was trained at {run['img_size']} px and {data.name} is prepared at "
+                 f"{size}: a ViT U-Net needs one size, prepare the data with --size "
+                 f"{run['img_size']}")
+    settings = describe(args, run, meta) | dict(img_size=size, data=meta["fingerprint"])
+    seed = run.get("seed", 0) if args.seed is None else args.seed
+    name = result_name(args, used, decoder, run.get("dataset", args.dataset))
+    return Job(args, data, settings, seed, decoder, name, device, command)
 
 
 def main(argv=None):
-    args, parser = parse_args(argv)
-    args.command = shlex.join(["python", "finetune_eval.py", *(sys.argv[1:] if argv is None else argv)])
+    args = parse_args(argv)
     if args.report:
         return report(args.out or "results")
-    name_unused(args, parser)
+    used = used_flags(args)
+    if args.export:
+        return export_network(args, read_run(Path(args.run)))
     device = pick_device(args.device)
-    args.device = device.type
-    settings = read_run(Path(args.run)) if args.run else {}
-    args.seed = settings.get("seed", 0) if args.seed is None else args.seed
-    args.backbone = settings.get("backbone", args.backbone)
     if args.predict:
-        return predict_folder(args, settings, device)
-    args.dataset, args.out = args.dataset or settings["dataset"], args.out or "results"
-    meta = prepare_data.read_meta(Path(args.data) / args.dataset)
-    whole = settings.get("train") == "end2end"                  # the run has a decoder of its own
-    if args.decoder == "pretrained" and not whole:
-        sys.exit(f"--decoder pretrained: {args.run or args.encoder or args.protocol} has an encoder only")
-    if args.protocol == "semi" and (not whole or "protocol" in settings):
-        sys.exit("semi draws masks without labels: it needs a --run of pretrain.py that trained a whole U-Net, and "
-                 f"{args.run or args.encoder} is none")
-    asked = args.decoder
-    if asked == "auto":
-        args.decoder = "pretrained" if whole and args.protocol in ("transfer", "finetune", "semi") else "fresh"
-    short = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", weight_decay="wd", amp="")
-    words = [f"{short[n]}{getattr(args, n)}" for n in short if str(getattr(args, n)) != str(parser.get_default(n))]   # 1, 1.0
-    words += [args.decoder] * (asked != "auto") + ["flips"] * args.flips
-    words += [f"on-{args.dataset}"] * (args.dataset != settings.get("dataset", args.dataset))
-    args.name = "-".join([args.protocol, *words])               # of the result and of the folder that training is kept in
-    evaluate(args, describe(args, settings, meta) | dict(img_size=meta["size"], data=meta["fingerprint"]), meta, device)
+        return predict_folder(args, read_run(Path(args.run)), device)
+    flags = sys.argv[1:] if argv is None else argv
+    evaluate(plan(args, used, device, shlex.join(["python", "finetune_eval.py", *flags])))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end_on_sigterm)
-    sys.stdout.reconfigure(errors="replace")                    # names that the terminal cannot show
+    sys.stdout.reconfigure(errors="replace")        # names that the terminal cannot show
     try:
         main()
     except RuntimeError as error:
         explain_memory(error)
         raise
-    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command, without --overwrite, goes on from what is whole")
+    except (OSError, KeyboardInterrupt) as error:   # a full disk, a forbidden folder, Ctrl-C
+        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command, without "
+                 "--overwrite, goes on from what is whole")

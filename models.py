@@ -197,7 +197,7 @@ class ViTSmallUNet(nn.Module):
         # (B, N, 384), class token dropped; N = (S/8)^2
         tokens = self.encoder.forward_features(x)[:, 1:]
         side = x.shape[-1] // 8
-        vc = tokens.transpose(1, 2).reshape(len(x), 384, side, side)
+        vc = tokens.transpose(1, 2).reshape(x.shape[0], 384, side, side)
         # (B, 512, S/8, S/8)
         vc = self.vc_linear(self.vc_conv(vc).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         vc = F.interpolate(vc, size=bottleneck.shape[2:], mode="bilinear", align_corners=False)

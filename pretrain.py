@@ -1320,6 +1320,7 @@ def main(argv=None):
         wait_for_ranks()                                # until the first has written the last file
         if args.method != "medsass":                    # heads and copies that nobody reads again
             (folder / "best.pt").unlink(missing_ok=True)
+    print(folder / "samples.png")                       # run_all.sh finds the run by this line
 
 
 def explain_memory(error):

@@ -5,7 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 help() {
     cat <<'TEXT'
-bash run_all.sh             set up, then the demo: every method in miniature, scored and reported, in minutes
+bash run_all.sh             set up; then main over the paper's data sets that are prepared, else the demo
+bash run_all.sh demo        the demo: pre-training, few labels, results and masks on drawn pictures, in minutes
 bash run_all.sh main        the paper's Tables 1, 2 and Figures 3, 4, 10: methods x backbones x seeds
 bash run_all.sh ablations   Tables 3, 4, 5, 7, 8 and B.1: threshold, loss, epochs, batch size
 bash run_all.sh classify    Table 9: linear probes
@@ -13,11 +14,9 @@ bash run_all.sh drone       Table 10
 bash run_all.sh all         main, ablations, classify and drone
 bash run_all.sh test        set up, add the test-only packages, run the tests
 bash run_all.sh bench       set up, run the benchmarks against other libraries; results/bench.json
-bash run_all.sh help        this text
 
 From the environment:
-DATASETS   prepared data sets, e.g. "isic xray"; unset: those of the paper that are prepared. With DATASETS set, run_all.sh
-           alone is main
+DATASETS   prepared data sets, e.g. "isic xray"; demo is drawn. Unset: those of the paper that are prepared
 SEEDS      "0 1 2 3 4"; drone "0 1 2"               METHODS    "medsass byol simsiam dino mae simmim"
 BACKBONES  "resnet50 vit_small"                     EPOCHS     50, of pre-training and of training on labels
 PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
@@ -26,19 +25,13 @@ SIZE       side of the demo's pictures; other data sets must have been prepared 
 SHARD      2/8: every eighth run, beginning with the second; machines or a SLURM array then share the work
 JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
 GPUS       "0 1 2 3": a run at a time on each of these devices, instead of JOBS
-DRY_RUN    1: print every command, a line each, and do nothing
+DRY_RUN    1: list every run, with what is made of it (RUN) below, and do nothing
 
-What is finished is skipped, what was cut goes on where it stopped. Several of these may run at once: no run is trained by
-two of them. A run that fails does not stop the others; it is listed at the end with its log, and the exit code is 1.
-Set-up uses the active Python environment if it already satisfies requirements.txt; otherwise it makes .venv here (or
-re-uses it) and installs into that.
+What is finished is skipped, what was cut goes on where it stopped. Several of these may run at once: no run is
+trained by two of them. A run that fails does not stop the others; it is listed at the end with its log, and the exit
+code is 1. Set-up uses the active Python environment if it satisfies requirements.txt; otherwise it makes .venv here
+(or re-uses it) and installs into that.
 TEXT
-}
-
-# Print a command, run it, and stop at a failure with the command that failed.
-run() {
-    printf '\n$ %s\n' "$*"
-    "$@" || { code=$?; printf 'failed with exit code %s: %s\n' "$code" "$*" >&2; exit "$code"; }
 }
 
 # Whether a Python has all that requirements.txt asks for, and can import it.
@@ -54,311 +47,279 @@ setup() {
     PYTHON=$(command -v python3 || command -v python) || { echo 'Python 3.10 or newer is needed' >&2; exit 1; }
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "Python 3.10 or newer is needed; $PYTHON is $("$PYTHON" -V)" >&2; exit 1; }
-    if satisfied "$PYTHON"; then
-        return
-    fi
-    [[ -x .venv/bin/python ]] || run "$PYTHON" -m venv .venv
-    PYTHON=.venv/bin/python
-    satisfied "$PYTHON" || run "$PYTHON" -m pip install --quiet -r requirements.txt
+    satisfied "$PYTHON" && return
+    [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+    PYTHON=.venv/bin/python                 # matplotlib draws the report's charts; nothing else needs it
+    satisfied "$PYTHON" || "$PYTHON" -m pip install --quiet -r requirements.txt matplotlib
 }
 
-# ------------------------------------------------------------------------------------------------------------ the plan
-# A plan is lines "job <tab> product <tab> command": commands of one job depend on each other and stay together; a command
-# whose product is there is done.
+# ---------------------------------------------------------------------------------------------------------- the plan
+# A line a network: the flags of pretrain.py (none where nothing is pre-trained), then, after each |, flags of
+# finetune_eval.py for what is made of it.
 
-# pretrained DATASET BACKBONE SEED PROTOCOLS FLAGS...: one pre-training and what is made of it. FLAGS: of pretrain.py, as
-# "flag value" pairs in the order in which a run's folder names them.
-pretrained() {
-    local dataset=$1 backbone=$2 seed=$3 protocols=$4 method=medsass variant='' flags='' protocol
-    shift 4
-    [[ " $* " == *' --epochs '* || -z ${EPOCHS:-} ]] || set -- "$@" --epochs "$EPOCHS"
-    while (($#)); do
-        case "$1 $2" in
-            '--epochs 50' | '--batch-size 16' | '--threshold otsu' | '--loss focal_tversky') shift 2; continue ;;  # defaults
-            --method*) method=$2 ;;
-            '--refine all') method+=+; flags+=' --refine'; shift 2; continue ;;
-            --epochs*) variant+=-e$2 ;;
-            --batch-size*) variant+=-b$2 ;;
-            *) variant+=-$2 ;;
-        esac
-        flags+=" $1 $2"
-        shift 2
+# on_labels FLAGS...: an evaluation with each of $LABELS.
+on_labels() {
+    local labels
+    for labels in $LABELS; do
+        printf '|%s --labels %s%s' "$*" "$labels" "${EPOCHS:+ --epochs $EPOCHS}"
     done
-    local name=$dataset/$backbone/$method$variant/seed$seed
-    printf '%s\t%s\t%s\n' "$name" "runs/$name/samples.png" \
-        "python pretrain.py --dataset $dataset --backbone $backbone$flags --seed $seed"
+}
+
+# pretrained PROTOCOLS FLAGS...: pre-training, and its evaluations.
+pretrained() {
+    local protocols=$1 protocol flags
+    shift
+    flags=" $* "
+    [[ $flags == *' --epochs '* ]] || flags+="${EPOCHS:+--epochs $EPOCHS }"
+    flags=${flags/ --threshold otsu / } flags=${flags/ --loss focal_tversky / }     # a run once, if it is in two tables
+    flags=${flags/ --epochs 50 / } flags=${flags/ --batch-size 16 / } flags=${flags# }
+    printf '%s' "${flags% }"
     for protocol in $protocols; do
         case $protocol in
-            transfer) evaluation "$name" "$name/transfer" "--run runs/$name" ;;
-            semi) [[ $method != medsass* || $variant == *-encoder* ]] || labelled "$name" "$name/semi" "--run runs/$name --protocol semi" ;;
-            classify) LABELS=1.0 labelled "$name" "$name/classify" "--run runs/$name --protocol classify" ;;
-            *) labelled "$name" "$name/$protocol" "--run runs/$name --protocol $protocol" ;;
+            transfer) printf '|--protocol transfer' ;;
+            classify) printf '|--protocol classify%s' "${EPOCHS:+ --epochs $EPOCHS}" ;;
+            semi) [[ $flags == *--method* || $flags == *encoder* ]] || on_labels --protocol semi ;;
+            *) on_labels --protocol "$protocol" ;;
         esac
     done
+    echo
 }
 
-# evaluation JOB RESULT FLAGS: one line of finetune_eval.py.
-evaluation() {
-    printf '%s\t%s\t%s\n' "$1" "results/$2.json" "python finetune_eval.py $3"
-}
-
-# reference DATASET BACKBONE SEED: the rows that cost nothing.
-reference() {
-    local name=$1/$2/reference/seed$3
-    evaluation "$name" "$name/reference" "--dataset $1 --backbone $2 --protocol reference --seed $3"
-}
-
-# labelled JOB RESULT FLAGS: training with each of $LABELS.
-labelled() {
-    local labels epochs=${EPOCHS:-50}
-    [[ $epochs != 50 ]] || epochs=''
-    for labels in $LABELS; do
-        [[ $labels != 1.0 ]] || labels=''
-        evaluation "$1" "$2${labels:+-l$labels}${epochs:+-e$epochs}" "$3${labels:+ --labels $labels}${epochs:+ --epochs $epochs}"
-    done
-}
-
-# encoders DATASET BACKBONE SEED PROTOCOLS: every method that trains an encoder on this backbone, MedSASS among them.
+# encoders PROTOCOLS BACKBONE FLAGS...: every method that trains an encoder on this backbone, MedSASS among them.
 encoders() {
-    local method
+    local protocols=$1 backbone=$2 method
+    shift 2
     for method in $METHODS; do
-        case $method/$2 in
-            medsass/*) pretrained "$@" --train encoder ;;
+        case $method/$backbone in
+            medsass/*) pretrained "$protocols" "$@" --train encoder ;;
             byol/vit_small | simsiam/vit_small | mae/resnet50 | simmim/resnet50) ;;
-            *) pretrained "$@" --method "$method" ;;
+            *) pretrained "$protocols" "$@" --method "$method" ;;
         esac
     done
 }
 
-plan_main() {
-    local dataset backbone seed
-    for dataset in $DATASETS; do for seed in $SEEDS; do for backbone in $BACKBONES; do
-        local at=$dataset/$backbone
-        reference "$dataset" "$backbone" "$seed"
-        labelled "$at/supervised/seed$seed" "$at/supervised/seed$seed/supervised" \
-            "--dataset $dataset --backbone $backbone --protocol supervised --seed $seed"
-        if [[ " $METHODS " == *' medsass '* ]]; then
-            pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS"
-            pretrained "$dataset" "$backbone" "$seed" "$PROTOCOLS" --refine all
-        fi
-        encoders "$dataset" "$backbone" "$seed" "$PROTOCOLS"
-    done; done; done
-}
-
-plan_ablations() {
-    local dataset backbone seed value
-    for dataset in $DATASETS; do for seed in $SEEDS; do
-        for value in adaptive_mean adaptive_gaussian ght otsu; do
-            pretrained "$dataset" resnet50 "$seed" transfer --threshold "$value"
-        done
-        for value in tversky focal focal_tversky bce; do
-            pretrained "$dataset" resnet50 "$seed" transfer --loss "$value"
-        done
-        for backbone in $BACKBONES; do
-            reference "$dataset" "$backbone" "$seed"
-            for value in 10 20 50 70; do
-                pretrained "$dataset" "$backbone" "$seed" transfer --train encoder --epochs "$value"
-            done
-            for value in 8 16 32; do
-                pretrained "$dataset" "$backbone" "$seed" transfer --train encoder ${EPOCHS:+--epochs "$EPOCHS"} --batch-size "$value"
-            done
-        done
-    done; done
-}
-
-plan_classify() {
-    local dataset backbone seed
-    for dataset in $DATASETS; do for seed in $SEEDS; do for backbone in $BACKBONES; do
-        encoders "$dataset" "$backbone" "$seed" classify
-    done; done; done
-}
-
-plan_drone() {
-    local seed
-    for seed in $SEEDS; do
-        reference drone resnet50 "$seed"
-        encoders drone resnet50 "$seed" transfer
-    done
-}
-
-# prepared NAMES...: those of the names that are prepared.
-prepared() {
-    local name
-    for name in "$@"; do
-        [[ ! -f data/$name/meta.json ]] || printf '%s ' "$name"
-    done
-}
-
-# plan WHAT: the lines of a part of the benchmark, with the defaults of what the environment does not set.
-plan() (
-    METHODS=${METHODS:-medsass byol simsiam dino mae simmim} BACKBONES=${BACKBONES:-resnet50 vit_small}
-    PROTOCOLS=${PROTOCOLS:-transfer frozen finetune} LABELS=${LABELS:-0.01 0.1 1.0} own=${DATASETS:-}
-    SEEDS=${SEEDS:-$([[ $1 == drone ]] && echo 0 1 2 || echo 0 1 2 3 4)}
+# plan_of PART DATASET SEED BACKBONE: its lines.
+plan_of() {
+    local on="--dataset $2 --backbone $4 --seed $3" value
+    [[ $1 == classify ]] || echo "|$on --protocol reference"
     case $1 in
-        classify) papers='isic xray' ;;
-        drone) papers=drone own='' ;;
-        *) papers='dm tissuenet isic xray' ;;
+        main)
+            for value in $LABELS; do LABELS=$value on_labels "$on --protocol supervised"; echo; done
+            if [[ " $METHODS " == *' medsass '* ]]; then
+                pretrained "$PROTOCOLS" "$on"
+                pretrained "$PROTOCOLS" "$on --refine"
+            fi
+            encoders "$PROTOCOLS" "$4" "$on"
+            ;;
+        ablations)
+            for value in 10 20 50 70; do pretrained transfer "$on --train encoder --epochs $value"; done
+            for value in 8 16 32; do pretrained transfer "$on --train encoder --batch-size $value"; done
+            [[ $4 == resnet50 ]] || return 0
+            for value in adaptive_mean adaptive_gaussian ght otsu; do
+                pretrained transfer "$on --threshold $value"
+            done
+            for value in tversky focal focal_tversky bce; do pretrained transfer "$on --loss $value"; done
+            ;;
+        classify | drone) encoders "${1/drone/transfer}" "$4" "$on" ;;
     esac
-    DATASETS=${own:-$(prepared $papers)}
-    [[ -n $DATASETS || -z ${DRY_RUN:-} ]] || DATASETS=$papers    # nothing is prepared yet: what would be run
-    [[ -n $DATASETS ]] || { echo "$1: none of $papers is prepared: see python prepare_data.py --help" >&2; return 0; }
-    "plan_$1"
-)
-
-# shard K N: a plan's lines by job, each once, the job's number before them; only jobs K, K + N, K + 2N, ...
-shard() {
-    awk -F'\t' -v k="$1" -v n="$2" '
-        seen[$0]++ { next }
-        !($1 in number) { number[$1] = ++jobs }
-        { lines[number[$1]] = lines[number[$1]] number[$1] "\t" $2 "\t" $3 "\n" }
-        END { for (j = 1; j <= jobs; j++) if (j % n == k % n) printf "%s", lines[j] }'
 }
 
-# ---------------------------------------------------------------------------------------------------------- the driver
-
-# attempt PRODUCT COMMAND: 0 done, 75 another process is at it, else failed.
-attempt() {
-    local log=results/logs/${1//\//_}.log code=0
-    mkdir -p results/logs
-    "$PYTHON" ${2#python } >"$log.$$" 2>&1 &                      # the plan's words hold no blanks
-    child=$!
-    wait "$child" || code=$?
-    [[ $code == 75 ]] && rm -f "$log.$$" || mv "$log.$$" "$log"
-    return $code
+# plan PARTS...: the lines of parts of the benchmark, with the defaults of what the environment does not set; each run once, with all
+# that is made of it; every N-th from the K-th on where SHARD is K/N.
+plan() {
+    local part dataset seed backbone papers
+    local METHODS=${METHODS:-medsass byol simsiam dino mae simmim} LABELS=${LABELS:-0.01 0.1 1.0}
+    local PROTOCOLS=${PROTOCOLS:-transfer frozen finetune}
+    for part in "$@"; do
+        papers='dm tissuenet isic xray'
+        [[ $part != classify ]] || papers='isic xray'
+        [[ $part != drone ]] || papers=drone
+        for dataset in ${DATASETS:-$(prepared $papers)}; do
+            [[ $part != drone || $dataset == drone ]] || continue
+            for seed in ${SEEDS:-0 1 2 $([[ $part == drone ]] || echo 3 4)}; do
+                for backbone in ${BACKBONES:-resnet50 vit_small}; do
+                    [[ $part != drone || $backbone == resnet50 ]] || continue
+                    plan_of "$part" "$dataset" "$seed" "$backbone"
+                done
+            done
+        done
+    done | awk -F'|' -v k="${SHARD%/*}" -v n="${SHARD#*/}" '
+        { run = $1 == "" ? $0 : $1 }
+        !(run in place) { place[run] = ++runs; line[runs] = run; if ($1 == "") next }
+        $1 != "" { for (i = 2; i <= NF; i++) if (!seen[run, $i]++) line[place[run]] = line[place[run]] "|" $i }
+        END { for (i = 1; i <= runs; i++) if (i % n == k % n) print line[i] }'
 }
 
-# drive CLAIMS: run the plan on standard input, by jobs that no other driver of this call has claimed (a folder in CLAIMS);
-# what another process is at is tried again until it is done.
+# prepared NAMES...: those of the names that are prepared; in a dry run, where none is, all of them.
+prepared() {
+    local name found=''
+    for name in "$@"; do
+        [[ ! -f data/$name/meta.json ]] || found+="$name "
+    done
+    [[ -n $found || -z ${DRY_RUN:-} ]] || found=$*
+    echo "$found"
+}
+
+# -------------------------------------------------------------------------------------------------------- the driver
+
+# once SCRIPT FLAGS...: run it, unless its log says that what it made is there; prints that, its last line.
+once() {
+    local words="$*" log code=0 made
+    log=results/logs/${words//[^a-zA-Z0-9.+]/_}.log
+    made=$(tail -n 1 "$log" 2>/dev/null || true)
+    if [[ ! -f $made ]]; then
+        echo "[$NUMBER] python $*" >&2
+        "$PYTHON" "$@" >"$log.$$" 2>&1 || code=$?
+        if [[ $code == 75 ]]; then          # another process is at it
+            echo "$*" >>"$WORK/later"
+            return 75
+        fi
+        mv "$log.$$" "$log"
+        [[ $code == 0 ]] || { printf '  exit code %s: python %s\n    log: %s\n' "$code" "$*" "$log" >>"$WORK/failed"; return 1; }
+        made=$(tail -n 1 "$log")
+    fi
+    echo "$made"
+}
+
+# job LINE: a line of the plan, with its number before it.
+job() {
+    local flags run='' parts gpus=(${GPUS:-})
+    trap 'rm -f results/logs/*.log.$$' EXIT
+    trap 'exit 143' TERM
+    [[ -z ${GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT]}
+    IFS='|' read -r -a parts <<<"$1"
+    NUMBER=${parts[0]}
+    if [[ -n ${parts[1]} ]]; then
+        run=$(once pretrain.py ${parts[1]}) || return 0         # what builds on it is not tried
+        run=${run%/*}
+    fi
+    for flags in "${parts[@]:2}"; do
+        once finetune_eval.py ${run:+--run "$run"} $flags >/dev/null || true
+    done
+}
+
+# drive JOBS: the plan on standard input, so many lines at a time; what another process is at is tried again until it is done.
 drive() {
-    local lines all later failed='' mine=' ' bad=' ' busy number product command code total first start=$SECONDS child=''
-    all=$(cat) lines=$all
-    total=$(grep -c . <<<"$all" || true) first=$(count_done "$all")
-    trap 'kill "$child" 2>/dev/null; exit 143' TERM
-    while [[ -n $lines ]]; do
-        later='' busy=' '
-        while IFS=$'\t' read -r number product command; do
-            if [[ $mine != *" $number "* ]]; then
-                mkdir "$1/$number" 2>/dev/null || continue      # the other driver's
-                mine+="$number "
-            fi
-            if [[ -f $product ]]; then
-                continue
-            elif [[ $bad == *" $number "* ]]; then              # it builds on a run that failed
-                failed+=$'\n'"  not tried: $command"
-            elif [[ $busy == *" $number "* ]]; then             # it builds on a run that another process is at
-                later+=$number$'\t'$product$'\t'$command$'\n'
-            else
-                progress "$(count_done "$all")" "$first" "$total" $((SECONDS - start))
-                echo "$command"
-                code=0
-                attempt "$product" "$command" </dev/null || code=$?
-                if [[ $code == 75 ]]; then
-                    echo '    another process is at work on this: later'
-                    later+=$number$'\t'$product$'\t'$command$'\n'
-                    [[ $command != *pretrain.py* ]] || busy+="$number "
-                elif [[ $code != 0 ]]; then
-                    echo "    failed with exit code $code"
-                    failed+=$'\n'"  exit code $code: $command"$'\n'"    log: results/logs/${product//\//_}.log"
-                    [[ $command != *pretrain.py* ]] || bad+="$number "
-                fi
-            fi
-        done <<<"$lines"
-        lines=${later%$'\n'}
-        [[ -z $lines ]] || sleep 5
+    local lines total
+    lines=$(cat) total=$(grep -c . <<<"$lines" || true)
+    export PYTHON WORK GPUS
+    WORK=$(mktemp -d)
+    mkdir -p results/logs
+    awk '{ printf "%d/%d|%s%c", NR, total, $0, 0 }' total="$total" <<<"$lines" >"$WORK/plan"
+    touch "$WORK/later"
+    while [[ -f $WORK/later ]]; do
+        rm "$WORK/later"
+        set -m                              # a process group of its own, to be stopped as one
+        xargs -0 -n 1 -P "$1" ${GPUS:+--process-slot-var=SLOT} "$BASH" run_all.sh job <"$WORK/plan" &
+        group=$!
+        set +m
+        trap 'kill -- -$group; wait; rm -r "$WORK"; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
+        wait $group || true
+        [[ ! -f $WORK/later ]] || sleep 5
     done
-    [[ -z $failed ]] || { printf '\nfailed:%s\n' "$failed" >&2; return 1; }
+    trap - INT TERM
+    [[ ! -f $WORK/failed ]] || { printf '\nfailed:\n' >&2; cat "$WORK/failed" >&2; rm -r "$WORK"; return 1; }
+    rm -r "$WORK"
 }
 
-# count_done LINES: how many of a plan's products are there.
-count_done() {
-    local number product command done=0
-    while IFS=$'\t' read -r number product command; do
-        [[ ! -f $product ]] || done=$((done + 1))
-    done <<<"$1"
-    echo "$done"
-}
-
-# progress DONE FIRST TOTAL SECONDS: "[3/70, about 9 min left] "; FIRST were done before these SECONDS.
-progress() {
-    local left=''
-    (($1 == $2)) || left=", about $(($4 * ($3 - $1) / ($1 - $2) / 60 + 1)) min left"
-    printf '[%d/%d%s] ' "$1" "$3" "$left"
-}
-
-# The demo's pictures, unless they are there; another process may be drawing them.
-draw_demo() {
-    local code
-    while [[ ! -f data/demo/meta.json ]]; do
-        code=0
-        "$PYTHON" prepare_data.py --dataset demo ${SIZE:+--size "$SIZE"} || code=$?
-        [[ $code == 0 || -f data/demo/meta.json ]] || { [[ $code == 75 ]] && sleep 2 || exit "$code"; }
-    done
-}
-
-# right_size DATASETS...: stop where one is not prepared, or not at $SIZE.
-right_size() {
+# ready DATASETS...: stop where one is not prepared, or not at $SIZE; the demo's pictures are drawn.
+ready() {
     local name
     for name in "$@"; do
+        if [[ $name == demo && ! -f data/demo/meta.json ]]; then
+            "$PYTHON" prepare_data.py --dataset demo ${SIZE:+--size "$SIZE"} || [[ -f data/demo/meta.json ]]    # by another process
+        fi
         [[ -f data/$name/meta.json ]] || { echo "data/$name is not prepared: see python prepare_data.py --help" >&2; exit 1; }
         [[ -z ${SIZE:-} ]] || grep -q "\"size\": $SIZE," "data/$name/meta.json" ||
             { echo "data/$name is not prepared at SIZE=$SIZE: prepare it again with --size $SIZE --overwrite" >&2; exit 1; }
     done
 }
 
-# benchmark PARTS...: plan them, run what is missing, write the report.
+# benchmark: run what is missing of the plan on standard input, and write the report.
 benchmark() {
-    local code=0 part lines claims drivers=() driver k n jobs=${JOBS:-1} gpus=(${GPUS:-})
+    local code=0 gpus=(${GPUS:-}) jobs=${JOBS:-1}
     ((${#gpus[@]} == 0)) || jobs=${#gpus[@]}
-    [[ ${SHARD:-1/1} =~ ^([0-9]+)/([0-9]+)$ ]] && k=${BASH_REMATCH[1]} n=${BASH_REMATCH[2]} && ((1 <= k && k <= n)) ||
-        { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
     if [[ -n ${DRY_RUN:-} ]]; then
-        for part in "$@"; do plan "$part"; done | shard "$k" "$n" | cut -f3
+        awk -F'|' '{ if ($1 != "") print "python pretrain.py " $1
+                     for (i = 2; i <= NF; i++) print ($1 == "" ? "" : "    ") "python finetune_eval.py " ($1 == "" ? "" : "--run RUN ") $i }'
         return
     fi
-    [[ " ${DATASETS:-} " != *' demo '* ]] || draw_demo
-    right_size ${DATASETS:-}
-    lines=$(for part in "$@"; do plan "$part"; done)
     if ((jobs > 1)) && [[ -z ${OMP_NUM_THREADS:-} ]]; then      # cores are shared, not fought over
-        OMP_NUM_THREADS=$(("$("$PYTHON" -c 'import os; print(os.cpu_count())')" / jobs)) && ((OMP_NUM_THREADS)) || OMP_NUM_THREADS=1
+        OMP_NUM_THREADS=$("$PYTHON" -c "import os; print(max(1, os.cpu_count() // $jobs))")
         export OMP_NUM_THREADS
     fi
-    trap 'kill "${drivers[@]}" 2>/dev/null; echo "stopped; the same command goes on" >&2; exit 130' INT TERM
-    lines=$(shard "$k" "$n" <<<"$lines") claims=$(mktemp -d)
-    for ((driver = 0; driver < jobs; driver++)); do
-        { [[ -z ${GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=${gpus[driver]}; drive "$claims"; } <<<"$lines" &
-        drivers+=($!)
-    done
-    for driver in "${drivers[@]}"; do wait "$driver" || code=$?; done
-    rm -r "$claims"
+    drive "$jobs" || code=1
     ! ls results/*/*/*/*/*.json >/dev/null 2>&1 || "$PYTHON" finetune_eval.py --report || code=1
-    return "$code"
+    return $code
 }
 
+# What Otsu's threshold draws, what MedSASS makes of it, and what six labels add.
 demo() {
-    # One run long enough to see the method work, then all of main in miniature.
-    export DATASETS=demo SEEDS=${SEEDS:-0 1} PROTOCOLS=${PROTOCOLS:-transfer finetune} LABELS=${LABELS:-0.1}
-    plan_shown() { METHODS=medsass EPOCHS=30 pretrained demo resnet50 0 transfer; }
-    JOBS=${JOBS:-2} EPOCHS=${EPOCHS:-1} benchmark shown main
-    [[ -n ${DRY_RUN:-} ]] || printf '\n%s\n' 'Next: your own images.  python prepare_data.py --dataset folder --raw my_images && DATASETS=my_images bash run_all.sh'
+    local on='--dataset demo --backbone resnet50 --seed 0' few="--labels 0.1 --epochs ${EPOCHS:-10}" run
+    local refined="$on --refine --epochs ${EPOCHS:-16}"
+    [[ -n ${DRY_RUN:-} ]] || ready demo
+    JOBS=${JOBS:-2} benchmark <<TEXT
+$refined|--protocol transfer|--protocol semi $few|--protocol finetune $few
+$on --epochs ${EPOCHS:-16}|--protocol transfer
+|$on --protocol reference
+|$on --protocol supervised $few
+TEXT
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    run=$(once pretrain.py $refined)
+    "$PYTHON" - <<'TEXT'
+import pathlib, numpy, PIL.Image
+folder = pathlib.Path("predictions/pictures")
+folder.mkdir(parents=True, exist_ok=True)
+for k, image in enumerate(numpy.load("data/demo/test_images.npy")[:4]):
+    PIL.Image.fromarray(image).save(folder / f"{k}.png")
+TEXT
+    "$PYTHON" finetune_eval.py --run "${run%/*}" --predict predictions/pictures --out predictions/masks --overlay --overwrite
+    cat <<TEXT
+
+The table is in results/README.md, its chart results/demo.png; ${run} shows image, Otsu, refined mask and
+prediction; masks of pictures in a folder are in predictions/masks.
+Next, your own images:
+    python prepare_data.py --dataset folder --raw my_images && DATASETS=my_images SEEDS=0 bash run_all.sh
+and the whole benchmark in miniature:
+    DATASETS=demo EPOCHS=1 SEEDS="0 1" bash run_all.sh main
+TEXT
+}
+
+# main, ablations, classify, drone
+parts() {
+    local lines
+    [[ -n ${DRY_RUN:-} ]] || ready ${DATASETS:-}
+    lines=$(plan "$@")
+    [[ -n $lines ]] || { echo "nothing to run: no data set for $* is prepared, see python prepare_data.py --help" >&2; exit 1; }
+    benchmark <<<"$lines"
 }
 
 test_packages() {
-    run "$PYTHON" -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image scikit-learn lightly matplotlib tifffile pydicom
+    "$PYTHON" -m pip install --quiet pytest pytest-xdist ruff segmentation-models-pytorch scikit-image scikit-learn lightly \
+        matplotlib tifffile pydicom
 }
 
 tests() {
-    export OMP_NUM_THREADS=1                                    # two tests at a time, a core each; no folder is kept
-    run "$PYTHON" -m pytest -q -n 2 -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
+    export OMP_NUM_THREADS=1                # two tests at a time, a core each; no folder is kept
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m pytest -q -n 2 -o markers=bench -o tmp_path_retention_policy=none -m 'not bench' test_smoke.py
 }
 
-what=${1:-demo}
-[[ $what != demo || -z ${DATASETS:-} ]] || what=main
+SHARD=${SHARD:-1/1}
+[[ $SHARD =~ ^([0-9]+)/([0-9]+)$ ]] && ((1 <= BASH_REMATCH[1] && BASH_REMATCH[1] <= BASH_REMATCH[2])) ||
+    { echo "SHARD=$SHARD is not of the form 2/8" >&2; exit 2; }
+what=${1:-}
+if [[ -z $what ]]; then
+    what=main
+    [[ -n ${DATASETS:-} || -n $(DRY_RUN='' prepared dm tissuenet isic xray) ]] || what=demo
+fi
 case $what in
     demo) setup; demo ;;
-    main | ablations | classify | drone) setup; benchmark "$what" ;;
-    all) setup; benchmark main ablations classify drone ;;
+    main | ablations | classify | drone) setup; parts "$what" ;;
+    all) setup; parts main ablations classify drone ;;
     test) setup; test_packages; tests ;;
-    bench) setup; test_packages; run "$PYTHON" -m pytest -q -o markers=bench -m bench test_smoke.py ;;
+    bench) setup; test_packages; "$PYTHON" -m pytest -q -o markers=bench -m bench test_smoke.py ;;
+    job) job "$2" ;;                        # called by xargs
     help | -h | --help) help ;;
     *) printf 'unknown command: %s\n' "$what" >&2; help >&2; exit 2 ;;
 esac

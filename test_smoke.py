@@ -5,6 +5,7 @@ import copy
 import csv
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -1217,26 +1218,27 @@ def test_flags_of_medsass_are_ignored_by_baselines(data, tmp_path, capsys):
     assert "ignored: --threshold, --loss" in out and "weights of epoch 2 are kept" in out   # the last, though its loss is no better
 
 
-# ------------------------------------------------------------------------------------------------------- finetune_eval
+# ---------------------------------------------------------------------------------- finetune_eval
 
 def test_segmentation_scores_equal_sklearn_and_smp():
-    pred, target = rng.random((5, 12, 10)) < .4, rng.random((5, 12, 10)) < .3
-    pred[3], target[3] = False, False                           # nothing to find, nothing found
-    pred[4], target[4] = True, False                            # nothing to find, something found
+    pred = rng.random((5, 12, 10)) < .4
+    target = rng.random((5, 12, 10)) < .3
+    pred[3], target[3] = False, False                   # nothing to find, nothing found
+    pred[4], target[4] = True, False                    # nothing to find, something found
     ours = finetune_eval.segmentation_scores(pred, target)
-    p, t = pred.ravel(), target.ravel()
-    assert ours["iou_global"] == pytest.approx(sklearn.metrics.jaccard_score(t, p))
-    assert ours["dice_global"] == pytest.approx(sklearn.metrics.f1_score(t, p))
-    assert ours["precision_global"] == pytest.approx(sklearn.metrics.precision_score(t, p))
-    assert ours["recall_global"] == pytest.approx(sklearn.metrics.recall_score(t, p))
-    assert ours["accuracy_global"] == pytest.approx(sklearn.metrics.accuracy_score(t, p))
-    single = [sklearn.metrics.jaccard_score(b.ravel(), a.ravel()) for a, b in zip(pred[:3], target[:3])] + [1.0, 0.0]
-    assert ours["iou_image"] == pytest.approx(np.mean(single))
-    stats = smp.metrics.get_stats(torch.tensor(pred[:3, None]).long(), torch.tensor(target[:3, None]).long(), mode="binary")
-    ours = finetune_eval.segmentation_scores(pred[:3], target[:3])
-    assert ours["iou_global"] == pytest.approx(smp.metrics.iou_score(*stats, reduction="micro").item())
-    assert ours["iou_image"] == pytest.approx(smp.metrics.iou_score(*stats, reduction="micro-imagewise").item())
-    assert ours["dice_image"] == pytest.approx(smp.metrics.f1_score(*stats, reduction="micro-imagewise").item())
+    theirs = dict(iou=sklearn.metrics.jaccard_score, dice=sklearn.metrics.f1_score,
+                  precision=sklearn.metrics.precision_score, recall=sklearn.metrics.recall_score,
+                  accuracy=sklearn.metrics.accuracy_score)
+    for name, score_of in theirs.items():
+        assert ours[f"{name}_global"] == pytest.approx(score_of(target.ravel(), pred.ravel()))
+    stats = smp.metrics.get_stats(torch.tensor(pred[:3, None]).long(),
+                                  torch.tensor(target[:3, None]).long(), mode="binary")
+    three = finetune_eval.segmentation_scores(pred[:3], target[:3])
+    for name, score_of in dict(iou=smp.metrics.iou_score, dice=smp.metrics.f1_score).items():
+        for kind, reduction in dict(globally="micro", image="micro-imagewise").items():
+            key = f"{name}_{kind.removesuffix('ly')}"
+            assert three[key] == pytest.approx(score_of(*stats, reduction=reduction).item())
+    assert ours["iou_image"] == pytest.approx((3 * three["iou_image"] + 1 + 0) / 5)
     empty = np.zeros((2, 4, 4), bool)
     assert set(finetune_eval.segmentation_scores(empty, empty).values()) == {1.0}
     with pytest.raises(ValueError, match="bool"):
@@ -1244,9 +1246,23 @@ def test_segmentation_scores_equal_sklearn_and_smp():
 
 
 def score(data, out, *flags):
+    """Run finetune_eval.py in this process; returns the JSON's path and the result."""
     finetune_eval.main(["--data", str(data), "--out", str(out), "--device", "cpu", *flags])
     newest = max(out.rglob("*.json"), key=lambda f: f.stat().st_mtime_ns)
     return newest, json.loads(newest.read_text())
+
+
+ON_DEMO = ["--dataset", "demo", "--backbone", "resnet50"]
+
+
+def load_unet(run, size=32):
+    unet = models.build_unet("resnet50", size)
+    unet.load_state_dict(weights_of(run))
+    return unet.eval()
+
+
+def weights_of(folder):
+    return torch.load(folder / "best.pt", weights_only=True)["model"]
 
 
 def test_transfer_scores_the_saved_network(data, run, tmp_path):
@@ -1254,15 +1270,15 @@ def test_transfer_scores_the_saved_network(data, run, tmp_path):
     assert path.relative_to(tmp_path) == Path("demo/resnet50/medsass-e2/seed0/transfer.json")
     assert path.with_suffix(".png").exists()
     images, masks = prepare_data.open_part(data / "demo", "test")
-    unet = models.build_unet("resnet50")
-    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
     pixels = torch.tensor(np.array(images)).permute(0, 3, 1, 2) / 255
-    pixels = torchvision.transforms.v2.functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    pixels = torchvision.transforms.v2.functional.normalize(
+        pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.inference_mode():
-        pred = unet.eval()(pixels)[:, 0].numpy() > 0
+        pred = load_unet(run)(pixels)[:, 0].numpy() > 0
     expected = finetune_eval.segmentation_scores(pred, np.array(masks).astype(bool))
     assert {k: result[k] for k in expected} == pytest.approx(expected, abs=2e-4)
-    assert (result["protocol"], result["n_test"], result["labels"], result["train"]) == ("transfer", 32, 0, "end2end")
+    about = dict(protocol="transfer", n_test=32, labels=0, train="end2end", method="medsass")
+    assert about.items() <= result.items()
     again = path.read_bytes()
     score(data, tmp_path, "--run", str(run))
     assert path.read_bytes() == again
@@ -1274,495 +1290,732 @@ def test_scores_do_not_depend_on_the_batch_size(data, run, tmp_path, monkeypatch
     results = []
     for batch in (1, 7, 32):
         monkeypatch.setattr(finetune_eval.score_images, "__defaults__", (batch,))
-        results.append(score(data, tmp_path / str(batch), "--run", str(run))[1] | dict(command=""))
+        result = score(data, tmp_path / str(batch), "--run", str(run))[1]
+        results.append(result | dict(command=""))
     assert results[0] == results[1] == results[2]
 
 
 def test_encoder_runs_and_files_get_a_fresh_seeded_decoder(data, run, vit_run, tmp_path):
-    encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50"]
-    first = score(data, tmp_path / "a", *encoder)[1]
-    assert first == score(data, tmp_path / "b", *encoder)[1] | dict(command=first["command"])
-    assert first != score(data, tmp_path / "c", *encoder, "--seed", "1")[1] | dict(command=first["command"])
-    _, transfer = score(data, tmp_path / "d", "--run", str(run))
-    assert first["iou_global"] != transfer["iou_global"]
-    score(data, tmp_path, "--encoder", str(vit_run / "encoder.pth"), "--dataset", "demo", "--backbone", "vit_small")
-    refused(lambda: score(data, tmp_path, "--encoder", str(vit_run / "encoder.pth"), "--dataset", "demo", "--backbone",
-                          "resnet50"), vit_run / "encoder.pth", "vit_small")
+    encoder = ["--encoder", str(run / "encoder.pth"), *ON_DEMO]
+    first, again, other = [score(data, tmp_path / name, *encoder, "--seed", seed)[1]["iou_global"]
+                           for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    assert first == again != other
+    assert first != score(data, tmp_path / "d", "--run", str(run))[1]["iou_global"]
+    vit = ["--encoder", str(vit_run / "encoder.pth"), "--dataset", "demo", "--backbone"]
+    score(data, tmp_path, *vit, "vit_small")
+    refused(lambda: score(data, tmp_path, *vit, "resnet50"), vit[1], "vit_small")
 
 
-def test_reference_rows_by_hand(data, tmp_path, capsys):
-    _, result = score(data, tmp_path, "--protocol", "reference", "--dataset", "demo", "--backbone", "resnet50")
-    masks = np.array(prepare_data.open_part(data / "demo", "test")[1]).astype(bool)
-    share = masks.mean()
-    assert result["all_foreground"]["iou_global"] == pytest.approx(share)
-    assert (result["all_background"]["iou_global"], result["all_background"]["accuracy_global"]) == (0, pytest.approx(1 - share))
-    images = np.array(prepare_data.open_part(data / "demo", "test")[0])
-    raw = np.stack([image[..., 0] > skimage.filters.threshold_otsu(image[..., 0]) for image in images])
-    assert result["raw_threshold"]["iou_global"] == pytest.approx((raw & masks).sum() / (raw | masks).sum())
-    assert result["raw_threshold_inverted"]["iou_global"] == pytest.approx((~raw & masks).sum() / (~raw | masks).sum())
-    truths = np.array(prepare_data.open_part(data / "demo", "train")[1]) > 0
+def test_reference_rows_by_hand(data, tmp_path):
+    _, result = score(data, tmp_path, "--protocol", "reference", *ON_DEMO)
+    images, masks = prepare_data.open_part(data / "demo", "test")
+    images = np.array(images)
+    masks = np.array(masks).astype(bool)
+    raw = np.stack([image[..., 0] > skimage.filters.threshold_otsu(image[..., 0])
+                    for image in images])
+    train_images, truths = prepare_data.open_part(data / "demo", "train")
+    truths = np.array(truths) > 0
     cuts = [truths.mean(axis=0) >= k / len(truths) for k in range(1, len(truths) + 1)]
     constant = max(cuts, key=lambda cut: (cut & truths).sum() / (cut | truths).sum())
-    assert result["best_constant"]["iou_global"] >= max(result["all_foreground"]["iou_global"], .05)
-    assert result["best_constant"]["iou_global"] == pytest.approx((constant & masks).sum() / (constant | masks).sum())
+    refinement, _ = pretrain.decide_refinement(train_images, "bright")
+    expected = dict(all_foreground=np.ones_like(masks), all_background=np.zeros_like(masks),
+                    raw_threshold=raw, raw_threshold_inverted=~raw,
+                    refined_threshold=np.stack([refinement.draw(image) for image in images]),
+                    best_constant=np.repeat(constant[None], len(masks), axis=0))
+    for name, pred in expected.items():
+        scores = finetune_eval.segmentation_scores(pred, masks)
+        assert {key: result[name][key] for key in scores} == pytest.approx(scores)
     assert result["best_constant"]["uses_labels"] and "random_init" in result
-    (tmp_path / "broken.json").write_text("{")
-    finetune_eval.main(["--report", "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "broken.json" in out and "raw_threshold_inverted" in out
 
 
 def test_demo_is_neither_trivial_nor_hopeless(tmp_path):
-    for seed in (0, 1, 7):
-        prepare_data.main(["--dataset", "demo", "--out", str(tmp_path), "--seed", str(seed), "--name", str(seed)])
-        images, masks = prepare_data.open_part(tmp_path / str(seed), "test")
+    for seed in ("0", "1", "7"):
+        flags = ["--dataset", "demo", "--out", str(tmp_path), "--seed", seed, "--name", seed]
+        prepare_data.main(flags)
+        images, masks = prepare_data.open_part(tmp_path / seed, "test")
         raw = pretrain.pseudo_mask(np.array(images)).astype(bool)
-        assert .5 < finetune_eval.segmentation_scores(raw, np.array(masks).astype(bool))["iou_global"] < .9
+        scores = finetune_eval.segmentation_scores(raw, np.array(masks).astype(bool))
+        assert .5 < scores["iou_global"] < .9
 
 
 def test_hausdorff_equals_a_loop_over_boundary_pixels():
     def edge(mask):
         padded = np.pad(mask, 1)
-        return [(y, x) for y, x in np.argwhere(mask) if not (padded[y, x + 1] and padded[y + 2, x + 1] and padded[y + 1, x]
-                                                             and padded[y + 1, x + 2])]
+        return [(y, x) for y, x in np.argwhere(mask)
+                if not (padded[y, x + 1] and padded[y + 2, x + 1]
+                        and padded[y + 1, x] and padded[y + 1, x + 2])]
+
+    def distances(one, other):
+        return [min(math.dist(p, q) for q in edge(other)) for p in edge(one)]
 
     blobs = [cv2.GaussianBlur(rng.random((23, 31)), (0, 0), 2) > .5 for _ in range(6)]
     blobs.append(np.ones((23, 31), bool))
-    for a, b in zip(blobs, blobs[1:]):
-        nearest = [[min(math.dist(p, q) for q in edge(other)) for p in edge(one)] for one, other in ((a, b), (b, a))]
-        expected = max(np.percentile(distances, 95) for distances in nearest)
+    for a, b in itertools.pairwise(blobs):
+        expected = max(np.percentile(distances(a, b), 95), np.percentile(distances(b, a), 95))
         assert finetune_eval.hausdorff95(a[None], b[None])[0] == pytest.approx(expected, abs=1e-9)
     empty = np.zeros((23, 31), bool)
-    rules = finetune_eval.hausdorff95(np.stack([empty, empty, blobs[0]]), np.stack([empty, blobs[0], empty]))
+    rules = finetune_eval.hausdorff95(np.stack([empty, empty, blobs[0]]),
+                                      np.stack([empty, blobs[0], empty]))
     assert rules.tolist() == [0, math.hypot(23, 31), math.hypot(23, 31)]
 
 
 def test_bootstrap_equals_a_loop_over_drawn_images():
-    pred, target = rng.random((8, 6, 5)) < .5, rng.random((8, 6, 5)) < .4
+    pred = rng.random((8, 6, 5)) < .5
+    target = rng.random((8, 6, 5)) < .4
     groups = ["a", "a", "b", "c", "c", "c", "d", "e"]
-    counts, weights = finetune_eval.count_pixels(pred, target), finetune_eval.bootstrap_weights(groups, rounds=50, seed=3)
+    counts = finetune_eval.count_pixels(pred, target)
+    weights = finetune_eval.bootstrap_weights(groups, rounds=50, seed=3)
+    assert np.array_equal(weights, finetune_eval.bootstrap_weights(groups, rounds=50, seed=3))
     samples = finetune_eval.resampled_scores(counts, weights)
     for k, weight in enumerate(weights):
-        drawn = [i for i in range(8) for _ in range(int(weight[i]))]
-        assert len({weight[i] for i in (0, 1)}) == len({weight[i] for i in (3, 4, 5)}) == 1         # groups stay whole
-        assert weight[0] + weight[2] + weight[3] + weight[6] + weight[7] == 5                       # as many as there are
+        assert weight[0] == weight[1] and weight[3] == weight[4] == weight[5]   # groups stay whole
+        assert weight[[0, 2, 3, 6, 7]].sum() == 5       # as many as there are
+        drawn = np.repeat(np.arange(8), weight.astype(int))
         expected = finetune_eval.segmentation_scores(pred[drawn], target[drawn])
         assert {name: value[k] for name, value in samples.items()} == pytest.approx(expected)
-    assert np.array_equal(weights, finetune_eval.bootstrap_weights(groups, rounds=50, seed=3))
     single = finetune_eval.bootstrap_weights(range(40), rounds=4000)
-    low, high = finetune_eval.interval(single @ np.arange(40) / 40)             # of a mean: close to the normal interval
-    spread = 1.96 * np.arange(40).std() / 40 ** .5
-    assert (low, high) == (pytest.approx(19.5 - spread, abs=.3), pytest.approx(19.5 + spread, abs=.3))
-    table = np.column_stack([counts, np.zeros(8)])
-    difference, (low, high) = finetune_eval.paired_difference([table, table], [table], groups)
-    assert difference == low == high == 0
-    worse = np.column_stack([finetune_eval.count_pixels(~pred, target), np.zeros(8)])
-    difference, (low, high) = finetune_eval.paired_difference([table], [worse], groups)
-    assert difference == pytest.approx(finetune_eval.segmentation_scores(pred, target)["iou_global"]
-                                       - finetune_eval.segmentation_scores(~pred, target)["iou_global"]) and low < difference < high
+    bounds = finetune_eval.interval(single @ np.arange(40) / 40)
+    spread = 1.96 * np.arange(40).std() / 40 ** .5      # of a mean: close to the normal interval
+    assert bounds == pytest.approx([19.5 - spread, 19.5 + spread], abs=.3)
+
+
+def test_paired_difference_is_of_the_same_images():
+    pred = rng.random((8, 6, 5)) < .5
+    target = rng.random((8, 6, 5)) < .4
+    groups = list("aabcccde")
+    ours, other = [np.column_stack([finetune_eval.count_pixels(p, target), np.zeros(8)])
+                   for p in (pred, ~pred)]
+    assert finetune_eval.paired_difference([ours, ours], [ours], groups) == (0, [0, 0])
+    difference, (low, high) = finetune_eval.paired_difference([ours], [other], groups)
+    iou, other_iou = [finetune_eval.segmentation_scores(p, target)["iou_global"]
+                      for p in (pred, ~pred)]
+    assert difference == pytest.approx(iou - other_iou) and low < difference < high
 
 
 def test_labelled_images_are_nested_and_by_group():
     names = [dict(name=f"{i}", group=f"g{i // 4}" if i < 40 else "") for i in range(50)]
-    rows = {labels: finetune_eval.labelled_rows(names, labels, 5, 50) for labels in (.01, .1, .5, 1, 7, 50)}
-    assert [len(r) for r in rows.values()] == [1, 5, 25, 1, 7, 50] and len(finetune_eval.labelled_rows(names, 1.0, 5, 50)) == 50
+    rows = {}
+    for labels, n in {.01: 1, .1: 5, .5: 25, 1: 1, 7: 7, 50: 50, 1.0001: 50}.items():
+        rows[labels] = finetune_eval.labelled_rows(names, labels, 5, 50)
+        assert len(rows[labels]) == n
     for few, many in ((.01, .1), (.1, .5), (1, 7), (7, .5), (.5, 50)):
         assert set(rows[few]) <= set(rows[many])
-    assert len({names[k]["group"] or k for k in rows[.5]}) < 13                 # whole groups but the last
-    assert rows[.5] == finetune_eval.labelled_rows(names, .5, 5, 50) != finetune_eval.labelled_rows(names, .5, 6, 50)
-    assert len(finetune_eval.labelled_rows(names[:8], 10, 5, 50)) == 2          # a part of 8 gives its like share
+    assert len({names[k]["group"] or k for k in rows[.5]}) < 13     # whole groups but the last
+    assert rows[.5] == finetune_eval.labelled_rows(names, .5, 5, 50)
+    assert rows[.5] != finetune_eval.labelled_rows(names, .5, 6, 50)
+    assert len(finetune_eval.labelled_rows(names[:8], 10, 5, 50)) == 2  # a part: its like share
 
 
 def test_image_and_truth_are_augmented_alike(tmp_path):
     masks = np.zeros((2, 48, 48), np.uint8)
-    masks[0, 5:20, 8:40], masks[1, 30:44, 3:20] = 1, 1
+    masks[0, 5:20, 8:40] = 1
+    masks[1, 30:44, 3:20] = 1
+    images = np.repeat(masks[..., None] * 200 + 20, 3, axis=3).astype(np.uint8)
     np.save(tmp_path / "train_masks.npy", masks)
-    np.save(tmp_path / "train_images.npy", np.repeat(masks[..., None] * 200 + 20, 3, axis=3).astype(np.uint8))
-    labelled = pretrain.Images(tmp_path, "train", pretrain.paper_augmentation(), 0, rows=[1, 0], masks=tmp_path / "train_masks.npy")
+    np.save(tmp_path / "train_images.npy", images)
+    labelled = pretrain.Images(tmp_path, "train", pretrain.paper_augmentation(), 0, rows=[1, 0],
+                               masks=tmp_path / "train_masks.npy")
     moved = 0
     for turn in range(30):
         row, (view, mask) = labelled[turn, turn % 2]
-        assert row == 1 - turn % 2 and mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 1}
-        assert ((view[1] > 110) != mask[0].bool()).float().mean() < .04, turn   # edges are drawn bilinear and nearest
+        assert row == 1 - turn % 2 and type(mask) is torch.Tensor and mask.dtype == torch.uint8
+        is_wrong = (view[1] > 110) != (mask[0] == 1)
+        assert is_wrong.float().mean() < .04, turn      # edges are drawn bilinear and nearest
         moved += not np.array_equal(mask[0].numpy(), masks[row])
-    assert moved > 20 and type(mask) is torch.Tensor
+    assert moved > 20
 
 
 def tune(data, out, *flags, epochs=1):
-    """Run finetune_eval.py with training, on the demo; returns the result and the folder of its training."""
-    path, result = score(data, out / "results", "--epochs", str(epochs), "--workers", "0", "--runs", str(out / "runs"), *flags)
-    found = [f.parent for f in [*out.rglob("config.json"), *data.parent.rglob("config.json")] if f.parent.name.startswith(path.stem)]
-    return result, max(found, key=lambda f: f.stat().st_mtime_ns), path
+    """Run finetune_eval.py with training, on the demo; returns the result, the folder of its
+    training, and the JSON's path."""
+    path, result = score(data, out / "results", "--epochs", str(epochs), "--workers", "0",
+                         "--runs", str(out / "runs"), *flags)
+    found = [*out.rglob("config.json"), *data.parent.rglob("config.json")]
+    found = [config.parent for config in found if config.parent.name.startswith(path.stem)]
+    return result, max(found, key=lambda folder: folder.stat().st_mtime_ns), path
 
 
-def weights_of(folder):
-    return torch.load(folder / "best.pt", weights_only=True)["model"]
+@pytest.fixture
+def own_run(run, tmp_path):
+    """A copy of the run, for training on labels inside it."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def test_protocols_train_what_they_say(data, run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    source, own = weights_of(run), ["--run", str(tmp_path / "run")]
-    frozen, folder, path = tune(data, tmp_path, *own, "--protocol", "frozen", "--labels", "0.1")
-    changed = {name for name, value in weights_of(folder).items() if not torch.equal(value, source[name])}
-    assert changed and not any(name.startswith("encoder.") for name in changed)
-    assert path.name == "frozen-l0.1-e1.json" and (frozen["n_labels_train"], frozen["n_labels_val"]) == (6, 2)
-    tuned, folder, _ = tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "3")
-    assert json.loads((folder / "config.json").read_text())["settings"]["decoder"] == "pretrained" and (tuned["n_labels_train"], tuned["labels"]) == (3, 3)
-    assert any(name.startswith("encoder.") and not torch.equal(value, source[name]) for name, value in weights_of(folder).items())
-    other, other_folder, path = tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "3", "--seed", "5")
-    assert other_folder.name == folder.name + "-seed5" and path.parent.name == "seed5" and other["seed"] == 5      # other labels
-    from_scratch, _, path = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised")
-    assert (from_scratch["method"], from_scratch["n_labels_train"], from_scratch["n_labels_val"]) == ("supervised", 64, 16)
-    assert frozen["budget_steps"] == tuned["budget_steps"] == from_scratch["budget_steps"] == 4     # few labels, same steps
-    rows = list(csv.DictReader(open(path.with_suffix(".csv"))))
-    counts = np.array([[int(row[c]) for c in ("tp", "fp", "fn", "tn")] for row in rows])
-    assert len(rows) == 32 and {row["row"] for row in rows} == {""}
-    tp, fp, fn, _ = counts.sum(axis=0)
-    assert from_scratch["iou_global"] == pytest.approx(tp / (tp + fp + fn))
-    low, high = from_scratch["iou_global_ci"]
-    assert low < from_scratch["iou_global"] < high and from_scratch["hd95_image"] > 0
-    finetune_eval.main([*["--run", str(folder)], "--predict", str(HERE / ".github"), "--out", str(tmp_path / "masks"), "--device", "cpu"])
-    assert (tmp_path / "masks" / "demo.png").exists()           # a fine-tuned network draws masks like any other run
-    refused(lambda: tune(data, tmp_path, *own, "--protocol", "finetune", "--labels", "65"), "64 training images")
+def test_protocols_train_what_they_say(data, own_run, tmp_path):
+    source = weights_of(own_run)
+    of_run = ["--run", str(own_run), "--protocol"]
+
+    def changed(folder):
+        new = weights_of(folder)
+        return {name for name in new if not torch.equal(new[name], source[name])}
+
+    frozen, folder, path = tune(data, tmp_path, *of_run, "frozen", "--labels", "0.1")
+    assert changed(folder) and not any(name.startswith("encoder.") for name in changed(folder))
+    assert path.name == "frozen-l0.1-e1.json"
+    assert (frozen["n_labels_train"], frozen["n_labels_val"]) == (6, 2)
+    tuned, folder, _ = tune(data, tmp_path, *of_run, "finetune", "--labels", "3")
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["decoder"] == "pretrained" and tuned["n_labels_train"] == tuned["labels"] == 3
+    assert any(name.startswith("encoder.") for name in changed(folder))
+    other, other_folder, path = tune(data, tmp_path, *of_run, "finetune", "--labels", "3",
+                                     "--seed", "5")    # other labels
+    assert other_folder.name == folder.name + "-seed5" and path.parent.name == "seed5"
+    scratch, _, path = tune(data, tmp_path, *ON_DEMO, "--protocol", "supervised")
+    about = dict(method="supervised", n_labels_train=64, n_labels_val=16, budget_steps=4)
+    assert about.items() <= scratch.items()
+    assert frozen["budget_steps"] == tuned["budget_steps"] == 4     # few labels, same steps
+    with open(path.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    tp, fp, fn = [sum(int(row[name]) for row in rows) for name in ("tp", "fp", "fn")]
+    assert len(rows) == 32 and scratch["iou_global"] == pytest.approx(tp / (tp + fp + fn))
+    low, high = scratch["iou_global_ci"]
+    assert low < scratch["iou_global"] < high
+    finetune_eval.main(["--run", str(folder), "--predict", str(HERE / ".github"), "--out",
+                        str(tmp_path / "masks"), "--device", "cpu"])
+    assert (tmp_path / "masks" / "demo.png").exists()   # a tuned network draws like any other run
+    refused(lambda: tune(data, tmp_path, *of_run, "finetune", "--labels", "65"), "64 training")
     with pytest.raises(SystemExit):
-        finetune_eval.main([*own, "--protocol", "finetune", "--labels", "1.5"])
+        finetune_eval.main([*of_run, "finetune", "--labels", "1.5"])
 
 
-def test_the_rate_rises_then_falls_and_the_last_weights_are_kept(data, run, tmp_path, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args, **kw: (rates.append(self.param_groups[0]["lr"]), step(self, *args, **kw))[1])
-    own = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", "--labels", "2"]
-    result, folder, _ = tune(data, tmp_path, *own, epochs=5)
-    expected = [5e-4, 1e-3, *(1e-3 * .5 * (1 + math.cos(math.pi * k / 18)) for k in range(18))]
-    assert rates == pytest.approx(expected) and result["kept_epoch"] == result["epochs_run"] == 5
-    rates.clear()
-    result, folder, _ = tune(data, tmp_path, *own, "--lr", "0", "--patience", "2", epochs=30)      # asked for: stops, keeps the best
+def test_the_rate_rises_then_falls_and_the_last_weights_are_kept(data, own_run, tmp_path,
+                                                                 monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+
+    def noting_step(self, *args, **more):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noting_step)
+    few = [*ON_DEMO, "--protocol", "supervised", "--labels", "2"]
+    result, _, _ = tune(data, tmp_path, *few, epochs=5)
+    cosine = [.5 * (1 + math.cos(math.pi * k / 18)) for k in range(18)]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * factor for factor in cosine)])
+    assert result["kept_epoch"] == result["epochs_run"] == 5
+    rates.clear()                                       # asked for: stops, keeps the best
+    result, _, _ = tune(data, tmp_path, *few, "--lr", "0", "--patience", "2", epochs=30)
     assert set(rates) == {0} and (result["epochs_run"], result["kept_epoch"]) == (3, 1)
-    shutil.copytree(run, tmp_path / "run")
     rates.clear()
-    tune(data, tmp_path, "--run", str(tmp_path / "run"), "--protocol", "finetune")
+    tune(data, tmp_path, "--run", str(own_run), "--protocol", "finetune")
     assert max(rates) == 3.6e-4
 
 
 def test_half_of_what_a_partly_labelled_set_gives_is_labelled(data):
     folder = data / "demo"
-    images = finetune_eval.PartlyLabelled(folder, torchvision.transforms.v2.Identity(), 0, [5, 9], folder / "train_masks.npy")
-    n, truth = len(images), np.load(folder / "train_masks.npy")
+    masks = folder / "train_masks.npy"
+    truth = np.load(masks)
+    n = len(truth)
+    plain = torchvision.transforms.v2.Identity()
+    images = finetune_eval.PartlyLabelled(folder, plain, 0, [5, 9], masks)
     drawn = [images[epoch, k] for epoch in (0, 1) for k in range(n)]
     rows = [row for row, _ in drawn]
-    assert n == len(truth) and rows.count(5) == rows.count(9) == n // 2 + 1 and set(rows) == set(range(n))
+    assert rows.count(5) == rows.count(9) == n // 2 + 1 and set(rows) == set(range(n))
     assert all(np.array_equal(mask[0], truth[row]) for row, (_, mask) in drawn)
-    moved = finetune_eval.PartlyLabelled(folder, pretrain.paper_augmentation(), 0, [5], folder / "train_masks.npy")
-    assert not torch.equal(moved[0, 0][1][0], moved[0, 2][1][0])        # the same row, drawn again
+    moved = finetune_eval.PartlyLabelled(folder, pretrain.paper_augmentation(), 0, [5], masks)
+    assert not torch.equal(moved[0, 0][1][0], moved[0, 2][1][0])    # the same row, drawn again
 
 
-def test_semi_trusts_the_labels_or_draws_the_missing_masks(data, run, tmp_path, capsys, monkeypatch):
-    """From a network that has seen two epochs of pseudo-masks, and from a good one that a large rate ruins."""
-    names = prepare_data.read_names(data / "demo", "train")
-    rows = finetune_eval.labelled_rows(names, 2, 0, len(names))
-    images, truth = (np.array(part) for part in prepare_data.open_part(data / "demo", "train"))
-    _, supervised, _ = tune(data, tmp_path, "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", epochs=8)
-    good = Path(shutil.copytree(run, tmp_path / "good"))
+@pytest.fixture(scope="module")
+def good_run(data, run, tmp_path_factory):
+    """A run with the weights of supervised training: a good network, as if it had seen no label."""
+    folder = tmp_path_factory.mktemp("good")
+    _, supervised, _ = tune(data, folder, *ON_DEMO, "--protocol", "supervised", epochs=8)
+    good = Path(shutil.copytree(run, folder / "good"))
     shutil.copy(supervised / "best.pt", good / "best.pt")
-    shutil.copytree(run, tmp_path / "run")
-    result, folder, _ = tune(data, tmp_path, "--run", str(tmp_path / "run"), "--protocol", "semi", "--labels", "0.5", epochs=6)
-    assert result["trusted"] and (result["n_labels_train"], result["budget_steps"], result["kept_epoch"]) == (32, 24, 6)
+    return good
+
+
+def test_semi_trusts_labels_that_teach_more_than_pseudo_masks(data, own_run, tmp_path):
+    result, _, _ = tune(data, tmp_path, "--run", str(own_run), "--protocol", "semi",
+                        "--labels", "0.5", epochs=6)
+    about = dict(trusted=True, n_labels_train=32, budget_steps=24, kept_epoch=6)
+    assert about.items() <= result.items()
+
+
+def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, good_run, tmp_path,
+                                                                    monkeypatch):
+    """A large rate ruins the tuned one. No other label is read; killed, it goes on to the bit."""
+    good = Path(shutil.copytree(good_run, tmp_path / "good"))
     flags = ["--run", str(good), "--protocol", "semi", "--labels", "2", "--lr", "0.2"]
     result, folder, _ = tune(data, tmp_path, *flags, epochs=2)
-    old = models.build_unet("resnet50")
-    old.load_state_dict(weights_of(good))
-    drawn = finetune_eval.predict_logits(old.eval(), images, "cpu") > 0
-    masks = np.load(folder / "labels/train_masks.npy")
-    is_labelled = np.isin(np.arange(len(truth)), rows)
-    assert np.array_equal(masks[is_labelled], truth[is_labelled]) and (masks[~is_labelled] == drawn[~is_labelled]).mean() > .999
-    assert result["pretrained_iou"] == pytest.approx(finetune_eval.segmentation_scores(drawn[rows], truth[rows] > 0)["iou_global"], abs=.01)
-    assert not result["trusted"] and result["agreement"] < .8 * result["pretrained_iou"] and "is not trusted" in capsys.readouterr().out
-    kept = contents(folder)
-    blind = tmp_path / "blind"                                  # no other label is read
-    shutil.copytree(data, blind)
-    np.save(blind / "demo/train_masks.npy", np.where(is_labelled[:, None, None], truth, 1).astype(np.uint8))
+    assert not result["trusted"] and result["agreement"] < .8 * result["pretrained_iou"]
     assert json.loads((folder / "labels/decision.json").read_text()).items() <= result.items()
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):     # between the halves: the old second one is gone
+    images, truth = [np.array(part) for part in prepare_data.open_part(data / "demo", "train")]
+    names = prepare_data.read_names(data / "demo", "train")
+    rows = finetune_eval.labelled_rows(names, 2, 0, len(names))
+    is_labelled = np.isin(np.arange(len(truth)), rows)
+    drawn = finetune_eval.predict_logits(load_unet(good), images, "cpu") > 0
+    masks = np.load(folder / "labels/train_masks.npy")
+    assert np.array_equal(masks[is_labelled], truth[is_labelled])
+    assert (masks[~is_labelled] == drawn[~is_labelled]).mean() > .999
+    scores = finetune_eval.segmentation_scores(drawn[rows], truth[rows] > 0)
+    assert result["pretrained_iou"] == pytest.approx(scores["iou_global"], abs=.01)
+    kept = contents(folder)
+    blind = tmp_path / "blind"
+    shutil.copytree(data, blind)
+    ones = np.where(is_labelled[:, None, None], truth, 1).astype(np.uint8)
+    np.save(blind / "demo/train_masks.npy", ones)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(finetune_eval, "compare_tuned", lambda *args: 1 / 0)
-        tune(blind, tmp_path / "False", *flags, "--overwrite", epochs=2)
-    assert (folder / "labels/samples.png").exists() and not (folder / "config.json").exists()
-    for source, kill in ((blind, False), (data, True)):
-        if kill:
-            command = [*flags, "--data", str(source), "--out", str(tmp_path / "cut"), "--epochs", "2", "--workers", "0", "--device", "cpu"]
-            killed(f"finetune_eval.main({[*command, '--overwrite']})")
-            assert not (folder / "samples.png").exists() and (folder / "labels/samples.png").exists()
-        assert contents(tune(source, tmp_path / str(kill), *flags, epochs=2)[1]) == kept
-    encoder = ["--encoder", str(run / "encoder.pth"), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "semi"]
-    refused(lambda: tune(data, tmp_path, *encoder, epochs=2), "encoder.pth", "whole U-Net")
-    refused(lambda: tune(data, tmp_path, "--run", str(supervised), "--protocol", "semi", epochs=2), supervised, "whole U-Net")
-    refused(lambda: tune(data, tmp_path, *flags), 2)
+        tune(blind, tmp_path / "stopped", *flags, "--overwrite", epochs=2)
+    assert (folder / "labels/samples.png").exists()     # between the halves:
+    assert not (folder / "config.json").exists()        # the old second one is gone
+    assert contents(tune(blind, tmp_path / "blind_results", *flags, epochs=2)[1]) == kept
+    command = [*flags, "--data", str(data), "--out", str(tmp_path / "cut"), "--epochs", "2",
+               "--workers", "0", "--device", "cpu", "--overwrite"]
+    killed(f"finetune_eval.main({command})")
+    assert not (folder / "samples.png").exists() and (folder / "labels/samples.png").exists()
+    assert contents(tune(data, tmp_path / "resumed", *flags, epochs=2)[1]) == kept
+
+
+def test_semi_needs_a_whole_network_that_saw_no_label(data, run, tmp_path):
+    semi = ["--protocol", "semi", "--epochs", "2"]
+    encoder = ["--encoder", str(run / "encoder.pth"), *ON_DEMO]
+    refused(lambda: score(data, tmp_path, *encoder, *semi), "encoder.pth", "whole U-Net")
+    _, supervised, _ = tune(data, tmp_path, *ON_DEMO, "--protocol", "supervised")
+    refused(lambda: score(data, tmp_path, "--run", str(supervised), *semi), supervised)
+    refused(lambda: tune(data, tmp_path, "--run", str(run), *semi[:2]), 2)      # one epoch: no half
 
 
 def test_test_masks_are_never_seen_before_the_score(data, tmp_path):
     noisy = tmp_path / "noisy"
     shutil.copytree(data, noisy / "data")
-    np.save(noisy / "data/demo/test_masks.npy", rng.integers(0, 2, (32, 32, 32), np.uint8))
-    flags = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised", "--labels", "8"]
+    noise = rng.integers(0, 2, (32, 32, 32), np.uint8)
+    np.save(noisy / "data/demo/test_masks.npy", noise)
+    flags = [*ON_DEMO, "--protocol", "supervised", "--labels", "8"]
     clean, folder, _ = tune(data, tmp_path / "clean", *flags, epochs=2)
     other, noisy_folder, _ = tune(noisy / "data", noisy, *flags, epochs=2)
-    assert contents(folder) == contents(noisy_folder) and clean["iou_global"] != other["iou_global"]
+    assert contents(folder) == contents(noisy_folder)
+    assert clean["iou_global"] != other["iou_global"]
 
 
 def test_killed_training_on_labels_resumes_to_the_bit(data, tmp_path):
-    flags = ["--data", str(data), "--device", "cpu", "--dataset", "demo", "--backbone", "resnet50", "--protocol", "supervised",
-             "--labels", "0.2", "--epochs", "2", "--workers", "0"]
-    out = {name: ["--out", str(tmp_path / name / "results"), "--runs", str(tmp_path / name)] for name in ("whole", "cut")}
-    finetune_eval.main([*flags, *out["whole"]])
-    killed(f"finetune_eval.main({[*flags, *out['cut']]})")
-    assert not list((tmp_path / "cut/results").rglob("*.json"))
-    finetune_eval.main([*flags, *out["cut"]])
-    where = "demo/resnet50/supervised/seed0/supervised-l0.2-e2"
-    assert contents(tmp_path / "whole" / where) == contents(tmp_path / "cut" / where)
-    read = [json.loads((tmp_path / name / "results" / f"{where}.json").read_text()) | dict(command="") for name in out]
-    assert read[0] == read[1]
+    flags = [*ON_DEMO, "--protocol", "supervised", "--labels", "0.2"]
+    whole, folder, _ = tune(data, tmp_path / "whole", *flags, epochs=2)
+    cut = tmp_path / "cut"
+    command = [*flags, "--data", str(data), "--out", str(cut / "results"), "--runs",
+               str(cut / "runs"), "--epochs", "2", "--workers", "0", "--device", "cpu"]
+    killed(f"finetune_eval.main({command})")
+    assert not list(cut.rglob("*.json.csv")) and not list((cut / "results").rglob("*.json"))
+    resumed, resumed_folder, _ = tune(data, cut, *flags, epochs=2)
+    assert contents(folder) == contents(resumed_folder)
+    assert whole | dict(command="") == resumed | dict(command="")
 
 
 def test_linear_probe(tmp_path):
     raw = write_folder(tmp_path / "raw", n=30)
-    for path in sorted((raw / "images").iterdir())[::2]:        # every other image is much brighter
-        Image.fromarray(np.minimum(np.asarray(Image.open(path)).astype(int) + 90, 255).astype(np.uint8)).save(path)
-    stems = sorted(path.stem for path in (raw / "images").iterdir())
-    (raw / "labels.csv").write_text("name,label\n" + "\n".join(f"{s},{('bright', 'dull')[k % 2]}" for k, s in enumerate(stems)
-                                                              if k != 7))
+    lines = ["name,label"]
+    for k, path in enumerate(sorted((raw / "images").iterdir())):
+        if k % 2 == 0:                                  # every other image is much brighter
+            pixels = np.asarray(Image.open(path)).astype(int) + 90
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+        if k != 7:                                      # one has no label
+            lines.append(f"{path.stem},{('bright', 'dull')[k % 2]}")
+    (raw / "labels.csv").write_text("\n".join(lines))
     prepare(raw, tmp_path / "data", "--name", "demo")
     encoder = tmp_path / "encoder.pth"
     models.export_encoder(models.build_unet("resnet50"), encoder)
-    flags = ["--encoder", str(encoder), "--dataset", "demo", "--backbone", "resnet50", "--protocol", "classify", "--lr", "0.05",
-             "--batch-size", "8"]
-    result, folder, path = tune(tmp_path / "data", tmp_path, *flags, epochs=6)
-    rows = list(csv.DictReader(open(path.with_suffix(".csv"))))
-    truth, pred = [row["label"] for row in rows], [row["prediction"] for row in rows]
-    assert result["macro_recall"] == pytest.approx(sklearn.metrics.recall_score(truth, pred, average="macro"))
-    assert result["confusion"] == sklearn.metrics.confusion_matrix(truth, pred, labels=result["classes"]).tolist()
-    assert result["macro_recall"] > .8 and result["n_test"] == len(rows)
-    kept, start = weights_of(folder), torch.load(encoder, weights_only=True)
-    assert all(torch.equal(kept["encoder." + k], v) for k, v in start.items())
-    assert result["stage"] == "layer2" and "layer4" not in result
-    torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "whole.pth")      # with layer3 and layer4: both are read
-    whole, folder, _ = tune(tmp_path / "data", tmp_path, *flags, "--encoder", str(tmp_path / "whole.pth"), epochs=1)
+    flags = [*ON_DEMO, "--protocol", "classify", "--lr", "0.05", "--batch-size", "8", "--encoder"]
+    result, folder, path = tune(tmp_path / "data", tmp_path, *flags, str(encoder), epochs=6)
+    with open(path.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    truth = [row["label"] for row in rows]
+    pred = [row["prediction"] for row in rows]
+    recall = sklearn.metrics.recall_score(truth, pred, average="macro")
+    confusion = sklearn.metrics.confusion_matrix(truth, pred, labels=result["classes"])
+    assert result["macro_recall"] == pytest.approx(recall) and recall > .8
+    assert result["confusion"] == confusion.tolist() and result["n_test"] == len(rows)
     kept = weights_of(folder)
-    assert whole["stage"] == "layer4" and 0 <= whole["layer2"]["macro_recall"] <= 1
-    assert [kept[f"linear.{k}.weight"].shape[1] for k in (0, 1)] == [512, 2048]
+    for name, value in torch.load(encoder, weights_only=True).items():
+        assert torch.equal(kept["encoder." + name], value)
+    assert result["stage"] == "layer2" and "layer4" not in result
+    whole = tmp_path / "whole.pth"                      # with layer3 and layer4: both are read
+    torch.save(timm.create_model("resnet50").state_dict(), whole)
+    result, folder, _ = tune(tmp_path / "data", tmp_path, *flags, str(whole))
+    assert result["stage"] == "layer4" and 0 <= result["layer2"]["macro_recall"] <= 1
+    widths = [weights_of(folder)[f"linear.{k}.weight"].shape[1] for k in (0, 1)]
+    assert widths == [512, 2048]
+    finetune_eval.main(["--report", "--out", str(tmp_path / "results")])
+    report = (tmp_path / "results/README.md").read_text()
+    assert "| whole: classify" in report and "| layer2 |" in report
     (raw / "labels.csv").unlink()
     prepare(raw, tmp_path / "data", "--name", "bare")
-    refused(lambda: tune(tmp_path / "data", tmp_path, *flags, "--dataset", "bare"), "at least two labels")
+    refused(lambda: tune(tmp_path / "data", tmp_path, *flags, str(encoder), "--dataset", "bare"),
+            "at least two labels")
 
 
 def test_focal_cross_entropy_equals_its_definition():
-    logits, target = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    target = torch.tensor([0, 3, 1, 1, 2, 0])
     p = torch.softmax(logits, dim=1).numpy()[range(6), target]
-    assert finetune_eval.focal_cross_entropy(logits, target).item() == pytest.approx((-(1 - p) ** 2 * np.log(p)).mean())
-    assert finetune_eval.focal_cross_entropy(logits, target, 0.0).item() == pytest.approx(F.cross_entropy(logits, target).item())
+    expected = (-(1 - p) ** 2 * np.log(p)).mean()
+    assert finetune_eval.focal_cross_entropy(logits, target).item() == pytest.approx(expected)
+    plain = finetune_eval.focal_cross_entropy(logits, target, gamma=0.0).item()
+    assert plain == pytest.approx(F.cross_entropy(logits, target).item())
 
 
 def fake_result(out, variant, seed, quality, protocol="transfer", dataset="isic", **more):
-    """A result with its CSV, of 20 images in which a share `quality` of the foreground is found."""
+    """A result with its CSV, of 20 images in which a share `quality` of the foreground is found;
+    returns its IoU."""
     names = [dict(name=f"i{k}", group="") for k in range(20)]
     target = np.random.default_rng(1).random((20, 16, 16)) < .3
     pred = target & (np.random.default_rng(seed).random((20, 16, 16)) < quality)
-    table = np.column_stack([finetune_eval.count_pixels(pred, target), finetune_eval.hausdorff95(pred, target)])
-    block = finetune_eval.summarise(table, [n["name"] for n in names])
+    table = np.column_stack([finetune_eval.count_pixels(pred, target),
+                             finetune_eval.hausdorff95(pred, target)])
+    row = "raw_threshold" if protocol == "reference" else ""
+    block = finetune_eval.summarise(table, [name["name"] for name in names])
+    result = dict(dataset=dataset, backbone="resnet50", method=variant.split("-")[0],
+                  variant=variant, protocol=protocol, labels=0.0, seed=seed, n_test=20,
+                  train="encoder" if variant == "byol" else "end2end", threshold="otsu",
+                  loss="focal_tversky", epochs=50, batch_size=16, img_size=224, **more)
+    result |= {row: block} if row else block
     folder = out / dataset / "resnet50" / variant / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    head = dict(dataset=dataset, backbone="resnet50", method=variant.split("-")[0], variant=variant, protocol=protocol, labels=0.0,
-                train="encoder" if "encoder" in variant else "end2end", seed=seed, n_test=20, threshold="otsu", loss="focal_tversky",
-                epochs=50, batch_size=16)
-    result = head | more | (dict(raw_threshold=block) if protocol == "reference" else block)
-    finetune_eval.write_csv(folder / f"{protocol}.csv", finetune_eval.per_image({"raw_threshold" if protocol == "reference" else "": table}, names))
+    finetune_eval.write_csv(folder / f"{protocol}.csv",
+                            finetune_eval.per_image({row: table}, names))
     (folder / f"{protocol}.json").write_text(json.dumps(result))
     return block["iou_global"]
+
+
+def report_of(out):
+    finetune_eval.main(["--report", "--out", str(out)])
+    return (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results"
     iou = [fake_result(out, "medsass", seed, .8) for seed in range(3)]
-    fake_result(out, "medsass-encoder", 0, .3), fake_result(out, "byol", 0, .5, train="encoder")
-    fake_result(out, "reference", 0, .5, "reference", method="reference")
-    fake_result(out, "medsass", 0, .7, dataset="mine")
-    (out / "broken.json").write_text("{"), (out / "foreign.json").write_text('{"a": [1]}'), (out / "list.json").write_text("[3]")
-    alone = out / "isic/resnet50/medsass/seed1"
-    shutil.copytree(alone, out / "isic/resnet50/medsass/seed9")
-    (out / "isic/resnet50/medsass/seed9/transfer.csv").unlink()
-    finetune_eval.main(["--report", "--out", str(out)])
-    text, printed = (out / "README.md").read_text(), capsys.readouterr().out
-    assert "7 results, 4 warnings" in printed
+    fake_result(out, "byol", 0, .5)
+    fake_result(out, "reference", 0, .5, "reference")
+    trained = dict(n_labels_train=20, n_labels_val=4, budget_steps=9)
+    fake_result(out, "supervised", 0, .9, "supervised", **trained)
+    fake_result(out, "medsass", 0, .85, "finetune", **trained)
+    fake_result(out, "medsass", 0, .7, dataset="my set")
+    (out / "broken.json").write_text("{")
+    (out / "foreign.json").write_text('{"a": [1]}')
+    (out / "list.json").write_text("[3]")
+    seeds = out / "isic/resnet50/medsass"
+    shutil.copytree(seeds / "seed1", seeds / "seed9")
+    (seeds / "seed9/transfer.csv").unlink()
+    text = report_of(out)
+    printed = capsys.readouterr().out
+    assert "8 results, 4 warnings" in printed
     for name in ("broken.json", "foreign.json", "list.json", "seed9/transfer.json"):
         assert name in text and name in printed
+    isic = text[:text.index("## my set")].splitlines()
+    lines = {line.split(" | ")[0]: line for line in reversed(isic)}     # the first table's
     mean = f"{np.mean(iou):.4f} ± {np.std(iou, ddof=1):.4f} (3)"
-    assert f"| transfer | medsass | 0 | {mean}" in text and "| reference | raw_threshold | 0 |" in text
-    section = text[text.index("### Table 1"):text.index("### Table 2")]
-    assert "| MedSASS (encoder) | - / 0.1742 | - / 0.3824 |" in section and "| DINO | - / 0.1399 | - / 0.2972 | - / 0.2426 |" in section
-    assert "isic: best here BYOL" in section and "in the paper MedSASS (encoder) (0.2445) among these: does not agree" in section
-    byol_line = next(line for line in text.splitlines() if line.startswith("| transfer | byol"))
-    assert "≈" in byol_line and "≈" not in next(line for line in text.splitlines() if line.startswith("| transfer | medsass |"))
-    assert "No reference rows here" in text[text.index("## mine"):]
-    for title in ("Table 1", "Table 2", "Figure 3", "Figure 4", "Table 3", "Table 4", "B.1", "Table 5", "Tables 7, 8", "Table 9",
-                  "Table 10", "Figure 10"):
-        assert f"{title}" in text[text.index("## The paper's tables"):]
-    assert Image.open(out / "isic-resnet50-bars.png").size[0] > 400 and "isic-resnet50-bars.png" in text
+    assert f"| medsass: transfer | 0 | {mean} |" in lines["| medsass: transfer"]
+    assert "vs raw_threshold" in text and "≈" in lines["| byol: transfer"]
+    assert "≈" not in lines["| medsass: transfer"]
+    against = next(line for line in reversed(isic) if "| medsass: finetune" in line)
+    assert re.fullmatch(r"\| medsass: finetune \| 20 \+ 4 \| (-0\.0\d+ \[.*\]) \| \1 \(20 \+ 4\) \|",
+                        against)
+    assert "vs best reference row (none here)" in text[text.index("## my set"):]
+    assert "![my set](my%20set.png)" in text and Image.open(out / "my set.png").size[0] > 400
+    paper = text[text.index("## The paper's tables"):]
+    assert f"| ResNet-50 | {mean} / 0.4847 |" in paper
+    assert re.search(r"\| BYOL \| 0\.\d{4} \(1\) / 0\.2412 \|", paper)
+    assert "| DINO | - / 0.2426 |" in paper and "Not run here: Table 2" in paper
     monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
-    finetune_eval.main(["--report", "--out", str(out)])
-    assert "matplotlib is not installed" in capsys.readouterr().out and ".png" not in (out / "README.md").read_text()
+    assert ".png" not in report_of(out)
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_report_on_a_terminal_that_is_not_utf8(tmp_path):
+    fake_result(tmp_path, "medsass", 0, .5, dataset="é ü")
+    end = subprocess.run([sys.executable, str(HERE / "finetune_eval.py"), "--report", "--out", "."],
+                         cwd=tmp_path, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert end.returncode == 0 and "é ü" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_exported_network_needs_none_of_our_code(run, vit_run, data, tmp_path):
+    images = np.array(prepare_data.open_part(data / "demo", "test")[0])
+    for folder in (run, vit_run):
+        path = tmp_path / f"{folder.parts[-3]}.pt2"
+        flags = ["--run", str(folder), "--export", str(path)]
+        finetune_eval.main(flags)
+        refused(lambda flags=flags: finetune_eval.main(flags), path, "--overwrite")
+        np.save(tmp_path / "images.npy", images.transpose(0, 3, 1, 2))
+        code = ("import json, sys, numpy, torch\n"
+                "about = {'network.json': ''}\n"
+                "network = torch.export.load(sys.argv[1], extra_files=about).module()\n"
+                "images = torch.from_numpy(numpy.load('images.npy'))\n"
+                "pair = network(images[:5]), network(images[:1])\n"
+                "numpy.save('drawn.npy', torch.cat(pair).numpy())\n"
+                "print(json.dumps(json.loads(about['network.json'])))\n")
+        end = subprocess.run([sys.executable, "-I", "-c", code, str(path)], cwd=tmp_path,
+                             check=True, capture_output=True, text=True)
+        about = json.loads(end.stdout)
+        assert (about["size"], about["foreground"]) == (32, "bright")
+        unet, _ = finetune_eval.whole_network(finetune_eval.parse_args(flags),
+                                              finetune_eval.read_run(folder))
+        logits = torch.tensor(finetune_eval.predict_logits(unet, images[[0, 1, 2, 3, 4, 0]], "cpu"))
+        drawn = np.load(tmp_path / "drawn.npy")[:, 0]
+        assert np.allclose(drawn, torch.sigmoid(logits), atol=1e-4)
 
 
 def run_all(folder, *words, **environment):
     """run_all.sh in `folder`; returns (exit code, standard output, standard error)."""
-    plain = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "SEEDS", "METHODS", "BACKBONES", "EPOCHS", "SHARD")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    end = subprocess.run(["bash", str(folder / "run_all.sh"), *words], env=plain | {"PATH": path} | environment, cwd=folder,
-                         capture_output=True, text=True)
-    return end.returncode, end.stdout, end.stderr
+    end = start_run_all(folder, *words, **environment)
+    out, err = end.communicate()
+    return end.returncode, out, err
+
+
+def start_run_all(folder, *words, **environment):
+    plain = dict(os.environ)
+    for name in ("DATASETS", "SEEDS", "METHODS", "BACKBONES", "EPOCHS", "SHARD"):
+        plain.pop(name, None)
+    plain["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(["bash", str(folder / "run_all.sh"), *words], cwd=folder, text=True,
+                            env=plain | environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def test_dry_run_lists_every_run_once_and_shards_cover_it(tmp_path):
     shutil.copy(HERE / "run_all.sh", tmp_path)
-    code, out, err = run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SEEDS="0 1")
-    lines = out.splitlines()
-    assert (code, err) == (0, "") and len(lines) == len(set(lines)) and all(re.match(r"python \w+\.py ", line) for line in lines)
-    expected = {f"python pretrain.py --dataset demo --backbone {backbone} {how}--seed {seed}" for seed in (0, 1)
-                for backbone, methods in (("resnet50", ("byol", "simsiam", "dino")), ("vit_small", ("dino", "mae", "simmim")))
-                for how in ("", "--refine ", "--train encoder ", *(f"--method {m} " for m in methods))}
-    assert {line for line in lines if "pretrain.py" in line} == expected
-    assert sum("--protocol reference" in line for line in lines) == 4 and sum("--protocol supervised" in line for line in lines) == 12
-    shards = [run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SEEDS="0 1", SHARD=f"{k}/3")[1].splitlines() for k in (1, 2, 3)]
-    assert sorted(sum(shards, [])) == sorted(lines) and all(shards)
-    for shard in shards:                                        # what is made of a run comes after it, in the same shard
-        for line in shard:
-            if run := re.search(r"--run (\S+)", line):
-                before = [other.split()[2:] for other in shard[:shard.index(line)] if "pretrain" in other]
-                assert run[1] in [str(pretrain.run_folder(pretrain.parse_args(flags), {})) for flags in before]
+
+    def runs(**more):
+        """{line of a run: lines of what is made of it}."""
+        flags = dict(DRY_RUN="1", DATASETS="demo", SEEDS="0 1") | more
+        code, out, err = run_all(tmp_path, "main", **flags)
+        assert (code, err) == (0, "")
+        blocks = [block.strip().split("\n    ") for block in re.split(r"\n(?=python)", out)]
+        listed = {block[0]: block[1:] for block in blocks}
+        assert len(listed) == len(blocks)
+        return listed
+
+    listed = runs()
+    medsass = ["", " --refine", " --train encoder"]
+    expected = set()
+    for backbone, methods in dict(resnet50="byol simsiam dino", vit_small="dino mae simmim").items():
+        for seed in (0, 1):
+            for how in [*medsass, *(f" --method {name}" for name in methods.split())]:
+                expected.add(f"python pretrain.py --dataset demo --backbone {backbone} "
+                             f"--seed {seed}{how}")
+    assert {line for line in listed if "pretrain.py" in line} == expected
+    assert all(len(listed[line]) == 7 for line in expected)     # transfer, 3 labels, 2 protocols
+    assert sum("--protocol reference" in line for line in listed) == 4
+    assert sum("--protocol supervised" in line for line in listed) == 12
+    shards = [runs(SHARD=f"{k}/3") for k in (1, 2, 3)]
+    assert sum(len(shard) for shard in shards) == len(listed)
+    assert {**shards[0], **shards[1], **shards[2]} == listed and all(shards)
     assert [f.name for f in tmp_path.iterdir()] == ["run_all.sh"]
     assert run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SHARD="4/3")[0] == 2
 
 
-def test_a_failed_run_stops_no_other_and_is_listed(tmp_path):
-    for name in ("prepare_data.py", "pretrain.py", "finetune_eval.py", "models.py", "losses.py", "run_all.sh", "requirements.txt"):
-        shutil.copy(HERE / name, tmp_path)
-    shutil.copytree(HERE / "baselines", tmp_path / "baselines")
-    bad = tmp_path / "runs/demo/resnet50/byol-e1/seed0"
-    bad.mkdir(parents=True)
-    (bad / "config.json").write_text("nonsense")
-    flags = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam", EPOCHS="1", SIZE="32", LABELS="0.1",
-                 PROTOCOLS="transfer", JOBS="2")
-    code, out, err = run_all(tmp_path, **flags)
-    assert code == 1 and "exit code 1: python pretrain.py" in err and "not tried: python finetune_eval.py --run runs/demo/resnet50/byol-e1" in err
-    log = re.search(r"log: (\S+)", err)[1]
-    assert "byol" in log and "is not a run's settings" in (tmp_path / log).read_text()
-    results = {str(f.relative_to(tmp_path / "results/demo/resnet50")) for f in tmp_path.rglob("results/**/*.json")}
-    assert results == {"reference/seed0/reference.json", "supervised/seed0/supervised-l0.1-e1.json", "simsiam-e1/seed0/transfer.json"}
-    assert "| transfer | simsiam-e1 |" in (tmp_path / "results/README.md").read_text()
-    shutil.rmtree(bad)
-    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("results/**/*.json")}
-    assert run_all(tmp_path, **flags)[0] == 0                   # what was missing is made, what is there is left
-    assert before.items() <= {f: f.stat().st_mtime_ns for f in tmp_path.rglob("results/**/*.json")}.items()
-
-
-def test_each_gpu_gets_its_own_runs(tmp_path):
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what run_all.sh needs, with scripts that are stood in for: they write what they are
+    asked to, note it in `seen`, and fail or wait where a file of that name says so."""
     for name in ("run_all.sh", "requirements.txt"):
         shutil.copy(HERE / name, tmp_path)
-    (tmp_path / "data/set").mkdir(parents=True)
-    (tmp_path / "data/set/meta.json").write_text("{}")
-    for name in ("pretrain.py", "finetune_eval.py"):            # say where they run, and fail
-        (tmp_path / name).write_text("import os, sys, time\ntime.sleep(.5)\nopen('seen', 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\nsys.exit(1)")
-    code, out, err = run_all(tmp_path, "main", DATASETS="set", SEEDS="0", BACKBONES="resnet50", GPUS="3 5", METHODS="medsass byol")
-    assert code == 1 and "failed:" in err and set((tmp_path / "seen").read_text().split()) == {"3", "5"}, err
+    (tmp_path / "data/demo").mkdir(parents=True)
+    (tmp_path / "data/demo/meta.json").write_text("{}")
+    stand_in = """import os, pathlib, sys, time
+    words = ' '.join(sys.argv)
+    with open('seen', 'a') as file:
+        file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {words}\\n")
+    if '--report' in words:
+        sys.exit()
+    for name, code in (('busy', 75), ('bad', 1)):
+        if pathlib.Path(name).exists() and pathlib.Path(name).read_text() in words:
+            os.unlink(name) if name == 'busy' else print('reason')
+            sys.exit(code)
+    while pathlib.Path('slow').exists():
+        time.sleep(.05)
+    time.sleep(.2)
+    made = pathlib.Path('runs') / words.replace('/', '_').replace(' ', '') / 'samples.png'
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.touch()
+    print(made)
+    """
+    for name in ("pretrain.py", "finetune_eval.py"):
+        (tmp_path / name).write_text(stand_in.replace("\n    ", "\n"))
+    return tmp_path
+
+
+FOUR = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam",
+            PROTOCOLS="transfer", LABELS="0.1")
+
+
+def seen(folder):
+    """What the stood-in scripts were called with, without the report."""
+    lines = (folder / "seen").read_text().splitlines()
+    return [line for line in lines if "--report" not in line]
+
+
+def test_a_failed_run_stops_no_other_is_listed_and_is_tried_again(project):
+    (project / "bad").write_text("--method byol")
+    code, out, err = run_all(project, **FOUR)
+    assert code == 1 and re.search(r"exit code 1: python pretrain.py .* --method byol\n", err)
+    log = re.search(r"log: (\S+)", err)[1]
+    assert (project / log).read_text() == "reason\n"
+    assert len(seen(project)) == 5                      # its evaluation is not tried
+    (project / "bad").unlink()
+    assert run_all(project, **FOUR)[0] == 0             # what is there is left
+    assert len(seen(project)) == 5 + 2 and "--method byol" in seen(project)[5]
+    assert run_all(project, **FOUR)[0] == 0
+    assert len(seen(project)) == 7
+    made = next((project / "runs").glob("pretrain*byol*"))
+    shutil.rmtree(made)                                 # and what somebody deleted is made again
+    assert run_all(project, **FOUR)[0] == 0 and made.exists() and len(seen(project)) == 8
+
+
+def test_what_another_process_is_at_is_tried_later(project):
+    (project / "busy").write_text("--method byol")
+    assert run_all(project, **FOUR)[0] == 0
+    order = ["byol" in line for line in seen(project) if line.split()[1] == "pretrain.py"]
+    assert order == [True, False, True]
+
+
+def test_a_stopped_driver_stops_its_runs_and_goes_on(project):
+    (project / "slow").touch()
+    driver = start_run_all(project, JOBS="2", **FOUR)
+    while not (project / "seen").exists() or len(seen(project)) < 2:
+        time.sleep(.05)
+    driver.terminate()
+    assert driver.wait() == 130
+    (project / "slow").unlink()
+    time.sleep(1)
+    assert len(seen(project)) == 2 and not (project / "runs").exists()
+    assert run_all(project, **FOUR)[0] == 0 and len(list((project / "runs").iterdir())) == 6
+
+
+def test_each_gpu_gets_its_own_runs(project):
+    assert run_all(project, GPUS="3 5", **FOUR)[0] == 0
+    assert {line.split()[0] for line in seen(project)} == {"3", "5"}
+
+
+def test_the_real_scripts_print_what_they_made_last(data, run, tmp_path):
+    """run_all.sh finds a run, and what is finished, by that line."""
+    common = ["--data", str(data), "--device", "cpu", "--dataset", "demo"]
+    pretraining = ["pretrain.py", *common, "--epochs", "2", "--out", str(run.parents[3])]
+    scoring = ["finetune_eval.py", *common, "--run", str(run), "--out", str(tmp_path)]
+    for command, made in ((pretraining, run / "samples.png"), (scoring, None)):
+        end = subprocess.run([sys.executable, *command], cwd=HERE, check=True, text=True,
+                             capture_output=True)
+        last = Path(end.stdout.splitlines()[-1])
+        assert last.exists() and last == (made or next(tmp_path.rglob("*.json")))
 
 
 def test_two_processes_never_train_one_run(data, tmp_path):
     folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
-    other = subprocess.Popen([sys.executable, "-c", f"""if True:
+    code = f"""if True:
         import os, pathlib, time, prepare_data
         with prepare_data.only_one(pathlib.Path({str(folder / ".lock")!r})):
-            child = os.fork()                                   # a worker that outlives its parent
+            child = os.fork()                           # a worker that outlives its parent
             print(child, flush=True) if child else None
-            time.sleep(60)"""], cwd=HERE, stdout=subprocess.PIPE, text=True)
+            time.sleep(60)"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                             text=True)
     child = int(other.stdout.readline())
     with pytest.raises(SystemExit) as end:
         train(data, tmp_path, epochs=1)
     assert end.value.code == 75 and {f.name for f in folder.iterdir()} == {".lock"}
-    other.kill(), other.wait()                                  # a crash leaves the file, and does not leave the lock
-    assert (train(data, tmp_path, epochs=1) / "samples.png").exists() and not (folder / ".lock").exists()
+    other.kill()
+    other.wait()                                        # a crash leaves the file, not the lock
+    assert (train(data, tmp_path, epochs=1) / "samples.png").exists()
+    assert not (folder / ".lock").exists()
     os.kill(child, signal.SIGKILL)
 
 
 def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
-    source, out = tmp_path / "in", tmp_path / "out"
+    source = tmp_path / "in"
+    out = tmp_path / "out"
     source.mkdir()
     sizes = {"a b": (50, 31), "c": (32, 32), "dé": (20, 90)}
     for name, (width, height) in sizes.items():
-        Image.fromarray(rng.integers(0, 256, (height, width), np.uint8)).save(source / f"{name}.tif")
-    flags = ["--run", str(run), "--predict", str(source), "--out", str(out), "--overlay", "--device", "cpu"]
+        pixels = rng.integers(0, 256, (height, width), np.uint8)
+        Image.fromarray(pixels).save(source / f"{name}.tif")
+    flags = ["--run", str(run), "--predict", str(source), "--out", str(out), "--overlay",
+             "--device", "cpu"]
     finetune_eval.main(flags)
-    rows = {row["name"]: float(row["foreground_share"]) for row in csv.DictReader(open(out / "foreground.csv", encoding="utf-8"))}
+    with open(out / "foreground.csv", encoding="utf-8", newline="") as file:
+        shares = {row["name"]: float(row["foreground_share"]) for row in csv.DictReader(file)}
     for name, size in sizes.items():
         mask = Image.open(out / f"{name}.png")
-        assert mask.size == size and set(np.unique(mask)) <= {0, 255}
-        assert np.mean(np.asarray(mask) > 0) == pytest.approx(rows[f"{name}.tif"], abs=1e-6)
-        assert Image.open(out / "overlay" / f"{name}.png").size == size
-    unet = models.build_unet("resnet50", 32).eval()
-    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
+        assert mask.size == size == Image.open(out / "overlay" / f"{name}.png").size
+        assert set(np.unique(mask)) <= {0, 255}
+        assert np.mean(np.asarray(mask) > 0) == pytest.approx(shares[f"{name}.tif"], abs=1e-6)
     image = prepare_data.read_image(source / "c.tif")
-    turned = [finetune_eval.predict_logits(unet, np.ascontiguousarray(image[::y, ::x])[None], "cpu")[0][::y, ::x] for y in (1, -1) for x in (1, -1)]
+    turned = []
+    for y, x in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+        flipped = np.ascontiguousarray(image[::y, ::x])[None]
+        logits = finetune_eval.predict_logits(load_unet(run), flipped, "cpu")[0]
+        turned.append(logits[::y, ::x])
     finetune_eval.main([*flags, "--flips", "--overwrite"])
-    assert ((np.asarray(Image.open(out / "c.png")) > 0) == (np.mean(turned, axis=0) > 0)).mean() > .999
+    drawn = np.asarray(Image.open(out / "c.png")) > 0
+    assert (drawn == (np.mean(turned, axis=0) > 0)).mean() > .999
     refused(lambda: finetune_eval.main(flags), out, "--overwrite")
-    refused(lambda: finetune_eval.main([*flags, "--out", str(source / "out"), "--overwrite"]), source / "out", "another --out")
+    inside = ["--out", str(source / "out"), "--overwrite"]
+    refused(lambda: finetune_eval.main([*flags, *inside]), source / "out", "another --out")
     (source / "bad.png").write_text("text")
     refused(lambda: finetune_eval.main([*flags, "--overwrite"]), source / "bad.png", "not an image")
     assert not (out / "bad.png").exists() and (out / "c.png").exists()
 
 
 class Local(torch.nn.Module):
-    """A network that sees 5 pixels around: what it says of a pixel does not depend on a window that holds those."""
+    """A network that sees 5 pixels around: what it says of a pixel does not depend on a window
+    that holds those."""
 
     def forward(self, x):
-        return F.avg_pool2d(x.mean(dim=1, keepdim=True), 11, stride=1, padding=5, count_include_pad=False)
+        gray = x.mean(dim=1, keepdim=True)
+        return F.avg_pool2d(gray, 11, stride=1, padding=5, count_include_pad=False)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (20, 90), (70, 33), (131, 97), (1, 1)])
 def test_tiles_have_no_seams(shape):
-    image = cv2.GaussianBlur(rng.integers(0, 256, (*shape, 3)).astype(np.uint8), (0, 0), 3).reshape(*shape, 3)
+    noise = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    image = cv2.GaussianBlur(noise, (0, 0), 3).reshape(*shape, 3)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
     whole = finetune_eval.predict_logits(Local(), image[None], "cpu")[0]
     mask = finetune_eval.predict_tiled(Local(), image, 32, 32, "cpu")
     assert mask.shape == shape and mask.dtype == bool
-    inside = np.abs(whole) > .1                                 # a window's own border counts, by less than 3 % of a window
-    assert ((mask == (whole > 0)) | ~inside).mean() > .99
+    is_clear = np.abs(whole) > .1       # a window's own border counts, by less than 3 % of a window
+    assert ((mask == (whole > 0)) | ~is_clear).mean() > .99
 
 
 def test_tiles_of_a_trained_network_agree_with_the_whole_picture(run, tmp_path):
-    unet = models.build_unet("resnet50", 32).eval()
-    unet.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
-    image = np.vstack([np.hstack([prepare_data.draw_nuclei(32, np.random.default_rng([y, x]))[0] for x in range(3)]) for y in range(4)])
+    unet = load_unet(run)
+    rows = []
+    for y in range(4):
+        row = [prepare_data.draw_nuclei(32, np.random.default_rng([y, x]))[0] for x in range(3)]
+        rows.append(np.hstack(row))
+    image = np.vstack(rows)
     whole = finetune_eval.predict_logits(unet, image[None], "cpu")[0] > 0
     tiled = finetune_eval.predict_tiled(unet, image, 32, 32, "cpu")
-    assert (whole == tiled)[16:-16, 16:-16].mean() > .8         # scSE looks at the mean of all that it is given
-    pages = [Image.fromarray(page.astype(np.uint16) * 200) for page in (image[..., 0] * 0, image[..., 0])]
-    (tmp_path / "in").mkdir()
-    pages[0].save(tmp_path / "in/slide.tif", save_all=True, append_images=pages[1:])
-    flags = ["--run", str(run), "--predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu", "--tile"]
+    inside = (whole == tiled)[16:-16, 16:-16]
+    assert inside.mean() > .8           # scSE looks at the mean of all that it is given
+    source = tmp_path / "in"
+    source.mkdir()
+    pages = [Image.fromarray(image[..., 0].astype(np.uint16) * k) for k in (0, 200)]
+    pages[0].save(source / "slide.tif", save_all=True, append_images=pages[1:])
+    flags = ["--run", str(run), "--predict", str(source), "--out", str(tmp_path / "out"),
+             "--device", "cpu", "--tile"]
     finetune_eval.main([*flags, "--page", "1"])
-    expected = finetune_eval.predict_tiled(unet, prepare_data.read_image(tmp_path / "in/slide.tif", page=1), 32, 32, "cpu")
+    page = prepare_data.read_image(source / "slide.tif", page=1)
+    expected = finetune_eval.predict_tiled(unet, page, 32, 32, "cpu")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out/slide.png")) > 0, expected)
-    refused(lambda: finetune_eval.main([*flags, "--page", "2", "--overwrite"]), "slide.tif", "no page 2")
+    refused(lambda: finetune_eval.main([*flags, "--page", "2", "--overwrite"]), "no page 2")
+
+
+def test_memory_of_tiles_does_not_grow_with_the_height():
     peaks = []
     for times in (1, 8):
-        tall = np.vstack([image] * times)
+        tall = np.zeros((128 * times, 96, 3), np.uint8)
         tracemalloc.start()
         finetune_eval.predict_tiled(Local(), tall, 32, 32, "cpu")
-        peaks.append(tracemalloc.get_traced_memory()[1] - tall[..., 0].size)
+        peaks.append(tracemalloc.get_traced_memory()[1] - tall[..., 0].size)    # but for the mask
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] * 1.2                            # but for the mask itself
+    assert peaks[1] < peaks[0] * 1.2
 
 
-def test_unused_flags_are_named(data, run, tmp_path, capsys):
-    score(data, tmp_path, "--run", str(run), "--threshold", "ght", "--overlay")
-    assert "ignored: --overlay, --threshold" in capsys.readouterr().out
+def test_flags_that_are_not_used_are_named_and_ignored(data, run, tmp_path, capsys):
+    path, _ = score(data, tmp_path, "--run", str(run), "--epochs", "7", "--overlay")
+    assert "ignored: --epochs, --overlay" in capsys.readouterr().out
+    assert path.name == "transfer.json"
 
 
 # -------------------------------------------------------------------------------------------------------- prepare_data
