@@ -808,7 +808,7 @@ def set_groups(raw, pairs, regex, bad):
         return [pair for pair in pairs if pair.group]
     folders = [pair.name.split("/")[:-1] for pair in pairs]
     shared = len(os.path.commonprefix(folders))
-    for pair, inside in zip(pairs, folders):
+    for pair, inside in zip(pairs, folders, strict=True):
         pair.group = "".join(inside[shared:shared + 1])
     names = sorted({pair.group for pair in pairs} - {""})
     n = len({pair.group or pair.name for pair in pairs})
@@ -905,7 +905,7 @@ def split(pairs, seed):
         print("with equal pictures in one part there are not three parts: they are in several")
         groups = alone
     units = collections.defaultdict(set)        # the images, or slides, of a group
-    for pair, group in zip(pairs, groups):
+    for pair, group in zip(pairs, groups, strict=True):
         units[group].add(pair.slide or pair.name)
     order = np.random.default_rng(seed).permutation(sorted(units)).tolist()
     ends = np.cumsum([0] + [len(units[group]) for group in order])
@@ -914,8 +914,8 @@ def split(pairs, seed):
     if 3 <= n < total:
         cuts[0] = np.clip(cuts[0], 1, n - 2)
         cuts[1] = np.clip(cuts[1], cuts[0] + 1, n - 1)
-    place_of = dict(zip(order, np.searchsorted(cuts, np.arange(n), "right")))
-    for pair, group in zip(pairs, groups):
+    place_of = dict(zip(order, np.searchsorted(cuts, np.arange(n), "right"), strict=True))
+    for pair, group in zip(pairs, groups, strict=True):
         pair.part = PARTS[place_of[group]]
 
 
@@ -924,7 +924,7 @@ def stratify(pairs, seed):
     stratified by label. Equal pictures go together to the first part with room for them."""
     classes = collections.defaultdict(list)
     members = collections.defaultdict(list)
-    for pair, group in zip(pairs, join_duplicates(pairs)):
+    for pair, group in zip(pairs, join_duplicates(pairs), strict=True):
         classes[pair.label].append(group)
         members[group].append(pair)
     ranked = []                                 # the classes, each in seeded order, evenly merged
@@ -1005,7 +1005,8 @@ def pair_up(images, masks, bad, **more):
 def find_isic(raw, args, bad, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
-    for part, official in zip(PARTS, ("Training", "Validation", "Test_v2")):
+    for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"),
+                              strict=True):
         stem = f"ISIC-2017_{official}_"
         images = images_in(raw, stem + "Data/*[0-9].*", missing)           # not *_superpixels.png
         masks = images_in(raw, stem + "Part1_GroundTruth/*", missing, "_segmentation")
@@ -1250,7 +1251,7 @@ def check(folder):
         if len(rows) != n or images.shape != (n, size, size, 3):
             wrong.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows, "
                          f"meta.json says {n} of {size} px")
-        for row, image in zip(rows, images):
+        for row, image in zip(rows, images, strict=False):
             fingerprint.update(image)
             here = f"{row['name']} of {part}"
             keys = {"group": row["group"], "picture": digest_of(image)}
@@ -1502,7 +1503,8 @@ def try_each(work, items, what, bad):
 
     with thread_pool() as pool:
         done = pool.imap(attempt, items)
-        for item, result in zip(items, tqdm(done, what, len(items), unit=f" {what}")):
+        bar = tqdm(done, what, len(items), unit=f" {what}")
+        for item, result in zip(items, bar, strict=True):
             if isinstance(result, ValueError):
                 bad.append(str(result))
             else:
@@ -1654,8 +1656,9 @@ def prepare(args, final):
             "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
             "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
             "page_taken": args.page, "skipped": bad, "page": facts.homepage,
-            "licence": facts.licence, "published_counts": dict(zip(PARTS, facts.counts)),
-            "counts": {part: len(parts[part]) for part in PARTS}, "parts_given": parts_given,
+            "licence": facts.licence, "parts_given": parts_given,
+            "published_counts": dict(zip(PARTS, facts.counts, strict=False)),
+            "counts": {part: len(parts[part]) for part in PARTS},
             "fingerprint": fingerprint}
         text = json.dumps(meta, indent=2) + "\n"
         (folder / "meta.json").write_text(text, encoding="utf-8")

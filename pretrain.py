@@ -18,6 +18,7 @@ import csv
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -123,7 +124,7 @@ def pseudo_mask(images, method="otsu", foreground="bright"):
         raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}: {', '.join(THRESHOLDS)}; "
                          "bright, dark")
     masks = np.zeros(images.shape[:3], np.uint8)
-    for image, mask in zip(images, masks):
+    for image, mask in zip(images, masks, strict=True):
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         if gray.min() < gray.max():
             mask[:] = is_bright(gray, method) == (foreground == "bright")
@@ -217,7 +218,7 @@ def position_map(masks, n, splits=8):
     for row in is_counted[1:]:
         row[generator.permutation(n)[n // 2:]] = 0
     sums = 0
-    for mask, weights in zip(masks, is_counted.T):
+    for mask, weights in zip(masks, is_counted.T, strict=True):
         sums = sums + weights[:, None, None] * mask
     sigma = max(sums.shape[1:]) / 24
     whole, *halves = [cv2.GaussianBlur(s, (0, 0), sigma).astype(np.float64) for s in sums]
@@ -568,7 +569,7 @@ class Batches:
         keys = []
         for number in range(self.epoch * passes, (self.epoch + 1) * passes):
             keys += [(number, index) for index in self.order(number)]
-        batches = [keys[start:end] for start, end in zip(self.cuts, self.cuts[1:])]
+        batches = [keys[start:end] for start, end in itertools.pairwise(self.cuts)]
         if self.seed is None:
             return iter(batches[self.rank::self.ranks])
         return iter([batch[self.rank::self.ranks] for batch in batches[self.done:]])
@@ -801,7 +802,7 @@ def update_batchnorm(method, loader, device, batches=64):
             module.momentum = None                      # the plain mean over batches
             norms.append(module)
     if norms:
-        for _, (_, images) in zip(range(batches), loader):
+        for _, images in itertools.islice(loader, batches):
             network(normalise(to_device([images], device)[0]))
     for norm in norms:
         norm.momentum = 0.1
@@ -907,7 +908,7 @@ def train(method, sets, options, folder, device, draws=None):
                     sys.exit(f"stopped by {name} after step {step}; the same command, without "
                              "--overwrite, goes on from there")
             before = time.time()
-            sums = dict(zip(trainer.sums, over_ranks(*trainer.sums.values())))
+            sums = dict(zip(trainer.sums, over_ranks(*trainer.sums.values()), strict=True))
             n = sums.pop("n", 0)                        # 0: every step was left out
             figures = {name: total / n for name, total in sums.items()}
             with trainer.autocast():
@@ -944,7 +945,7 @@ def write_samples(method, val_set, seed, path, device, rows=6):
     """samples.png: what the method sees and makes of validation images (its samples())."""
     method.eval()
     items = [val_set[0, k][1] for k in range(min(rows, len(val_set)))]
-    views = [torch.stack(view) for view in zip(*items)]
+    views = [torch.stack(view) for view in zip(*items, strict=True)]
     torch.manual_seed(seed_from(seed))
     columns = method.samples(to_device(views, device))
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
@@ -957,7 +958,7 @@ def write_samples(method, val_set, seed, path, device, rows=6):
         return tile[0].numpy() if len(tile) == 1 else tile.byte().permute(1, 2, 0).numpy()
 
     sheet = []
-    for tiles in zip(*columns.values()):
+    for tiles in zip(*columns.values(), strict=True):
         sheet.append([picture(tile) for tile in tiles])
     image = Image.fromarray(prepare_data.contact_sheet(sheet, list(columns)))
     write_atomically(path, functools.partial(image.save, format="PNG"))
