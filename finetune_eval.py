@@ -15,7 +15,7 @@ nobody trained (section 4.1). frozen: the decoder is trained, the encoder stays.
 trained. semi: all is trained, on the labelled images, and where they are too few also on the
 others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch.
 classify: a linear probe on the encoder's pooled features (appendix D). reference: what needs no
-training, on the same test images. One JSON an evaluation, under results/, with a CSV of its test
+training, on the same test images. One JSON per evaluation, under results/, with a CSV of its test
 images; --report writes results/README.md from them.
 """
 
@@ -24,6 +24,7 @@ import collections
 import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -174,8 +175,8 @@ def hausdorff95(pred, target):
 
 
 def bootstrap_weights(groups, rounds=2000, seed=0):
-    """The group of each image (N,) -> float (rounds, N), whole: how often it is drawn when as many
-    groups as there are are drawn with replacement (Efron 1979)."""
+    """The group of each image (N,) -> float (rounds, N), whole: bootstrap over groups, how often
+    each image is drawn in each round (Efron 1979)."""
     return draw_groups(tuple(groups), rounds, seed)
 
 
@@ -208,7 +209,7 @@ def summarise(table, groups):
 
 
 def mean_iou(tables, weights):
-    """A list of tables (N, 5) over the same images, one a seed, and weights (R, N) -> float (R,):
+    """A list of tables (N, 5) over the same images, one per seed, and weights (R, N) -> float (R,):
     the mean over seeds of the global IoU."""
     counts = np.stack(tables)[..., :4]
     return scores_from_counts(weights @ counts)["iou"].mean(axis=0)
@@ -347,8 +348,8 @@ def labelled_rows(names, labels, seed, of):
 
 
 class WithClass(Images):
-    """Images, and to each view its class: `classes`, an int a row of the part. Key (epoch, k) ->
-    (row, [view, int64 ()])."""
+    """Images, and to each view its class: `classes`, the class number of each row of the part. Key
+    (epoch, k) -> (row, [view, int64 ()])."""
 
     def __init__(self, folder, part, transform, seed, rows, classes):
         super().__init__(folder, part, transform, seed, rows)
@@ -447,7 +448,7 @@ class Probe(nn.Module):
         return self
 
     def logits(self, images):
-        """uint8 (B, 3, S, S) -> float (B, C), a list, one a stage."""
+        """uint8 (B, 3, S, S) -> float (B, C), a list, one per stage."""
         x = normalise(images)
         if "tokens" in self.stages:
             features = [self.encoder.forward_features(x)[:, 1:].mean(dim=1)]
@@ -496,9 +497,9 @@ class LabelledSets:
 
 
 def labelled_sets(job, keep=None, classes=None):
-    """The LabelledSets of --labels. keep: rows that can be taken, a list a part (unset: all).
-    classes: a number a row of each part, instead of the masks. Ends the program where there are
-    fewer images than labels asked for, or no masks."""
+    """The LabelledSets of --labels. keep: for each part, the rows to choose from (unset:
+    all). classes: for each part, the class number of each row, instead of masks. Ends the
+    program where there are fewer images than labels asked for, or no masks."""
     labels = job.args.labels
     rows = {}
     of = {}
@@ -679,8 +680,8 @@ def fit_semi(method, sets, job, epochs):
 # --------------------------------------------------------------------------------------- protocols
 
 def mask_drawer(job, refine):
-    """(draw: uint8 (B, S, S, 3) -> bool (B, S, S), masks without a network; evidence of
-    --refine)."""
+    """A function that draws masks without a network, uint8 (B, S, S, 3) -> bool (B, S, S), and what
+    --refine has decided for it."""
     settings = job.settings
     if not refine:
         def draw(images):
@@ -693,9 +694,12 @@ def mask_drawer(job, refine):
 
 
 def sheet_of_three(unet, images, masks, iou, job):
-    """As the paper's Table 6: image, pseudo-mask, truth, prediction, of the test images of best,
+    """As the paper's Table 6: image, pseudo-mask, prediction, truth, of the test images of best,
     median and worst IoU."""
-    draw, _ = mask_drawer(job, job.settings.get("refine", ()))
+    refine = job.settings.get("refine", ())
+    draw_mask = {"Otsu" if refine else "pseudo-mask": mask_drawer(job, ())[0]}
+    if refine:
+        draw_mask["refined mask"] = mask_drawer(job, refine)[0]
     names = prepare_data.read_names(job.data, "test")
     order = np.argsort(-iou, kind="stable")
     rows = []
@@ -703,9 +707,10 @@ def sheet_of_three(unet, images, masks, iou, job):
     for title, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         image = np.array(images[k])
         pred = predict_logits(unet, image[None], job.device)[0] > 0
-        rows.append([image, draw(image[None])[0], masks[k], pred])
+        drawn = [draw(image[None])[0] for draw in draw_mask.values()]
+        rows.append([image, *drawn, pred, masks[k]])
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}"[:64])
-    titles = ["image", "pseudo-mask", "truth", "prediction"]
+    titles = ["image", *draw_mask, "prediction", "truth"]
     return prepare_data.contact_sheet(rows, titles, captions)
 
 
@@ -767,8 +772,8 @@ def best_constant(data):
 
 def reference(job):
     """Score what needs no training on the same test images: REFERENCE. Only best_constant uses
-    labels. Returns the result, a table (N, 5) a row, and a sheet of what the threshold and --refine
-    draw on training images. Without test masks there are no tables."""
+    labels. Returns the result, a table (N, 5) per row, and a sheet of what the threshold and
+    --refine draw on training images. Without test masks there are no tables."""
     settings = job.settings
     draw, _ = mask_drawer(job, ())
     draw_refined, evidence = mask_drawer(job, REFINEMENTS)
@@ -813,8 +818,9 @@ def reference(job):
 
 
 def classes_of(data):
-    """The labels in the CSVs of a data set: their names, sorted; a number a row of each part, -1
-    without a label; the rows that have one. Ends the program where a probe cannot be trained."""
+    """The labels in the CSVs of a data set: their names, sorted; for each part, the class number of
+    each row, -1 without a label; the rows that have one. Ends the program where a probe cannot be
+    trained."""
     names = {part: prepare_data.read_names(data, part) for part in prepare_data.PARTS}
     found = {part: {row["label"] for row in rows} - {""} for part, rows in names.items()}
     classes = sorted(found["train"])
@@ -885,9 +891,10 @@ def class_scores(truth, pred, classes, groups):
     def recalls(weights):
         values = []
         for c in np.flatnonzero(present):
+            n = weights @ (truth == c)
             right = weights @ ((truth == c) & (pred == c))
-            values.append(right / np.maximum(weights @ (truth == c), 1e-9))
-        return np.stack(values)                                 # (classes that are there, R)
+            values.append(np.where(n > 0, right / np.maximum(n, 1), np.nan))
+        return np.stack(values)             # (classes that are there, R); nan: not drawn
 
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (truth, pred), 1)
@@ -895,14 +902,14 @@ def class_scores(truth, pred, classes, groups):
     names = [name for name, there in zip(classes, present, strict=True) if there]
     return dict(
         macro_recall=float(recall.mean()),
-        macro_recall_ci=interval(recalls(bootstrap_weights(groups)).mean(axis=0)),
+        macro_recall_ci=interval(np.nanmean(recalls(bootstrap_weights(groups)), axis=0)),
         accuracy=float((truth == pred).mean()),
         confusion=confusion.tolist(),
         class_recall=dict(zip(names, recall.tolist(), strict=True)))
 
 
 def per_image(tables, names):
-    """{row: table (N, 5)} -> a list of dicts, one an image and row: what the pictures scored, each
+    """{row: table (N, 5)} -> a list of dicts, one per image and row: what the pictures scored, each
     by itself."""
     rows = []
     for row, table in tables.items():
@@ -973,14 +980,14 @@ def refuse_to_replace(path, result):
         there = json.loads(path.read_text())
     except ValueError:
         there = {}
-    differ = [key for key, value in result.items() if there.get(key) != value]
-    if differ:
-        sys.exit(f"{path} holds another evaluation (other {', '.join(differ)}): --overwrite "
-                 "replaces it")
+    differ = [key for key, value in result.items() if there.get(key, value) != value]
+    if differ or not there:
+        other = ", ".join(differ) or "file"
+        sys.exit(f"{path} holds another evaluation (other {other}): --overwrite replaces it")
 
 
 def print_scores(result):
-    """The scores of one result on the screen, a line a reference row or network."""
+    """The scores of one result on the screen, one line per reference row or network."""
     for name, block in blocks_of(result).items():
         texts = []
         for score in ("macro_recall", "iou_global", "iou_image", "precision_global",
@@ -1133,8 +1140,8 @@ def export_network(args, settings):
     path = Path(args.export)
     if path.exists() and not args.overwrite:
         sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
-    if path.suffix != ".pt2":
-        sys.exit(f"--export {path}: torch wants the name to end in .pt2")
+    if settings["train"] != "end2end":
+        sys.exit(f"--export: {args.run} has an encoder only, and nobody trained its decoder")
     unet, size = whole_network(args, settings)
     unet.requires_grad_(False)
     about = dict(size=size, foreground=settings["foreground"], backbone=settings["backbone"],
@@ -1144,13 +1151,10 @@ def export_network(args, settings):
     any_number = ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
         program = torch.export.export(Exported(unet), (images,), dynamic_shapes=any_number)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"network.json": json.dumps(about)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.pt2")
-    try:
-        torch.export.save(program, temporary, extra_files={"network.json": json.dumps(about)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     print(f"{path}: {', '.join(f'{name} {value}' for name, value in about.items())}")
 
 
@@ -1180,7 +1184,7 @@ class Row:
         return self.dataset, self.backbone, self.protocol, self.variant, self.name
 
     @property
-    def network(self):
+    def title(self):
         """How the report calls it."""
         title = self.name if self.protocol == "reference" else f"{self.variant}: {self.name}"
         return title if self.backbone == "resnet50" else f"{title} ({self.backbone})"
@@ -1216,10 +1220,12 @@ def read_result(path):
         if len(images) != result["n_test"]:
             raise ValueError(f"{len(images)} images in its CSV")
         table = None
+        if result["protocol"] in TRAINED:
+            sum(result[key] for key in ("n_labels_train", "n_labels_val", "budget_steps"))
         if result["protocol"] == "classify":
             needed = ["macro_recall", "accuracy", "majority_accuracy"]
         else:
-            needed = ["iou_global", "iou_image", "hd95_image"]
+            needed = ["iou_global", "accuracy_global", "hd95_image"]
             columns = [[float(line[key]) for key in (*COUNTS, "hd95")] for line in images]
             table = np.array(columns)
         if not all(math.isfinite(block[key]) for key in needed):
@@ -1227,6 +1233,8 @@ def read_result(path):
         title = name or result.get("name", result["protocol"])
         names = [line["name"] for line in images]
         rows.append(Row(result, title, block, table, names, groups_of(images)))
+    if not rows:
+        raise ValueError("no reference row")
     return rows
 
 
@@ -1235,6 +1243,8 @@ def read_results(out):
     rows = []
     bad = []
     for path in sorted(Path(out).rglob("*.json")):
+        if path.name == "bench.json":       # of run_all.sh bench
+            continue
         try:
             rows += read_result(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1253,8 +1263,8 @@ def cells_of(rows):
     def place(cell):
         first = cell[0]
         if first.protocol == "reference":
-            return 0, REFERENCE.index(first.name), first.network
-        return 1, first.n_labels, first.network
+            return 0, REFERENCE.index(first.name), first.title
+        return 1, first.n_labels, first.title
 
     return sorted(cells.values(), key=place)
 
@@ -1312,28 +1322,28 @@ def best_reference(cells):
 def dataset_table(cells):
     """The lines of a data set's table: every cell but the probes, and the reference rows once,
     whatever the backbone, but the untrained network."""
-    best = best_reference(cells)
-    title = f"vs {best[0].name}" if best else "vs best reference row (none here)"
-    rows = []
-    seen = set()
+    shown = {}
     for cell in cells:
         first = cell[0]
-        if first.protocol == "reference" and first.name != "random_init":
-            if (first.name, first.variant) in seen:
-                continue
-            seen.add((first.name, first.variant))
+        is_same = first.protocol == "reference" and first.name != "random_init"
+        shown.setdefault(first.name if is_same else first.cell, cell)
+    best = best_reference(shown.values())
+    title = f"vs {best[0].name}" if best else "vs best reference (none scored)"
+    rows = []
+    for cell in shown.values():
+        first = cell[0]
         bounds = cell_interval(cell)
         between = f"{bounds[0]:.4f} - {bounds[1]:.4f}" if bounds else "test images differ"
         against = "" if cell is best else difference(cell, best)
         hd95 = np.mean([row.scores["hd95_image"] for row in cell])
-        rows.append([first.network, first.labels, mean_std(cell), between, against, f"{hd95:.1f}"])
+        rows.append([first.title, first.labels, mean_std(cell), between, against, f"{hd95:.1f}"])
     header = ["network", "labels", "IoU, mean ± std (seeds)", "95 % interval", title, "hd95, px"]
     return markdown(header, rows)
 
 
 def find_supervised(cells, cell, n_labels):
-    """The cell of supervised training on the same backbone, for as many steps where this one was
-    trained on labels, with n_labels (None: the most); None where there is none."""
+    """The supervised cell of the same backbone and, where `cell` was trained on labels, of as many
+    steps, with n_labels labels (None: with the most); None where there is none."""
     budget = cell[0].result.get("budget_steps")
     found = []
     for other in cells:
@@ -1344,7 +1354,8 @@ def find_supervised(cells, cell, n_labels):
             continue
         found.append(other)
     return max(found, default=None,
-               key=lambda other: (other[0].n_labels, other[0].result["budget_steps"]))
+               key=lambda other: (other[0].n_labels, other[0].result["budget_steps"],
+                                  -len(other[0].name)))
 
 
 def supervised_table(cells):
@@ -1357,7 +1368,7 @@ def supervised_table(cells):
         most = find_supervised(cells, cell, None)
         if most:
             same = find_supervised(cells, cell, cell[0].n_labels)
-            rows.append([cell[0].network, cell[0].labels, difference(cell, same),
+            rows.append([cell[0].title, cell[0].labels, difference(cell, same),
                          f"{difference(cell, most)} ({most[0].labels})"])
     if not rows:
         return []
@@ -1367,40 +1378,40 @@ def supervised_table(cells):
 
 
 def probe_table(cells):
-    """The lines of the table of linear probes, a row a stage of the encoder."""
+    """The lines of the table of linear probes, one row per stage of the encoder."""
     rows = []
     for cell in cells:
         result = cell[0].result
         majority = f"{result['majority_accuracy']:.4f}"
-        rows.append([cell[0].network, cell[0].labels, result.get("stage", ""),
+        rows.append([cell[0].title, cell[0].labels, result.get("stage", ""),
                      mean_std(cell, "macro_recall"), mean_std(cell, "accuracy"), majority])
         if "layer2" in result:
             scores = []
             for score in ("macro_recall", "accuracy"):
                 mean = np.mean([row.result["layer2"][score] for row in cell])
                 scores.append(f"{mean:.4f} ({len(cell)})")
-            rows.append([cell[0].network, cell[0].labels, "layer2", *scores, majority])
+            rows.append([cell[0].title, cell[0].labels, "layer2", *scores, majority])
     header = ["network", "labels", "stage", "mean recall over classes", "accuracy",
-              "always the commonest class"]
+              "accuracy of the majority class"]
     return markdown(header, rows)
 
 
 def draw_chart(cells, path):
-    """One PNG: a bar a network, and its IoU against the labels used, with 95 % intervals; in gray.
-    Raises ImportError where matplotlib is not installed."""
+    """One PNG: one bar per network, and its IoU against the labels used, with 95 % intervals; in
+    gray. Raises ImportError where matplotlib is not installed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     networks = [cell for cell in cells if cell[0].protocol != "reference"]
     curves = collections.defaultdict(list)
-    without = {}                            # the networks before they saw a label
+    at_zero_labels = {}                     # the networks before they saw a label
     for cell in networks:
         first = cell[0]
         if first.protocol in TRAINED:
-            name = first.network.replace(f"-l{first.result['labels']}", "")
+            name = first.title.replace(f"-l{first.result['labels']}", "")
             curves[name].append(cell)
         elif not first.n_labels:
-            without[first.backbone, first.variant] = cell
+            at_zero_labels.setdefault((first.backbone, first.variant), cell)
     height = max(3.5, 1.5 + 0.28 * len(networks))
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
 
@@ -1412,12 +1423,13 @@ def draw_chart(cells, path):
     for y, cell in enumerate(reversed(networks)):
         bars.barh(y, mean_iou_of(cell), color="0.75", edgecolor="black", xerr=reach(cell),
                   capsize=2)
-    titles = [f"{cell[0].network}, {cell[0].labels}" for cell in reversed(networks)]
+    titles = [f"{cell[0].title}, {cell[0].labels}" for cell in reversed(networks)]
     bars.set_yticks(range(len(titles)), titles, fontsize=7)
     bars.set(xlim=(0, 1), xlabel="test IoU (global)", title="network, labels")
     for k, (name, curve) in enumerate(curves.items()):
-        start = without.get((curve[0][0].backbone, curve[0][0].variant))
-        if start:
+        first = curve[0][0]
+        start = at_zero_labels.get((first.backbone, first.variant))
+        if start and first.protocol != "frozen":        # whose decoder is new
             curve.insert(0, start)
         errors = np.hstack([reach(cell) for cell in curve])
         lines.errorbar([cell[0].n_labels for cell in curve], [mean_iou_of(c) for c in curve],
@@ -1502,7 +1514,8 @@ Table 10: natural images from a drone | backbone=resnet50 train=encoder
     MedSASS | method=medsass | - - - - .9744
     DINO | method=dino | - - - - .9459
 """
-AS_IN_THE_PAPER = dict(protocol="transfer", score="iou_global")
+PAPER_DEFAULTS = dict(protocol="transfer", score="iou_global", threshold="otsu",
+                      loss="focal_tversky")
 
 
 def paper_tables():
@@ -1513,7 +1526,7 @@ def paper_tables():
         title, words, *numbers = [text.strip() for text in line.split("|")]
         wanted = dict(word.split("=") for word in words.split())
         if not numbers:
-            common = AS_IN_THE_PAPER | wanted
+            common = PAPER_DEFAULTS | wanted
             tables.append((title, []))
             continue
         shown = zip(PAPER_SETS, numbers[0].split(), strict=False)
@@ -1528,11 +1541,12 @@ def cell_of_paper(cells, dataset, wanted):
     found = []
     for cell in cells:
         result = cell[0].result
-        if (result["dataset"] == dataset and "refine" not in result
-                and "-from-" not in result["variant"]
-                and all(str(result.get(k)) == v for k, v in wanted.items() if k != "score")):
+        saw_labels = wanted["protocol"] == "transfer" and cell[0].n_labels
+        is_other = "refine" in result or "-from-" in result["variant"] or saw_labels
+        if result["dataset"] == dataset and not is_other and all(
+                str(result.get(key)) == value for key, value in wanted.items() if key != "score"):
             found.append(cell)
-    return min(found, key=lambda cell: (len(cell[0].network), cell[0].network), default=None)
+    return min(found, key=lambda cell: (len(cell[0].title), cell[0].title), default=None)
 
 
 def unusual(result, wanted):
@@ -1580,8 +1594,8 @@ def paper_sections(cells):
 
 
 def report(out):
-    """Write README.md and a chart a data set under `out` from every result there; a JSON that is no
-    result is named and left out. Ends the program where there is none."""
+    """Write README.md and one chart per data set under `out` from every result there; a JSON that
+    is no result is named and left out. Ends the program where there is none."""
     rows, bad = read_results(out)
     for line in bad:
         print(line)
@@ -1592,7 +1606,7 @@ def report(out):
         "Written by `python finetune_eval.py --report`. IoU is over the whole test part (counts "
         "summed), intervals are 95 % bootstrap over test images or their groups. Labels: training "
         "+ validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: "
-        "the interval of the paired difference holds 0, so the two are not separated."]
+        "the interval of the paired difference holds 0: the data do not show a difference."]
     for line in bad:
         lines += ["", f"- {line}"]
     no_charts = ""
@@ -1716,6 +1730,8 @@ def check_flags(parser, args):
         parser.error("--predict needs --run RUN_DIR and --out DIR")
     if args.export and not args.run:
         parser.error("--export needs --run RUN_DIR")
+    if args.predict and args.export:
+        parser.error("--predict and --export exclude each other")
     if args.run and args.encoder:
         parser.error("--run and --encoder exclude each other")
     if not args.run and not (args.dataset and args.backbone):
@@ -1740,40 +1756,49 @@ USED = dict(
     reference=set())
 
 
-def used_flags(args):
-    """The flags that this job uses; says in one line which others were given."""
+def default_flags():
+    """What the flags are where none is given."""
+    return parse_args(["--report"])         # which needs no other
+
+
+def without_unused(args):
+    """The flags, with the default of those that this job does not use; says in one line which of
+    them were given."""
     if args.predict:
         used = {"predict", "overlay", "tile", "page", "flips"}
     elif args.export:
-        used = {"export"}
+        used = set()
     else:
         used = USED[args.protocol] | {"dataset", "protocol"}
     if not args.run:
         used = used | {"backbone"}
-    usual = parse_args(["--report"])
-    every = set().union(*USED.values()) | {"overlay", "tile", "page", "dataset", "protocol",
-                                           "backbone", "export"}
+    usual = default_flags()
+    ignored = set().union(*USED.values()) | {"overlay", "tile", "page", "dataset", "protocol",
+                                             "backbone"}
+    ignored -= used
     given = []
-    for name in sorted(every - used):
+    for name in sorted(ignored):
         if getattr(args, name) != getattr(usual, name):
             given.append("--" + name.replace("_", "-"))
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
-    return used
+    ignored -= {"dataset", "protocol", "backbone"}
+    defaults = {name: getattr(usual, name) for name in ignored}
+    return argparse.Namespace(**vars(args) | defaults)
 
 
-def result_name(args, used, decoder, source):
+def result_name(args, decoder, source):
     """Of a result and of the folder of its training: the protocol, and what is not as usual.
     source: the data set that the network was trained on."""
-    usual = parse_args(["--report"])
+    usual = default_flags()
     words = [args.protocol]
     for name, prefix in NAMED.items():
         value = getattr(args, name)
-        if name in used and str(value) != str(getattr(usual, name)):    # 1 label is not all, 1.0
+        if str(value) != str(getattr(usual, name)):     # 1 label is not all, 1.0
             words.append(f"{prefix}{value}")
-    if args.decoder != "auto" and "decoder" in used:
+    if args.decoder != "auto":
         words.append(decoder)
-    if args.flips and "flips" in used:
+    if args.flips:
         words.append("flips")
     if args.dataset not in (None, source):
         words.append(f"on-{args.dataset}")
@@ -1801,22 +1826,22 @@ def describe(args, run, meta):
     return run | dict(variant=variant)
 
 
-def plan(args, used, device, command):
+def make_job(args, device, command):
     """The Job that the flags ask for. Ends the program where it cannot be done."""
     run = read_run(Path(args.run)) if args.run else {}
     data = Path(args.data) / (args.dataset or run["dataset"])
     meta = prepare_data.read_meta(data)
-    is_whole = run.get("train") == "end2end"        # the run has a decoder of its own
+    has_decoder = run.get("train") == "end2end"
     source = args.run or args.encoder or args.protocol
-    if args.decoder == "pretrained" and "decoder" in used and not is_whole:
+    if args.decoder == "pretrained" and not has_decoder:
         sys.exit(f"--decoder pretrained: {source} has an encoder only")
-    if args.protocol == "semi" and (not is_whole or "protocol" in run):
+    if args.protocol == "semi" and (not has_decoder or "protocol" in run):
         sys.exit("semi draws masks without labels: it needs a --run of pretrain.py that trained a "
                  f"whole U-Net, and {source} is none")
     decoder = args.decoder
-    if decoder == "auto" or "decoder" not in used:
-        keeps = is_whole and args.protocol in ("transfer", "finetune", "semi")
-        decoder = "pretrained" if keeps else "fresh"
+    if decoder == "auto":
+        is_kept = has_decoder and args.protocol in ("transfer", "finetune", "semi")
+        decoder = "pretrained" if is_kept else "fresh"
     size = meta["size"]
     if run.get("backbone") == "vit_small" and decoder == "pretrained" and run["img_size"] != size:
         sys.exit(f"{args.run} was trained at {run['img_size']} px and {data.name} is prepared at "
@@ -1824,7 +1849,7 @@ def plan(args, used, device, command):
                  f"{run['img_size']}")
     settings = describe(args, run, meta) | dict(img_size=size, data=meta["fingerprint"])
     seed = run.get("seed", 0) if args.seed is None else args.seed
-    name = result_name(args, used, decoder, run.get("dataset", args.dataset))
+    name = result_name(args, decoder, run.get("dataset", args.dataset))
     return Job(args, data, settings, seed, decoder, name, device, command)
 
 
@@ -1832,14 +1857,14 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(args.out or "results")
-    used = used_flags(args)
+    args = without_unused(args)
     if args.export:
         return export_network(args, read_run(Path(args.run)))
     device = pick_device(args.device)
     if args.predict:
         return predict_folder(args, read_run(Path(args.run)), device)
     flags = sys.argv[1:] if argv is None else argv
-    evaluate(plan(args, used, device, shlex.join(["python", "finetune_eval.py", *flags])))
+    evaluate(make_job(args, device, shlex.join(["python", "finetune_eval.py", *flags])))
 
 
 if __name__ == "__main__":

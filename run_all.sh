@@ -70,7 +70,8 @@ setup() {
 on_labels() {
     local labels
     for labels in $LABELS; do
-        printf '|%s --labels %s%s' "$1" "$labels" "${EPOCHS:+ --epochs $EPOCHS}"
+        printf '|%s --labels %s' "$1" "$labels"
+        [[ ${EPOCHS:-50} == 50 ]] || printf ' --epochs %s' "$EPOCHS"
     done
 }
 
@@ -88,7 +89,8 @@ pretrained() {
             transfer) printf '|--protocol transfer' ;;
             classify) LABELS=1.0 on_labels '--protocol classify' ;;
             semi)
-                [[ $flags == *--method* || $flags == *encoder* ]] || on_labels '--protocol semi'
+                [[ $flags == *'--method '* || $flags == *'--train encoder'* ]] ||
+                    on_labels '--protocol semi'
                 ;;
             *) on_labels "--protocol $protocol" ;;
         esac
@@ -111,6 +113,7 @@ encoders() {
 # plan_of PART DATASET SEED BACKBONE: its lines.
 plan_of() {
     local on="--dataset $2 --backbone $4 --seed $3" value
+    [[ $1/$4 != drone/vit_small ]] || return 0
     [[ $1 == classify ]] || echo "|$on --protocol reference"
     case $1 in
         main)
@@ -136,7 +139,7 @@ plan_of() {
             done
             ;;
         classify) encoders classify "$4" "$on" ;;
-        drone) [[ $4 != resnet50 ]] || encoders transfer "$4" "$on" ;;
+        drone) encoders transfer "$4" "$on" ;;
     esac
 }
 
@@ -152,6 +155,8 @@ plan() {
             drone) sets=$(prepared drone) ;;
             *) sets=${DATASETS:-$(prepared dm tissuenet isic xray)} ;;
         esac
+        [[ -n ${sets// } ]] ||
+            echo "$part: no data set for it is prepared, see python prepare_data.py --help" >&2
         for dataset in $sets; do
             for seed in ${SEEDS:-0 1 2 $([[ $part == drone ]] || echo 3 4)}; do
                 for backbone in ${BACKBONES:-resnet50 vit_small}; do
@@ -181,61 +186,78 @@ prepared() {
 
 # -------------------------------------------------------------------------------------- the driver
 
-# once SCRIPT FLAGS...: run it, unless its log ends with the file that it made, and that is there;
+# made_by LOG: the file that the scripts name in the last line of what they print.
+made_by() {
+    grep -E '[.](png|json)$' "$1" 2>/dev/null | tail -n 1
+}
+
+# once SCRIPT FLAGS...: run it, unless its log names the file that it made, and that is there;
 # prints that file.
 once() {
     local words="$*" code=0 log made
-    log=results/logs/${words//[^a-zA-Z0-9.+]/_}.log
-    made=$(tail -n 1 "$log" 2>/dev/null || true)
+    log=results/logs/${words//[ \/]/_}.log
+    made=$(made_by "$log")
     if [[ -f $WORK/${log##*/} ]]; then      # it failed before, in this call
         return 1
     elif [[ ! -f $made ]]; then
         echo "[$NUMBER] python $words" >&2
         "$PYTHON" "$@" >"$log.$$" 2>&1 || code=$?
-        if [[ $code == 75 ]]; then          # another process is at it
+        if [[ $code == 75 ]]; then
+            echo "    another process is working on this run: later" >&2
             touch "$WORK/later"
             return 75
         fi
         mv "$log.$$" "$log"
-        if [[ $code != 0 ]]; then
-            printf '  exit code %s: python %s\n' "$code" "$words" >>"$WORK/failed"
-            printf '    log: %s\n' "$log" >>"$WORK/failed"
+        made=$(made_by "$log")
+        if [[ $code != 0 || ! -f $made ]]; then
+            printf '  exit code %s: python %s\n    log: %s\n' $code "$words" "$log" >>"$WORK/failed"
             touch "$WORK/${log##*/}"
             return 1
         fi
-        made=$(tail -n 1 "$log")
     fi
     echo "$made"
 }
 
 # job LINE: a line of the plan, with its number before it.
 job() {
-    local flags run='' parts gpus=(${GPUS:-})
+    local flags run='' fields gpus=(${GPUS:-})
     trap 'rm -f results/logs/*.log.$$' EXIT
     trap 'exit 143' TERM
     [[ -z ${GPUS:-} ]] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT]}
-    IFS='|' read -r -a parts <<<"$1"
-    NUMBER=${parts[0]}
-    if [[ -n ${parts[1]} ]]; then
-        run=$(once pretrain.py ${parts[1]}) || return 0     # what builds on it is not tried
+    IFS='|' read -r -a fields <<<"$1"
+    NUMBER=${fields[0]}
+    if [[ -n ${fields[1]} ]]; then
+        run=$(once pretrain.py ${fields[1]}) || return 0     # what builds on it is not tried
         run=${run%/*}
     fi
-    for flags in "${parts[@]:2}"; do
+    for flags in "${fields[@]:2}"; do
         once finetune_eval.py ${run:+--run "$run"} $flags >/dev/null || true
     done
+}
+
+# stop_runs GROUP: tell xargs and its runs to stop, give them time to save, and exit.
+stop_runs() {
+    local i
+    kill -- "-$1" 2>/dev/null || true
+    for ((i = 0; i < 300; i++)); do
+        kill -0 -- "-$1" 2>/dev/null || break
+        sleep 0.2
+    done
+    rm -r "$WORK"
+    echo 'stopped; the same command goes on' >&2
+    exit 130
 }
 
 # drive JOBS: the plan on standard input, so many lines at a time; where another process is at a
 # run, once more, until all is done.
 drive() {
-    local code=0 group
+    local code=0 group=''
     export PYTHON WORK GPUS
     WORK=$(mktemp -d)
     mkdir -p results/logs
     awk '{ line[NR] = $0 } END { for (i = 1; i <= NR; i++) print i "/" NR "|" line[i] }' |
         tr '\n' '\0' >"$WORK/plan"
-    trap 'kill -- -$group; wait; rm -r "$WORK"; echo "stopped; the same command goes on" >&2
-          exit 130' INT TERM
+    trap 'stop_runs $group' INT TERM HUP
     while true; do
         rm -f "$WORK/later"
         set -m                              # a process group of its own, to be stopped as one
@@ -245,9 +267,9 @@ drive() {
         set +m
         wait $group || code=$?
         [[ -f $WORK/later ]] || break
-        sleep 5
+        sleep 10
     done
-    trap - INT TERM
+    trap - INT TERM HUP
     if [[ -f $WORK/failed ]]; then
         printf '\nfailed:\n%s\n' "$(cat "$WORK/failed")" >&2
         code=1
@@ -261,13 +283,15 @@ ready() {
     local name meta
     for name in "$@"; do
         meta=data/$name/meta.json
-        if [[ $name == demo && ! -f $meta ]]; then
-            "$PYTHON" prepare_data.py --dataset demo ${SIZE:+--size "$SIZE"} ||
-                [[ -f $meta ]]              # by another process
-        fi
+        while [[ $name == demo && ! -f $meta ]]; do
+            if ! "$PYTHON" prepare_data.py --dataset demo ${SIZE:+--size "$SIZE"}; then
+                sleep 5                     # another process may be drawing them
+                [[ -f $meta ]] || die 'the pictures of the demo are not there'
+            fi
+        done
         [[ -f $meta ]] || die "data/$name is not prepared: see python prepare_data.py --help"
         [[ -z ${SIZE:-} ]] || grep -q "\"size\": $SIZE," "$meta" ||
-            die "data/$name is not prepared at SIZE=$SIZE: prepare it again with --overwrite"
+            die "data/$name is of another SIZE: prepare it again, --size $SIZE --overwrite"
     done
 }
 
@@ -275,6 +299,7 @@ ready() {
 benchmark() {
     local code=0 gpus=(${GPUS:-}) jobs=${JOBS:-1}
     ((${#gpus[@]} == 0)) || jobs=${#gpus[@]}
+    [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "JOBS=$jobs is not a number from 1 up"
     if [[ -n ${DRY_RUN:-} ]]; then
         awk '{
             if (!sub(/^[|]/, "python finetune_eval.py ")) $0 = "python pretrain.py " $0
@@ -294,8 +319,9 @@ benchmark() {
 
 # What Otsu's threshold draws, what MedSASS makes of it, and what six labels add.
 demo() {
-    local on='--dataset demo --backbone resnet50 --seed 0' few="--labels 0.1 --epochs ${EPOCHS:-10}"
+    local on='--dataset demo --backbone resnet50 --seed 0' few='--labels 0.1 --epochs '
     local refined="$on --refine --epochs ${EPOCHS:-16}" samples
+    few+=$((${EPOCHS:-10} > 1 ? ${EPOCHS:-10} : 2))         # semi trains in two halves
     [[ -n ${DRY_RUN:-} ]] || ready demo
     JOBS=${JOBS:-2} benchmark <<TEXT
 $refined|--protocol transfer|--protocol semi $few|--protocol finetune $few
@@ -304,7 +330,7 @@ $on --epochs ${EPOCHS:-16}|--protocol transfer
 |$on --protocol supervised $few
 TEXT
     [[ -z ${DRY_RUN:-} ]] || return 0
-    samples=$(WORK=/nowhere NUMBER=demo once pretrain.py $refined)
+    samples=$(made_by "results/logs/pretrain.py_${refined// /_}.log")
     "$PYTHON" - <<'TEXT'
 import pathlib, numpy, PIL.Image
 folder = pathlib.Path("predictions/pictures")
@@ -331,9 +357,11 @@ parts() {
     local lines
     [[ -n ${DRY_RUN:-} ]] || ready ${DATASETS:-}
     lines=$(plan "$@")
-    [[ -n $lines ]] ||
-        die "nothing to run: no data set for $* is prepared, see python prepare_data.py --help"
-    benchmark <<<"$lines"
+    if [[ -n $lines ]]; then
+        benchmark <<<"$lines"
+    else
+        echo 'nothing to run'
+    fi
 }
 
 tests() {

@@ -1812,6 +1812,7 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monk
     fake_result(out, "supervised", 0, .9, "supervised", **trained)
     fake_result(out, "medsass", 0, .85, "finetune", **trained)
     fake_result(out, "medsass", 0, .7, dataset="my set")
+    fake_result(out, "medsass-finetune", 0, .9, dataset="xray", **trained)
     (out / "broken.json").write_text("{")
     (out / "foreign.json").write_text('{"a": [1]}')
     (out / "list.json").write_text("[3]")
@@ -1820,7 +1821,7 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monk
     (seeds / "seed9/transfer.csv").unlink()
     text = report_of(out)
     printed = capsys.readouterr().out
-    assert "8 results, 4 warnings" in printed
+    assert "9 results, 4 warnings" in printed
     for name in ("broken.json", "foreign.json", "list.json", "seed9/transfer.json"):
         assert name in text and name in printed
     isic = text[:text.index("## my set")].splitlines()
@@ -1832,12 +1833,13 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monk
     against = next(line for line in reversed(isic) if "| medsass: finetune" in line)
     assert re.fullmatch(r"\| medsass: finetune \| 20 \+ 4 \| (-0\.0.*\]) \| \1 \(20 \+ 4\) \|",
                         against)
-    assert "vs best reference row (none here)" in text[text.index("## my set"):]
+    assert "vs best reference (none scored)" in text[text.index("## my set"):]
     assert "![my set](my%20set.png)" in text and Image.open(out / "my set.png").size[0] > 400
     paper = text[text.index("## The paper's tables"):]
     assert f"| ResNet-50 | {mean} / 0.4847 |" in paper
     assert re.search(r"\| BYOL \| 0\.\d{4} \(1\) / 0\.2412 \|", paper)
     assert "| DINO | - / 0.2426 |" in paper and "Not run here: Table 2" in paper
+    assert "xray" not in paper                          # that network saw labels
     monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
     assert ".png" not in report_of(out)
     assert "matplotlib is not installed" in capsys.readouterr().out
