@@ -1735,9 +1735,10 @@ def test_linear_probe(tmp_path):
     (raw / "labels.csv").write_text("\n".join(lines))
     prepare(raw, tmp_path / "data", "--name", "demo")
     encoder = tmp_path / "encoder.pth"
+    torch.manual_seed(0)
     models.export_encoder(models.build_unet("resnet50"), encoder)
     flags = [*ON_DEMO, "--protocol", "classify", "--lr", "0.05", "--batch-size", "8", "--encoder"]
-    result, folder, path = tune(tmp_path / "data", tmp_path, *flags, str(encoder), epochs=6)
+    result, folder, path = tune(tmp_path / "data", tmp_path, *flags, str(encoder), epochs=20)
     with open(path.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     truth = [row["label"] for row in rows]
