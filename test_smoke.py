@@ -3183,7 +3183,7 @@ def test_readme_snippets_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).save("image.png")
     for snippet in snippets()[:2]:
-        code = snippet.replace("runs/demo/resnet50/medsass-e30/seed0", str(run))
+        code = snippet.replace("runs/demo/resnet50/medsass-e16/seed0", str(run))
         scope = {}
         exec(code.replace("(224, 224)", "(32, 32)"), scope)
     assert not scope["keys"].unexpected_keys
