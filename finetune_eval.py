@@ -239,7 +239,8 @@ class Job:
     settings: dict                          # of the network's run, or made up where it has none
     seed: int
     decoder: str                            # what it starts from: "pretrained" or "fresh"
-    name: str                               # of the result, and of the folder of its training
+    name: str                               # of the result
+    training_name: str                      # of the folder of its training
     device: torch.device
     command: str
 
@@ -531,7 +532,7 @@ def labelled_sets(job, keep=None, classes=None):
 
 def training_folder(job):
     """The run folder of training on labels: in that of --run, or below --runs."""
-    name = job.name.replace("-flips", "")   # which change prediction alone
+    name = job.training_name
     if job.args.run:
         if job.settings["seed"] != job.seed:        # another draw of labels than the run's
             name += f"-seed{job.seed}"
@@ -978,11 +979,11 @@ def refuse_to_replace(path, result):
     """End the program if the JSON at `path` holds another evaluation than this one."""
     try:
         there = json.loads(path.read_text())
-    except ValueError:
-        there = {}
+    except ValueError:                      # half a file: not worth keeping
+        return
     differ = [key for key, value in result.items() if there.get(key, value) != value]
-    if differ or not there:
-        other = ", ".join(differ) or "file"
+    if differ:
+        other = "data" if "data" in differ else ", ".join(differ)
         sys.exit(f"{path} holds another evaluation (other {other}): --overwrite replaces it")
 
 
@@ -1138,7 +1139,7 @@ def export_network(args, settings):
     """--export: a run's network as one file that needs none of this code (torch.export, .pt2), for
     any number of images; size and foreground are in the file's metadata, network.json."""
     path = Path(args.export)
-    if path.exists() and not args.overwrite:
+    if path.is_dir() or path.exists() and not args.overwrite:
         sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
     if settings["train"] != "end2end":
         sys.exit(f"--export: {args.run} has an encoder only, and nobody trained its decoder")
@@ -1181,7 +1182,8 @@ class Row:
     @property
     def cell(self):
         """What rows that differ only in their seed have in common."""
-        return self.dataset, self.backbone, self.protocol, self.variant, self.name
+        data = self.result.get("data")      # another preparation has other test images
+        return self.dataset, data, self.backbone, self.protocol, self.variant, self.name
 
     @property
     def title(self):
@@ -1249,7 +1251,7 @@ def read_results(out):
             rows += read_result(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             bad.append(f"{path} is not a result of finetune_eval.py, or its CSV is missing or "
-                       f"damaged: left out ({type(error).__name__})")
+                       f"damaged: left out ({type(error).__name__}); delete it and run its command")
     return rows, bad
 
 
@@ -1435,7 +1437,10 @@ def draw_chart(cells, path):
         lines.errorbar([cell[0].n_labels for cell in curve], [mean_iou_of(c) for c in curve],
                        yerr=errors, label=name, capsize=2, color=str(0.3 * (k % 3)),
                        marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
+    counts = sorted({cell[0].n_labels for curve in curves.values() for cell in curve})
     lines.set_xscale("symlog", linthresh=1)
+    lines.set_xticks(counts, counts)
+    lines.minorticks_off()
     lines.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)",
               title="trained on labels")
     best = best_reference(cells)
@@ -1542,7 +1547,9 @@ def cell_of_paper(cells, dataset, wanted):
     for cell in cells:
         result = cell[0].result
         saw_labels = wanted["protocol"] == "transfer" and cell[0].n_labels
-        is_other = "refine" in result or "-from-" in result["variant"] or saw_labels
+        words = cell[0].name.split("-")
+        is_other = ("refine" in result or "-from-" in result["variant"] or saw_labels
+                    or "flips" in words or "fresh" in words)
         if result["dataset"] == dataset and not is_other and all(
                 str(result.get(key)) == value for key, value in wanted.items() if key != "score"):
             found.append(cell)
@@ -1610,15 +1617,22 @@ def report(out):
     for line in bad:
         lines += ["", f"- {line}"]
     no_charts = ""
-    for dataset in sorted({row.dataset for row in rows}):
-        here = cells_of([row for row in rows if row.dataset == dataset])
+    prepared = sorted({(row.dataset, row.result.get("data") or "") for row in rows})
+    names = [dataset for dataset, _ in prepared]
+    for dataset, data in prepared:
+        here = cells_of([row for row in rows
+                         if (row.dataset, row.result.get("data") or "") == (dataset, data)])
+        if names.count(dataset) > 1:        # prepared more than once: not to be compared
+            dataset = f"{dataset} ({data[:8]})"
         probes = [cell for cell in here if cell[0].protocol == "classify"]
         scored = [cell for cell in here if cell[0].protocol != "classify"]
         lines += ["", f"## {dataset}"]
         if scored:
             first = scored[0][0].result
             size = f" of {first['img_size']} px" if "img_size" in first else ""
-            lines += ["", f"{first['n_test']} test images{size}."]
+            groups = len(set(scored[0][0].groups))
+            few = " Intervals over so few groups say little." if groups < 5 else ""
+            lines += ["", f"{first['n_test']} test images{size} in {groups} groups.{few}"]
             lines += dataset_table(scored)
             lines += supervised_table(scored)
             try:
@@ -1660,7 +1674,8 @@ def parse_args(argv):
         "export)")
     add("--encoder", metavar="FILE",
         help="any encoder (ours, timm's, torchvision's), without a run")
-    add("--dataset", help="a prepared data set; with --run unset: the one it was trained on")
+    add("--dataset", type=prepare_data.dataset_name,
+        help="a prepared data set; with --run unset: the one it was trained on")
     add("--backbone", choices=list(BACKBONES), help="without --run: the network")
     add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"],
         help="what to do before scoring")
@@ -1815,7 +1830,10 @@ def describe(args, run, meta):
         return common | dict(method="supervised", train="end2end", variant="supervised",
                              loss=args.loss, epochs=args.epochs, batch_size=args.batch_size)
     if args.encoder:
-        name = Path(args.encoder).stem
+        path = Path(args.encoder).resolve()
+        name = path.stem
+        if (path.parent / "config.json").exists():      # of a run: all are called encoder.pth
+            name = "-".join(path.parts[-5:-1])
         return common | dict(method=name, train="encoder", variant=name)
     folder = Path(args.run).resolve()
     variant = folder.parent.name
@@ -1831,6 +1849,12 @@ def make_job(args, device, command):
     run = read_run(Path(args.run)) if args.run else {}
     data = Path(args.data) / (args.dataset or run["dataset"])
     meta = prepare_data.read_meta(data)
+    if "protocol" in run:
+        if args.protocol in TRAINED:
+            sys.exit(f"{args.run} has seen labels: train on labels from a run of pretrain.py")
+        if run["dataset"] == data.name and run["data"] != meta["fingerprint"]:
+            sys.exit(f"{args.run} was trained on another preparation of {data.name}, perhaps on "
+                     "images that are test images now: prepare it as it was, or train again")
     has_decoder = run.get("train") == "end2end"
     source = args.run or args.encoder or args.protocol
     if args.decoder == "pretrained" and not has_decoder:
@@ -1849,8 +1873,14 @@ def make_job(args, device, command):
                  f"{run['img_size']}")
     settings = describe(args, run, meta) | dict(img_size=size, data=meta["fingerprint"])
     seed = run.get("seed", 0) if args.seed is None else args.seed
-    name = result_name(args, decoder, run.get("dataset", args.dataset))
-    return Job(args, data, settings, seed, decoder, name, device, command)
+    if args.protocol == "transfer" and decoder == "pretrained" and seed != run["seed"]:
+        print("not used here and ignored: --seed")
+        seed = run["seed"]
+    source = run.get("dataset", args.dataset)
+    name = result_name(args, decoder, source)
+    no_flips = argparse.Namespace(**vars(args) | dict(flips=False))     # which concern scoring
+    return Job(args, data, settings, seed, decoder, name, result_name(no_flips, decoder, source),
+               device, command)
 
 
 def main(argv=None):
@@ -1875,6 +1905,8 @@ if __name__ == "__main__":
     except RuntimeError as error:
         explain_memory(error)
         raise
-    except (OSError, KeyboardInterrupt) as error:   # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"finetune_eval.py: {str(error) or 'interrupted'}; the same command, without "
-                 "--overwrite, goes on from what is whole")
+    except OSError as error:                        # a full disk, a forbidden folder
+        sys.exit(f"finetune_eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("finetune_eval.py: interrupted; the same command goes on (--predict needs "
+                 "--overwrite, or another --out)")

@@ -1667,6 +1667,16 @@ def prepare(args, final):
 
 # ------------------------------------------------------------------------------------------- main
 
+def dataset_name(text):
+    """--dataset of the other scripts: the name of a folder under --data; a slash at its end, of tab
+    completion, is taken off."""
+    name = text.rstrip("/")
+    if not name or "/" in name or name in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give its folder "
+                                         "with --data")
+    return name
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help of every script: the docstring as it is written, and each flag's default."""
 

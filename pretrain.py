@@ -1206,7 +1206,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS,
                                      allow_abbrev=False, formatter_class=prepare_data.Help)
     add = parser.add_argument
-    add("--dataset", required=True, help="name of a prepared data set, a folder under --data")
+    add("--dataset", required=True, type=prepare_data.dataset_name,
+        help="name of a prepared data set, a folder under --data")
     add("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
     add("--method", default="medsass", choices=list(METHODS),
         help="MedSASS, or an encoder by a baseline")

@@ -16,7 +16,7 @@ bash run_all.sh test        set up, add the test-only packages, run the tests
 bash run_all.sh bench       set up, run the benchmarks against other libraries; results/bench.json
 
 From the environment:
-DATASETS   prepared data sets, e.g. "isic xray"; unset: those of the paper that are prepared
+DATASETS   "isic xray", prepared data sets without blanks in names; unset: the paper's, if prepared
 SEEDS      "0 1 2 3 4"; drone "0 1 2"
 METHODS    "medsass byol simsiam dino mae simmim"
 BACKBONES  "resnet50 vit_small"
@@ -160,7 +160,11 @@ plan() {
         for dataset in $sets; do
             for seed in ${SEEDS:-0 1 2 $([[ $part == drone ]] || echo 3 4)}; do
                 for backbone in ${BACKBONES:-resnet50 vit_small}; do
-                    plan_of "$part" "$dataset" "$seed" "$backbone"
+                    if [[ -f data/$dataset/meta.json && ! -f data/$dataset/test_masks.npy ]]; then
+                        plan_of "$part" "$dataset" "$seed" "$backbone" | sed '/^|/d; s/|.*//'
+                    else                    # without test masks nothing can be scored
+                        plan_of "$part" "$dataset" "$seed" "$backbone"
+                    fi
                 done
             done
         done
@@ -197,6 +201,10 @@ once() {
     local words="$*" code=0 log made
     log=results/logs/${words//[ \/]/_}.log
     made=$(made_by "$log")
+    [[ $words =~ (--dataset |--run runs/)([^ /]+) ]]
+    if [[ data/${BASH_REMATCH[2]}/meta.json -nt $log ]]; then
+        made=''                             # the data set was prepared anew
+    fi
     if [[ -f $WORK/${log##*/} ]]; then      # it failed before, in this call
         return 1
     elif [[ ! -f $made ]]; then
@@ -346,15 +354,27 @@ Table: results/README.md; chart: results/demo.png; masks of a folder: prediction
 Image, Otsu, refined mask and prediction: $samples
 Next, your own images:
     python prepare_data.py --dataset folder --raw my_images
-    DATASETS=my_images SEEDS=0 bash run_all.sh
+    python pretrain.py --dataset my_images --refine
 and the whole benchmark in miniature:
     DATASETS=demo EPOCHS=1 SEEDS="0 1" bash run_all.sh main
 TEXT
 }
 
+# one_of WORDS GIVEN: stop at a word that is none of WORDS.
+one_of() {
+    local word
+    for word in $2; do
+        [[ " $1 " == *" $word "* ]] || die "$word is none of: $1"
+    done
+}
+
 # parts NAMES...: main, ablations, classify, drone.
 parts() {
     local lines
+    one_of 'medsass byol simsiam dino mae simmim' "${METHODS:-}"
+    one_of 'resnet50 vit_small' "${BACKBONES:-}"
+    one_of 'transfer frozen finetune semi' "${PROTOCOLS:-}"
+    [[ ${PROTOCOLS:-} != *semi* || ${EPOCHS:-50} != 1 ]] || die 'semi needs EPOCHS=2 or more'
     [[ -n ${DRY_RUN:-} ]] || ready ${DATASETS:-}
     lines=$(plan "$@")
     if [[ -n $lines ]]; then
@@ -362,6 +382,10 @@ parts() {
     else
         echo 'nothing to run'
     fi
+}
+
+need_no_dry_run() {
+    [[ -z ${DRY_RUN:-} ]] || die "DRY_RUN lists runs, and $what has none"
 }
 
 tests() {
@@ -372,7 +396,7 @@ tests() {
 
 SHARD=${SHARD:-1/1}
 if ! [[ $SHARD =~ ^([0-9]+)/([0-9]+)$ ]] ||
-    ((BASH_REMATCH[1] < 1 || BASH_REMATCH[1] > BASH_REMATCH[2])); then
+    ((10#${BASH_REMATCH[1]} < 1 || 10#${BASH_REMATCH[1]} > 10#${BASH_REMATCH[2]})); then
     echo "SHARD=$SHARD is not of the form 2/8" >&2
     exit 2
 fi
@@ -385,8 +409,8 @@ case $what in
     demo) setup; demo ;;
     main | ablations | classify | drone) setup; parts "$what" ;;
     all) setup; parts main ablations classify drone ;;
-    test) setup; OMP_NUM_THREADS=1 tests -n 2 -m 'not bench' ;;     # a core each
-    bench) setup; tests -m bench ;;
+    test) need_no_dry_run; setup; OMP_NUM_THREADS=1 tests -n 2 -m 'not bench' ;;    # a core each
+    bench) need_no_dry_run; setup; tests -m bench ;;
     job) job "$2" ;;                        # called by xargs
     help | -h | --help) help ;;
     *)

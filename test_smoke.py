@@ -1698,6 +1698,15 @@ def test_semi_needs_a_whole_network_that_saw_no_label(data, run, tmp_path):
     refused(lambda: tune(data, tmp_path, "--run", str(run), *semi[:2]), 2)      # one epoch: no half
 
 
+def test_a_network_that_saw_labels_is_only_scored_and_on_the_same_split(data, tmp_path):
+    _, tuned, _ = tune(data, tmp_path, *ON_DEMO, "--protocol", "supervised", "--labels", "2")
+    more = ["--run", str(tuned), "--protocol", "finetune"]
+    refused(lambda: score(data, tmp_path, *more), tuned, "has seen labels")
+    other = tmp_path / "other"
+    prepare_data.main(["--dataset", "demo", "--size", "32", "--out", str(other), "--seed", "3"])
+    refused(lambda: score(other, tmp_path, "--run", str(tuned)), "another preparation of demo")
+
+
 def test_test_masks_are_never_seen_before_the_score(data, tmp_path):
     noisy = tmp_path / "noisy"
     shutil.copytree(data, noisy / "data")
@@ -1846,6 +1855,14 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys, monk
     assert "matplotlib is not installed" in capsys.readouterr().out
 
 
+def test_results_on_unlike_data_are_never_pooled(tmp_path):
+    iou = [fake_result(tmp_path, "medsass", seed, .6, data=f"{seed}abcdefgh") for seed in (0, 1)]
+    text = report_of(tmp_path)
+    for seed in (0, 1):
+        section = text[text.index(f"## isic ({seed}abcdefg)"):]
+        assert f"| medsass: transfer | 0 | {iou[seed]:.4f} (1) |" in section
+
+
 def test_report_on_a_terminal_that_is_not_utf8(tmp_path):
     fake_result(tmp_path, "medsass", 0, .5, dataset="é ü")
     end = subprocess.run([sys.executable, str(HERE / "finetune_eval.py"), "--report", "--out", "."],
@@ -1937,6 +1954,7 @@ def project(tmp_path):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/meta.json").write_text("{}")
+    (tmp_path / "data/demo/test_masks.npy").touch()
     stand_in = """import os, pathlib, sys, time
     words = ' '.join(sys.argv)
     with open('seen', 'a') as file:
@@ -1985,6 +2003,10 @@ def test_a_failed_run_stops_no_other_is_listed_and_is_tried_again(project):
     made = next((project / "runs").glob("pretrain*byol*"))
     shutil.rmtree(made)                                 # and what somebody deleted is made again
     assert run_all(project, **FOUR)[0] == 0 and made.exists() and len(seen(project)) == 8
+    (project / "data/demo/test_masks.npy").unlink()
+    os.utime(project / "data/demo/meta.json")           # or prepared anew, here without masks
+    assert run_all(project, **FOUR)[0] == 0
+    assert len(seen(project)) == 10 and all("pretrain.py" in line for line in seen(project)[8:])
 
 
 def test_what_another_process_is_at_is_tried_later(project):
@@ -3124,6 +3146,7 @@ TRAIN = "--data {data} --dataset "
     (finetune_eval, "--run {bad}/absent", "{bad}/absent is not a run folder"),
     (finetune_eval, "--run {run} --predict {bad}/absent", "{bad}/absent"),
     (finetune_eval, TRAIN + "demo --backbone resnet50 --encoder {bad}/absent", "{bad}/absent"),
+    (finetune_eval, "--run {run} --predict {bad}/few --export x.pt2", "2"),
     (finetune_eval, "--report", "out: no results here")])
 def test_a_mistake_is_said_in_one_line_and_leaves_nothing(stage, flags, message, data, run,
                                                           mistakes, tmp_path):
