@@ -238,6 +238,7 @@ job() {
         run=$(once pretrain.py ${fields[1]}) || return 0     # what builds on it is not tried
         run=${run%/*}
     fi
+    ((${#fields[@]} > 2)) || return 0
     for flags in "${fields[@]:2}"; do
         once finetune_eval.py ${run:+--run "$run"} $flags >/dev/null || true
     done
