@@ -587,6 +587,8 @@ def start_worker(worker):
     if hasattr(signal, "sigwaitinfo"):                  # not on a Mac
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=listen, daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends when the main process does
 
 
 def make_loader(dataset, batches, workers):
