@@ -79,7 +79,7 @@ from pretrain import (
 )
 
 BATCH = 16                                  # test images at a time; no score depends on it
-TRAINED = ("frozen", "finetune", "semi", "supervised", "classify")     # protocols that train
+LABEL_PROTOCOLS = ("frozen", "finetune", "semi", "supervised", "classify")     # that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted",
              "refined_threshold", "random_init", "best_constant")
 METRICS = ("iou", "dice", "precision", "recall", "accuracy")
@@ -741,7 +741,7 @@ def segment(job):
     elif job.decoder == "fresh":
         method.lr = 1e-3
     method.to(job.device, memory_format=torch.channels_last)
-    if args.protocol in TRAINED:
+    if args.protocol in LABEL_PROTOCOLS:
         train_method = fit_semi if args.protocol == "semi" else fit
         folder, training = train_method(method, labelled_sets(job), job, args.epochs)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
@@ -928,7 +928,7 @@ def head_of(job):
     """What a result says of the network and of how it was made, a dict."""
     settings = job.settings
     protocol = job.args.protocol
-    labels = job.args.labels if protocol in TRAINED else settings.get("labels", 0.0)
+    labels = job.args.labels if protocol in LABEL_PROTOCOLS else settings.get("labels", 0.0)
     head = dict(dataset=job.data.name, backbone=settings["backbone"], method=settings["method"],
                 variant=settings["variant"], train=settings["train"], protocol=protocol,
                 labels=labels, seed=job.seed, name=job.name)
@@ -940,7 +940,7 @@ def head_of(job):
         head["refine"] = " ".join(settings["refine"])
     if "n_train" in settings:               # a run of this script, that has seen labels
         head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
-    if protocol in TRAINED:
+    if protocol in LABEL_PROTOCOLS:
         head["decoder"] = job.decoder
     return head
 
@@ -1222,7 +1222,7 @@ def read_result(path):
         if len(images) != result["n_test"]:
             raise ValueError(f"{len(images)} images in its CSV")
         table = None
-        if result["protocol"] in TRAINED:
+        if result["protocol"] in LABEL_PROTOCOLS:
             sum(result[key] for key in ("n_labels_train", "n_labels_val", "budget_steps"))
         if result["protocol"] == "classify":
             needed = ["macro_recall", "accuracy", "majority_accuracy"]
@@ -1409,7 +1409,7 @@ def draw_chart(cells, path):
     at_zero_labels = {}                     # the networks before they saw a label
     for cell in networks:
         first = cell[0]
-        if first.protocol in TRAINED:
+        if first.protocol in LABEL_PROTOCOLS:
             name = first.title.replace(f"-l{first.result['labels']}", "")
             curves[name].append(cell)
         elif not first.n_labels:
@@ -1417,13 +1417,13 @@ def draw_chart(cells, path):
     height = max(3.5, 1.5 + 0.28 * len(networks))
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
 
-    def reach(cell):                        # how far its interval reaches down and up
+    def error_bar(cell):                    # how far its interval reaches down and up
         value = mean_iou_of(cell)
         low, high = cell_interval(cell) or (value, value)
         return [max(0, value - low)], [max(0, high - value)]
 
     for y, cell in enumerate(reversed(networks)):
-        bars.barh(y, mean_iou_of(cell), color="0.75", edgecolor="black", xerr=reach(cell),
+        bars.barh(y, mean_iou_of(cell), color="0.75", edgecolor="black", xerr=error_bar(cell),
                   capsize=2)
     titles = [f"{cell[0].title}, {cell[0].labels}" for cell in reversed(networks)]
     bars.set_yticks(range(len(titles)), titles, fontsize=7)
@@ -1433,7 +1433,7 @@ def draw_chart(cells, path):
         start = at_zero_labels.get((first.backbone, first.variant))
         if start and first.protocol != "frozen":        # whose decoder is new
             curve.insert(0, start)
-        errors = np.hstack([reach(cell) for cell in curve])
+        errors = np.hstack([error_bar(cell) for cell in curve])
         lines.errorbar([cell[0].n_labels for cell in curve], [mean_iou_of(c) for c in curve],
                        yerr=errors, label=name, capsize=2, color=str(0.3 * (k % 3)),
                        marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
@@ -1677,7 +1677,7 @@ def parse_args(argv):
     add("--dataset", type=prepare_data.dataset_name,
         help="a prepared data set; with --run unset: the one it was trained on")
     add("--backbone", choices=list(BACKBONES), help="without --run: the network")
-    add("--protocol", default="transfer", choices=["transfer", *TRAINED, "reference"],
+    add("--protocol", default="transfer", choices=["transfer", *LABEL_PROTOCOLS, "reference"],
         help="what to do before scoring")
     add("--labels", type=labels_of, default=1.0,
         help="labelled training images: 0.1 is a share, 10 a count; as large a share of the "
@@ -1760,14 +1760,14 @@ def check_flags(parser, args):
 
 # Flags that change what is computed, and what stands before their value in a result's name.
 NAMED = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", amp="")
-TRAINING = {*NAMED, "workers"}
+TRAINING_FLAGS = {*NAMED, "workers"}
 USED = dict(
     transfer={"decoder", "flips"},
-    frozen=TRAINING | {"decoder", "flips"},
-    finetune=TRAINING | {"decoder", "flips"},
-    semi=TRAINING | {"flips"},
-    supervised=TRAINING | {"flips"},
-    classify=TRAINING - {"loss"},
+    frozen=TRAINING_FLAGS | {"decoder", "flips"},
+    finetune=TRAINING_FLAGS | {"decoder", "flips"},
+    semi=TRAINING_FLAGS | {"flips"},
+    supervised=TRAINING_FLAGS | {"flips"},
+    classify=TRAINING_FLAGS - {"loss"},
     reference=set())
 
 
@@ -1850,7 +1850,7 @@ def make_job(args, device, command):
     data = Path(args.data) / (args.dataset or run["dataset"])
     meta = prepare_data.read_meta(data)
     if "protocol" in run:
-        if args.protocol in TRAINED:
+        if args.protocol in LABEL_PROTOCOLS:
             sys.exit(f"{args.run} has seen labels: train on labels from a run of pretrain.py")
         if run["dataset"] == data.name and run["data"] != meta["fingerprint"]:
             sys.exit(f"{args.run} was trained on another preparation of {data.name}, perhaps on "

@@ -195,9 +195,9 @@ made_by() {
     grep -E '[.](png|json)$' "$1" 2>/dev/null | tail -n 1
 }
 
-# once SCRIPT FLAGS...: run it, unless its log names the file that it made, and that is there;
-# prints that file.
-once() {
+# run_unless_done SCRIPT FLAGS...: run it, unless its log names the file that it made, and that is
+# there; prints that file.
+run_unless_done() {
     local words="$*" code=0 log made
     log=results/logs/${words//[ \/]/_}.log
     made=$(made_by "$log")
@@ -235,12 +235,12 @@ job() {
     IFS='|' read -r -a fields <<<"$1"
     NUMBER=${fields[0]}
     if [[ -n ${fields[1]} ]]; then
-        run=$(once pretrain.py ${fields[1]}) || return 0     # what builds on it is not tried
+        run=$(run_unless_done pretrain.py ${fields[1]}) || return 0     # no evaluation without it
         run=${run%/*}
     fi
     ((${#fields[@]} > 2)) || return 0
     for flags in "${fields[@]:2}"; do
-        once finetune_eval.py ${run:+--run "$run"} $flags >/dev/null || true
+        run_unless_done finetune_eval.py ${run:+--run "$run"} $flags >/dev/null || true
     done
 }
 
@@ -287,8 +287,8 @@ drive() {
     return $code
 }
 
-# ready DATASETS...: stop where one is not prepared, or not at $SIZE; the demo's pictures are drawn.
-ready() {
+# need_datasets NAMES...: stop where one is not prepared, or not at $SIZE; the demo is drawn.
+need_datasets() {
     local name meta
     for name in "$@"; do
         meta=data/$name/meta.json
@@ -331,7 +331,7 @@ demo() {
     local on='--dataset demo --backbone resnet50 --seed 0' few='--labels 0.1 --epochs '
     local refined="$on --refine --epochs ${EPOCHS:-16}" samples
     few+=$((${EPOCHS:-10} > 1 ? ${EPOCHS:-10} : 2))         # semi trains in two halves
-    [[ -n ${DRY_RUN:-} ]] || ready demo
+    [[ -n ${DRY_RUN:-} ]] || need_datasets demo
     JOBS=${JOBS:-2} benchmark <<TEXT
 $refined|--protocol transfer|--protocol semi $few|--protocol finetune $few
 $on --epochs ${EPOCHS:-16}|--protocol transfer
@@ -376,7 +376,7 @@ parts() {
     one_of 'resnet50 vit_small' "${BACKBONES:-}"
     one_of 'transfer frozen finetune semi' "${PROTOCOLS:-}"
     [[ ${PROTOCOLS:-} != *semi* || ${EPOCHS:-50} != 1 ]] || die 'semi needs EPOCHS=2 or more'
-    [[ -n ${DRY_RUN:-} ]] || ready ${DATASETS:-}
+    [[ -n ${DRY_RUN:-} ]] || need_datasets ${DATASETS:-}
     lines=$(plan "$@")
     if [[ -n $lines ]]; then
         benchmark <<<"$lines"
