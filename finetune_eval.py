@@ -21,13 +21,16 @@ images; --report writes results/README.md from them.
 
 import argparse
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -46,7 +49,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import prepare_data
-from losses import LOSSES
 from models import BACKBONES, build_unet, load_encoder, read_encoder
 from pretrain import (
     IMAGENET_MEAN,
@@ -84,6 +86,7 @@ REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold
              "refined_threshold", "random_init", "best_constant")
 METRICS = ("iou", "dice", "precision", "recall", "accuracy")
 COUNTS = ("tp", "fp", "fn", "tn")
+WEIGHTS = dict(pretrained="best.pt", fresh="encoder.pth")       # what a decoder's start needs
 
 # -------------------------------------------------------------------------- metrics (appendix G)
 
@@ -174,15 +177,10 @@ def hausdorff95(pred, target):
     return np.array(distances)
 
 
+@functools.lru_cache(maxsize=2)             # the report draws the same ones for every cell
 def bootstrap_weights(groups, rounds=2000, seed=0):
-    """The group of each image (N,) -> float (rounds, N), whole: bootstrap over groups, how often
-    each image is drawn in each round (Efron 1979)."""
-    return draw_groups(tuple(groups), rounds, seed)
-
-
-@functools.lru_cache(maxsize=2)
-def draw_groups(groups, rounds, seed):
-    """bootstrap_weights of a tuple; kept, because the report needs the same ones for every cell."""
+    """The group of each image, a tuple (N,) -> float (rounds, N), whole: bootstrap over groups, how
+    often each image is drawn in each round (Efron 1979)."""
     _, index = np.unique(groups, return_inverse=True)
     n = index.max() + 1
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=rounds)
@@ -239,50 +237,44 @@ class Job:
     settings: dict                          # of the network's run, or made up where it has none
     seed: int
     decoder: str                            # what it starts from: "pretrained" or "fresh"
-    name: str                               # of the result
-    training_name: str                      # of the folder of its training
+    weights: Path | None                    # of the network, or of its encoder
+    name: str                               # of the folder of its training
     device: torch.device
-    command: str
+    commands: list                          # that prepared the data, made the run, and this one
 
 
 def read_run(run):
-    """The settings of a run folder (its config.json), a dict; ends the program where it is not a
+    """(settings, command) of a run folder, from its config.json; ends the program where it is not a
     finished run."""
     try:
-        settings = json.loads((run / "config.json").read_text())["settings"]
+        config = json.loads((run / "config.json").read_text())
+        settings, command = config["settings"], config["command"]
     except (OSError, ValueError, KeyError):
         sys.exit(f"{run} is not a run folder: it has no readable config.json (see python "
                  "pretrain.py --help)")
-    gone = [key for key in ("channel", "fov", "round") if key in settings]
-    if gone or settings.get("threshold") == "enclosed":
-        sys.exit(f"{run} was made with flags that are gone ({' '.join(gone) or 'enclosed'}): train "
-                 "again, with --refine")
     if not is_finished(run):
         sys.exit(f"{run} is not finished: run its command again, it goes on where it stopped")
-    return settings
+    return settings, command
 
 
-def weights_file(args, decoder):
-    """Where the weights are: the whole network of an end-to-end run where `decoder` is
-    "pretrained", else the encoder alone, of a run or of --encoder."""
-    if args.encoder:
-        return Path(args.encoder)
-    return Path(args.run) / ("best.pt" if decoder == "pretrained" else "encoder.pth")
-
-
-def load_network(backbone, img_size, seed, path, decoder):
-    """A U-Net, drawn from `seed`, with the weights of weights_file. Ends the program where they do
-    not fit."""
-    torch.manual_seed(seed_from(seed, 1))   # not the draw that pre-training started from
+@contextlib.contextmanager
+def exit_on_value_error():
+    """A ValueError inside, as models.py raises for files that do not fit, ends the program with its
+    message."""
     try:
-        unet = build_unet(backbone, img_size)
+        yield
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def load_weights(unet, path, decoder):
+    """Load the weights in `path`: of the whole U-Net where `decoder` is "pretrained", else of its
+    encoder. Ends the program where they do not fit."""
+    with exit_on_value_error():
         if decoder == "pretrained":
             unet.load_state_dict(load_checkpoint(path, "cpu")["model"])
         else:
             load_encoder(unet, path)
-    except ValueError as error:
-        sys.exit(str(error))
-    return unet
 
 
 @torch.inference_mode()
@@ -311,8 +303,8 @@ def score_images(predict, images, masks, batch=BATCH):
 
 
 def groups_of(names):
-    """The group of each row of a part's CSV; a row without one is a group of its own."""
-    return [row["group"] or row["name"] for row in names]
+    """The group of each row of a part's CSV, a tuple; a row without one is a group of its own."""
+    return tuple(row["group"] or row["name"] for row in names)
 
 
 def open_test(data):
@@ -384,7 +376,7 @@ class PartlyLabelled(Images):
 class FineTuning(MedSASS):
     """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate
     rises over the first tenth of the steps and falls to 0 by a cosine, and the last weights are
-    kept, because one or two validation labels cannot choose; with --patience the best ones."""
+    kept, because one or two validation labels cannot choose."""
 
     keep_best = False
 
@@ -489,12 +481,12 @@ class Probe(nn.Module):
 
 @dataclass
 class LabelledSets:
-    """Data to train on labels with, each with keys and items as of Images."""
+    """Data to train on labels with. n_train: images an epoch, as many for few labels as for all, so
+    that every method has the same steps."""
     train: Images
     plain: Images                           # the same un-augmented, for BatchNorm
     val: Images
-    n_train: int                            # images an epoch: as many for few labels as for all,
-    #                                         so that every method has the same steps
+    n_train: int
 
 
 def labelled_sets(job, keep=None, classes=None):
@@ -508,19 +500,19 @@ def labelled_sets(job, keep=None, classes=None):
         names = prepare_data.read_names(job.data, part)
         kept = range(len(names)) if keep is None else keep[part]
         of[part] = len(kept)
-        if not isinstance(labels, float) and labels > of["train"]:
-            sys.exit(f"--labels {labels}: {job.data} has {of['train']} training images")
         chosen = labelled_rows([names[k] for k in kept], labels, job.seed, of["train"])
         rows[part] = [kept[k] for k in chosen]
+    if not isinstance(labels, float) and labels > of["train"]:
+        sys.exit(f"--labels {labels}: {job.data} has {of['train']} training images")
     print(f"labels: {len(rows['train'])} of {of['train']} training images, and {len(rows['val'])} "
           f"of {of['val']} validation images")
 
     def labelled(part, transform):
         if classes is not None:
             return WithClass(job.data, part, transform, job.seed, rows[part], classes[part])
-        if prepare_data.open_part(job.data, part)[1] is None:
-            sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
         masks = job.data / f"{part}_masks.npy"
+        if not masks.exists():
+            sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
         return Images(job.data, part, transform, job.seed, rows[part], masks=masks)
 
     return LabelledSets(
@@ -532,13 +524,12 @@ def labelled_sets(job, keep=None, classes=None):
 
 def training_folder(job):
     """The run folder of training on labels: in that of --run, or below --runs."""
-    name = job.training_name
-    if job.args.run:
-        if job.settings["seed"] != job.seed:        # another draw of labels than the run's
-            name += f"-seed{job.seed}"
-        return Path(job.args.run) / name
-    where = Path(job.args.runs) / job.data.name / job.settings["backbone"]
-    return where / job.settings["variant"] / f"seed{job.seed}" / name
+    if not job.args.run:
+        where = Path(job.args.runs) / job.data.name / job.settings["backbone"]
+        return where / job.settings["variant"] / f"seed{job.seed}" / job.name
+    if job.settings["seed"] == job.seed:
+        return Path(job.args.run) / job.name
+    return Path(job.args.run) / f"{job.name}-seed{job.seed}"        # another draw of labels
 
 
 def fit(method, sets, job, epochs, subfolder=""):
@@ -548,20 +539,17 @@ def fit(method, sets, job, epochs, subfolder=""):
     args = job.args
     folder = training_folder(job) / subfolder
     amp = pick_precision(args.amp, job.device, method)
-    patience = args.patience
-    if patience is None:
-        patience = 5 if method.keep_best else 0
-    method.keep_best = patience > 0
+    patience = 5 if method.keep_best else 0
     options = Options(epochs, args.batch_size, patience, job.seed, amp, args.workers)
     n_labels = len(getattr(sets.train, "labelled", sets.train))
     settings = job.settings | dict(
         dataset=job.data.name, protocol=args.protocol, labels=args.labels, decoder=job.decoder,
-        loss=args.loss, batch_size=args.batch_size, seed=job.seed, epochs=epochs,
+        loss="focal_tversky", batch_size=args.batch_size, seed=job.seed, epochs=epochs,
         patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
-        train="encoder" if isinstance(method, Probe) else "end2end", n_train=n_labels,
-        n_val=len(sets.val))
+        n_train=n_labels, n_val=len(sets.val),
+        train="encoder" if isinstance(method, Probe) else "end2end")
     with prepare_data.only_one(folder / ".lock"):
-        open_run(settings, folder, job.command, args.overwrite)
+        open_run(settings, folder, job.commands[-1], args.overwrite)
         if not is_finished(folder):
             three = (sets.train, sets.plain, sets.val)
             train(method, three, options, folder, job.device, sets.n_train)
@@ -720,32 +708,26 @@ def segment(job):
     network on the test part. Returns the result, {"": table (N, 5)}, and the qualitative sheet.
     Ends the program where masks that it needs are missing."""
     args = job.args
-    size = job.settings["img_size"]
+    backbone, size = job.settings["backbone"], job.settings["img_size"]
     images, masks, names = open_test(job.data)
-    torch.manual_seed(seed_from(job.seed))
+    # Not the draw that pre-training started from. It is the same for supervised training, which so
+    # differs from fine-tuning an encoder in nothing but that encoder.
+    torch.manual_seed(seed_from(job.seed, 1))
     part = "decoder" if args.protocol == "frozen" else "end2end"
-    try:
-        method = FineTuning(job.settings["backbone"], size, args.batch_size, loss=args.loss,
-                            train_part=part)
-    except ValueError as error:
-        sys.exit(str(error))
-    result = {}
-    if args.protocol != "supervised":
-        path = weights_file(args, job.decoder)
-        unet = load_network(job.settings["backbone"], size, job.seed, path, job.decoder)
-        method.unet.load_state_dict(unet.state_dict())
-        result["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        job = replace(job, settings=job.settings | result)
+    with exit_on_value_error():
+        method = FineTuning(backbone, size, args.batch_size, train_part=part)
+    if job.weights:
+        load_weights(method.unet, job.weights, job.decoder)
+    if job.decoder == "fresh":
+        method.lr = 1e-3
     if args.lr is not None:
         method.lr = args.lr
-    elif job.decoder == "fresh":
-        method.lr = 1e-3
     method.to(job.device, memory_format=torch.channels_last)
+    result = {}
     if args.protocol in LABEL_PROTOCOLS:
         train_method = fit_semi if args.protocol == "semi" else fit
-        folder, training = train_method(method, labelled_sets(job), job, args.epochs)
+        folder, result = train_method(method, labelled_sets(job), job, args.epochs)
         method.unet.load_state_dict(load_checkpoint(folder / "best.pt", "cpu")["model"])
-        result |= training
     unet = method.unet.eval()
 
     def predict(batch):
@@ -773,25 +755,14 @@ def best_constant(data):
 
 def reference(job):
     """Score what needs no training on the same test images: REFERENCE. Only best_constant uses
-    labels. Returns the result, a table (N, 5) per row, and a sheet of what the threshold and
-    --refine draw on training images. Without test masks there are no tables."""
+    labels. Returns the result and a table (N, 5) per row; no sheet."""
     settings = job.settings
+    images, masks, names = open_test(job.data)
     draw, _ = mask_drawer(job, ())
     draw_refined, evidence = mask_drawer(job, REFINEMENTS)
-    pictures = []
-    for image in prepare_data.open_part(job.data, "train")[0][:6]:
-        image = np.array(image)
-        pictures.append([image, draw(image[None])[0], draw_refined(image[None])[0]])
-    sheet = prepare_data.contact_sheet(pictures, ["image", settings["threshold"], "refined"], None,
-                                       cell=144)
-    if prepare_data.open_part(job.data, "test")[1] is None:
-        return {}, {}, sheet
-    images, masks, names = open_test(job.data)
     torch.manual_seed(seed_from(job.seed))  # the very weights that pre-training starts from
-    try:
+    with exit_on_value_error():
         unet = build_unet(settings["backbone"], settings["img_size"])
-    except ValueError as error:
-        sys.exit(str(error))
     unet = unet.to(job.device, memory_format=torch.channels_last).eval()
 
     def inverted(batch):                    # an image of one gray value: no foreground either way
@@ -815,7 +786,7 @@ def reference(job):
     result["refined_threshold"] |= evidence
     if constant is not None:
         result["best_constant"]["uses_labels"] = True
-    return result, tables, sheet
+    return result, tables, None
 
 
 def classes_of(data):
@@ -841,16 +812,11 @@ def classify(job):
     each stage. Returns the result, rows of (label, prediction) of the test images, and no sheet."""
     size, backbone = job.settings["img_size"], job.settings["backbone"]
     classes, numbers, keep = classes_of(job.data)
-    path = weights_file(job.args, "fresh")
     torch.manual_seed(seed_from(job.seed, 3))
-    try:
-        has_layer4 = "layer4.0.conv1.weight" in read_encoder(path, backbone)
+    with exit_on_value_error():
+        has_layer4 = "layer4.0.conv1.weight" in read_encoder(job.weights, backbone)
         probe = Probe(backbone, size, len(classes), has_layer4)
-        load_encoder(probe, path)
-    except ValueError as error:
-        sys.exit(str(error))
-    result = dict(weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    job = replace(job, settings=job.settings | result)
+        load_encoder(probe, job.weights)
     if job.args.lr is not None:
         probe.lr = job.args.lr
     probe.to(job.device, memory_format=torch.channels_last)
@@ -873,8 +839,8 @@ def classify(job):
         scores[stage] = class_scores(truth, np.array(pred), classes, groups_of(names))
     deepest = list(scores)[-1]
     majority = float(np.bincount(truth).max() / len(truth))
-    result |= training | dict(n_test=len(test), classes=classes, stage=deepest,
-                              majority_accuracy=majority)
+    result = training | dict(n_test=len(test), classes=classes, stage=deepest,
+                             majority_accuracy=majority)
     result |= scores.pop(deepest) | scores
     rows = []
     for row, t, p in zip(names, truth, predicted[deepest], strict=True):
@@ -928,12 +894,10 @@ def head_of(job):
     """What a result says of the network and of how it was made, a dict."""
     settings = job.settings
     protocol = job.args.protocol
-    labels = job.args.labels if protocol in LABEL_PROTOCOLS else settings.get("labels", 0.0)
-    head = dict(dataset=job.data.name, backbone=settings["backbone"], method=settings["method"],
-                variant=settings["variant"], train=settings["train"], protocol=protocol,
-                labels=labels, seed=job.seed, name=job.name)
-    for key in ("threshold", "foreground", "refine", "loss", "epochs", "batch_size", "img_size",
-                "data"):
+    head = dict(dataset=job.data.name, protocol=protocol, seed=job.seed,
+                labels=settings.get("labels", 0.0), name=job.name)
+    for key in ("backbone", "method", "variant", "train", "threshold", "foreground", "loss",
+                "epochs", "batch_size", "img_size", "data", "weights_sha256"):
         if key in settings:
             head[key] = settings[key]
     if "refine" in settings:
@@ -941,7 +905,9 @@ def head_of(job):
     if "n_train" in settings:               # a run of this script, that has seen labels
         head |= dict(n_labels_train=settings["n_train"], n_labels_val=settings["n_val"])
     if protocol in LABEL_PROTOCOLS:
-        head["decoder"] = job.decoder
+        head |= dict(decoder=job.decoder, labels=job.args.labels)
+    if job.args.flips:
+        head["name"] += "-flips"
     return head
 
 
@@ -950,27 +916,22 @@ def evaluate(job):
     picture."""
     head = head_of(job)
     folder = Path(job.args.out or "results") / head["dataset"] / head["backbone"]
-    folder = folder / head["variant"] / f"seed{job.seed}"
-    path = folder / f"{job.name}.json"
-    with prepare_data.only_one(folder / f".{job.name}.lock"):
+    path = folder / head["variant"] / f"seed{job.seed}" / f"{head['name']}.json"
+    with prepare_data.only_one(path.with_name(f".{path.stem}.lock")):
         protocol = dict(reference=reference, classify=classify).get(job.args.protocol, segment)
         result, tables, sheet = protocol(job)
-        if tables and isinstance(tables, dict):
+        if isinstance(tables, dict):
             names = prepare_data.read_names(job.data, "test")
             tables = per_image(tables, names)
             head["n_test"] = len(names)
         result = head | result
         if path.exists() and not job.args.overwrite:
             refuse_to_replace(path, result)
-        picture = path.with_suffix(".png")
         if sheet is not None:
-            save_png(picture, sheet)
-        if not tables:
-            print(f"{job.data} has no test masks: no scores, but pictures of what is drawn without "
-                  f"a network\n{picture}")
-            return
+            save_png(path.with_suffix(".png"), sheet)
         write_csv(path.with_suffix(".csv"), tables)
-        write_json(path, result | dict(command=job.command))
+        *earlier, command = job.commands
+        write_json(path, result | dict(command=command, earlier_commands=earlier))
     print_scores(result)
     print(path)
 
@@ -1045,10 +1006,10 @@ def whole_network(args, settings):
     """(the U-Net of a run in eval mode, its side in pixels): trained as a whole, or an encoder in a
     decoder that nobody trained."""
     decoder = "pretrained" if settings["train"] == "end2end" else "fresh"
-    size = settings["img_size"]
-    seed = settings["seed"] if args.seed is None else args.seed
-    path = weights_file(args, decoder)
-    return load_network(settings["backbone"], size, seed, path, decoder).eval(), size
+    torch.manual_seed(seed_from(settings["seed"], 1))       # as segment does
+    unet = build_unet(settings["backbone"], settings["img_size"])
+    load_weights(unet, Path(args.run) / WEIGHTS[decoder], decoder)
+    return unet.eval(), settings["img_size"]
 
 
 def predict_folder(args, settings, device):
@@ -1168,8 +1129,7 @@ class Row:
     name: str                               # of the reference row; else of the protocol
     scores: dict                            # the block of scores
     table: np.ndarray | None                # (N, 5), COUNTS and hd95; None of a probe
-    images: list                            # names of the test images
-    groups: list
+    groups: tuple                           # of the test images
 
     def __post_init__(self):
         self.dataset = self.result["dataset"]
@@ -1177,13 +1137,8 @@ class Row:
         self.protocol = self.result["protocol"]
         self.variant = self.result["variant"]
         self.seed = self.result["seed"]
+        self.data = self.result["data"]     # the fingerprint: equal ones have equal test images
         self.n_labels = self.result.get("n_labels_train", 0)
-
-    @property
-    def cell(self):
-        """What rows that differ only in their seed have in common."""
-        data = self.result.get("data")      # another preparation has other test images
-        return self.dataset, data, self.backbone, self.protocol, self.variant, self.name
 
     @property
     def title(self):
@@ -1194,11 +1149,9 @@ class Row:
     @property
     def labels(self):
         """Training + validation images whose masks or classes were used."""
-        if self.protocol == "reference":
-            return "all" if self.scores.get("uses_labels") else "0"
-        if not self.n_labels:
-            return "0"
-        return f"{self.n_labels} + {self.result['n_labels_val']}"
+        if self.scores.get("uses_labels"):
+            return "all"
+        return f"{self.n_labels} + {self.result['n_labels_val']}" if self.n_labels else "0"
 
 
 def blocks_of(result):
@@ -1222,21 +1175,10 @@ def read_result(path):
         if len(images) != result["n_test"]:
             raise ValueError(f"{len(images)} images in its CSV")
         table = None
-        if result["protocol"] in LABEL_PROTOCOLS:
-            sum(result[key] for key in ("n_labels_train", "n_labels_val", "budget_steps"))
-        if result["protocol"] == "classify":
-            needed = ["macro_recall", "accuracy", "majority_accuracy"]
-        else:
-            needed = ["iou_global", "accuracy_global", "hd95_image"]
-            columns = [[float(line[key]) for key in (*COUNTS, "hd95")] for line in images]
-            table = np.array(columns)
-        if not all(math.isfinite(block[key]) for key in needed):
-            raise ValueError("scores that are no numbers")
-        title = name or result.get("name", result["protocol"])
-        names = [line["name"] for line in images]
-        rows.append(Row(result, title, block, table, names, groups_of(images)))
-    if not rows:
-        raise ValueError("no reference row")
+        if result["protocol"] != "classify":
+            table = [[float(line[key]) for key in (*COUNTS, "hd95")] for line in images]
+            table = np.array(table)
+        rows.append(Row(result, name or result["name"], block, table, groups_of(images)))
     return rows
 
 
@@ -1256,11 +1198,11 @@ def read_results(out):
 
 
 def cells_of(rows):
-    """Rows grouped by what they have in common: a list of lists, each by seed; references first,
-    then by labels and name."""
+    """Rows grouped by all but their seed: a list of lists, each by seed; references first, then by
+    labels and name."""
     cells = collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: row.seed):
-        cells[row.cell].append(row)
+        cells[row.data, row.title].append(row)
 
     def place(cell):
         first = cell[0]
@@ -1271,33 +1213,28 @@ def cells_of(rows):
     return sorted(cells.values(), key=place)
 
 
+def mean_of(cell, score="iou_global"):
+    """The mean over seeds of a cell's score."""
+    return float(np.mean([row.scores[score] for row in cell]))
+
+
 def mean_std(cell, score="iou_global"):
     """A cell's "mean ± std (seeds)" of a score; std (n - 1) only where there are several seeds."""
-    values = [row.scores[score] for row in cell]
-    text = f"{np.mean(values):.4f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.4f}"
-    return f"{text} ({len(values)})"
-
-
-def mean_iou_of(cell):
-    """The mean over seeds of a cell's global IoU."""
-    return float(np.mean([row.scores["iou_global"] for row in cell]))
+    text = f"{mean_of(cell, score):.4f}"
+    if len(cell) > 1:
+        text += f" ± {np.std([row.scores[score] for row in cell], ddof=1):.4f}"
+    return f"{text} ({len(cell)})"
 
 
 def cell_interval(cell):
-    """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]; None where their
-    test images differ."""
-    if any(row.images != cell[0].images for row in cell):
-        return None
-    weights = bootstrap_weights(cell[0].groups)
-    return interval(mean_iou([row.table for row in cell], weights))
+    """95 % bootstrap interval of a cell's mean IoU over its seeds, [low, high]."""
+    return interval(mean_iou([row.table for row in cell], bootstrap_weights(cell[0].groups)))
 
 
 def difference(cell, other):
     """The paired difference of two cells in words: "+0.0123 [-0.0045, +0.0291] ≈"; ≈ where the
-    interval holds 0. Nothing where there is no other, or its test images are others."""
-    if other is None or any(row.images != cell[0].images for row in [*cell, *other]):
+    interval holds 0. Nothing where there is no other, or it is the same."""
+    if other in (None, cell):
         return ""
     first = [row.table for row in cell]
     second = [row.table for row in other]
@@ -1318,7 +1255,18 @@ def markdown(header, rows):
 def best_reference(cells):
     """The cell of the reference row of the largest mean IoU, or None where there is none."""
     references = [cell for cell in cells if cell[0].protocol == "reference"]
-    return max(references, key=mean_iou_of, default=None)
+    return max(references, key=mean_of, default=None)
+
+
+def most_supervised(cells, backbone):
+    """The supervised cell of a backbone with the most labels, and of these the most steps; None
+    where there is none."""
+    found = []
+    for cell in cells:
+        if cell[0].protocol == "supervised" and cell[0].backbone == backbone:
+            found.append(cell)
+    return max(found, default=None,
+               key=lambda cell: (cell[0].n_labels, cell[0].result["budget_steps"]))
 
 
 def dataset_table(cells):
@@ -1328,54 +1276,19 @@ def dataset_table(cells):
     for cell in cells:
         first = cell[0]
         is_same = first.protocol == "reference" and first.name != "random_init"
-        shown.setdefault(first.name if is_same else first.cell, cell)
+        shown.setdefault(first.name if is_same else first.title, cell)
     best = best_reference(shown.values())
-    title = f"vs {best[0].name}" if best else "vs best reference (none scored)"
     rows = []
     for cell in shown.values():
         first = cell[0]
-        bounds = cell_interval(cell)
-        between = f"{bounds[0]:.4f} - {bounds[1]:.4f}" if bounds else "test images differ"
-        against = "" if cell is best else difference(cell, best)
-        hd95 = np.mean([row.scores["hd95_image"] for row in cell])
-        rows.append([first.title, first.labels, mean_std(cell), between, against, f"{hd95:.1f}"])
-    header = ["network", "labels", "IoU, mean ± std (seeds)", "95 % interval", title, "hd95, px"]
-    return markdown(header, rows)
-
-
-def find_supervised(cells, cell, n_labels):
-    """The supervised cell of the same backbone and, where `cell` was trained on labels, of as many
-    steps, with n_labels labels (None: with the most); None where there is none."""
-    budget = cell[0].result.get("budget_steps")
-    found = []
-    for other in cells:
-        first = other[0]
-        if (first.protocol != "supervised" or first.backbone != cell[0].backbone
-                or budget not in (None, first.result["budget_steps"])
-                or n_labels not in (None, first.n_labels)):
-            continue
-        found.append(other)
-    return max(found, default=None,
-               key=lambda other: (other[0].n_labels, other[0].result["budget_steps"],
-                                  -len(other[0].name)))
-
-
-def supervised_table(cells):
-    """The lines of a table: what was pre-trained against supervised training, with as many labels
-    and with the most. Nothing where there was no supervised training."""
-    rows = []
-    for cell in cells:
-        if cell[0].protocol in ("reference", "supervised"):
-            continue
-        most = find_supervised(cells, cell, None)
-        if most:
-            same = find_supervised(cells, cell, cell[0].n_labels)
-            rows.append([cell[0].title, cell[0].labels, difference(cell, same),
-                         f"{difference(cell, most)} ({most[0].labels})"])
-    if not rows:
-        return []
-    header = ["network", "labels", "vs supervised, as many labels",
-              "vs supervised, most labels (how many)"]
+        low, high = cell_interval(cell)
+        rows.append([
+            first.title, first.labels, mean_std(cell), f"{low:.4f} - {high:.4f}",
+            difference(cell, best), difference(cell, most_supervised(cells, first.backbone)),
+            f"{mean_of(cell, 'hd95_image'):.1f}"])
+    header = ["network", "labels", "IoU, mean ± std (seeds)", "95 % interval",
+              f"vs {best[0].name}" if best else "vs best reference", "vs supervised, most labels",
+              "hd95, px"]
     return markdown(header, rows)
 
 
@@ -1383,74 +1296,56 @@ def probe_table(cells):
     """The lines of the table of linear probes, one row per stage of the encoder."""
     rows = []
     for cell in cells:
-        result = cell[0].result
-        majority = f"{result['majority_accuracy']:.4f}"
-        rows.append([cell[0].title, cell[0].labels, result.get("stage", ""),
+        first = cell[0]
+        majority = f"{first.result['majority_accuracy']:.4f}"
+        rows.append([first.title, first.labels, first.result["stage"],
                      mean_std(cell, "macro_recall"), mean_std(cell, "accuracy"), majority])
-        if "layer2" in result:
-            scores = []
-            for score in ("macro_recall", "accuracy"):
-                mean = np.mean([row.result["layer2"][score] for row in cell])
-                scores.append(f"{mean:.4f} ({len(cell)})")
-            rows.append([cell[0].title, cell[0].labels, "layer2", *scores, majority])
+        if "layer2" in first.result:
+            layer2 = [replace(row, scores=row.result["layer2"]) for row in cell]
+            rows.append([first.title, first.labels, "layer2",
+                         mean_std(layer2, "macro_recall"), mean_std(layer2, "accuracy"), majority])
     header = ["network", "labels", "stage", "mean recall over classes", "accuracy",
               "accuracy of the majority class"]
     return markdown(header, rows)
 
 
 def draw_chart(cells, path):
-    """One PNG: one bar per network, and its IoU against the labels used, with 95 % intervals; in
-    gray. Raises ImportError where matplotlib is not installed."""
+    """One PNG: IoU against the labels used, with 95 % intervals, in gray; networks that saw none at
+    0, the best reference row as a line. Raises ImportError where matplotlib is not installed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    networks = [cell for cell in cells if cell[0].protocol != "reference"]
     curves = collections.defaultdict(list)
-    at_zero_labels = {}                     # the networks before they saw a label
-    for cell in networks:
+    unlabelled = {}                         # networks before they saw a label
+    for cell in cells:
         first = cell[0]
         if first.protocol in LABEL_PROTOCOLS:
-            name = first.title.replace(f"-l{first.result['labels']}", "")
-            curves[name].append(cell)
-        elif not first.n_labels:
-            at_zero_labels.setdefault((first.backbone, first.variant), cell)
-    height = max(3.5, 1.5 + 0.28 * len(networks))
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
-
-    def error_bar(cell):                    # how far its interval reaches down and up
-        value = mean_iou_of(cell)
-        low, high = cell_interval(cell) or (value, value)
-        return [max(0, value - low)], [max(0, high - value)]
-
-    for y, cell in enumerate(reversed(networks)):
-        bars.barh(y, mean_iou_of(cell), color="0.75", edgecolor="black", xerr=error_bar(cell),
-                  capsize=2)
-    titles = [f"{cell[0].title}, {cell[0].labels}" for cell in reversed(networks)]
-    bars.set_yticks(range(len(titles)), titles, fontsize=7)
-    bars.set(xlim=(0, 1), xlabel="test IoU (global)", title="network, labels")
-    for k, (name, curve) in enumerate(curves.items()):
+            curves[first.title.replace(f"-l{first.result['labels']}", "")].append(cell)
+        elif first.protocol == "transfer":
+            unlabelled.setdefault((first.backbone, first.variant), cell)
+            curves[first.title].append(cell)
+    for curve in curves.values():
         first = curve[0][0]
-        start = at_zero_labels.get((first.backbone, first.variant))
-        if start and first.protocol != "frozen":        # whose decoder is new
-            curve.insert(0, start)
-        errors = np.hstack([error_bar(cell) for cell in curve])
-        lines.errorbar([cell[0].n_labels for cell in curve], [mean_iou_of(c) for c in curve],
-                       yerr=errors, label=name, capsize=2, color=str(0.3 * (k % 3)),
-                       marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
-    counts = sorted({cell[0].n_labels for curve in curves.values() for cell in curve})
-    lines.set_xscale("symlog", linthresh=1)
-    lines.set_xticks(counts, counts)
-    lines.minorticks_off()
-    lines.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)",
-              title="trained on labels")
+        if first.protocol in ("finetune", "semi"):      # a frozen encoder's decoder is new
+            curve[:0] = filter(None, [unlabelled.get((first.backbone, first.variant))])
+    figure, axes = plt.subplots(figsize=(10, max(5, 2 + 0.2 * len(curves))), layout="constrained")
+    for k, (name, curve) in enumerate(curves.items()):
+        means = np.array([mean_of(cell) for cell in curve])
+        bounds = np.array([cell_interval(cell) for cell in curve])
+        reach = np.abs(bounds.T - means)    # of the error bars, down and up
+        axes.errorbar([cell[0].n_labels for cell in curve], means, yerr=reach, label=name,
+                      capsize=2, color=str(0.3 * (k % 3)), marker="osv^Dx*P"[k % 8],
+                      linestyle=("-", "--", ":", "-.")[k % 4])
     best = best_reference(cells)
     if best:
-        value = mean_iou_of(best)
-        bars.axvline(value, color="black", linestyle="--")
-        lines.axhline(value, color="black", linestyle="--", label=best[0].name)
-    if lines.get_legend_handles_labels()[0]:
-        lines.legend(fontsize=7)
-    figure.suptitle(f"{cells[0][0].dataset}; 95 % intervals over test images")
+        axes.axhline(mean_of(best), color="black", linestyle="--", label=best[0].name)
+    counts = sorted({cell[0].n_labels for curve in curves.values() for cell in curve})
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(counts, counts)
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)",
+             title=f"{cells[0][0].dataset}; 95 % intervals over test images")
+    figure.legend(fontsize=7, loc="outside right upper")
     write_atomically(path, functools.partial(figure.savefig, format="png", dpi=100))
     plt.close(figure)
 
@@ -1600,6 +1495,25 @@ def paper_sections(cells):
     return lines
 
 
+def dataset_section(title, cells, out):
+    """The lines of a data set: its tables, and its chart, which is drawn into the folder `out`."""
+    scored = [cell for cell in cells if cell[0].protocol != "classify"]
+    probes = [cell for cell in cells if cell[0].protocol == "classify"]
+    lines = ["", f"## {title}"]
+    if scored:
+        first = scored[0][0]
+        groups = len(set(first.groups))
+        few = " Intervals over so few groups say little." if groups < 5 else ""
+        lines += ["", f"{first.result['n_test']} test images of {first.result['img_size']} px in "
+                  f"{groups} groups.{few}", *dataset_table(scored)]
+        with contextlib.suppress(ImportError):
+            draw_chart(scored, Path(out) / f"{title}.png")
+            lines += ["", f"![{title}]({urllib.parse.quote(title)}.png)"]
+    if probes:
+        lines += ["", "Linear probes:", *probe_table(probes)]
+    return lines
+
+
 def report(out):
     """Write README.md and one chart per data set under `out` from every result there; a JSON that
     is no result is named and left out. Ends the program where there is none."""
@@ -1616,39 +1530,29 @@ def report(out):
         "the interval of the paired difference holds 0: the data do not show a difference."]
     for line in bad:
         lines += ["", f"- {line}"]
-    no_charts = ""
-    prepared = sorted({(row.dataset, row.result.get("data") or "") for row in rows})
+    prepared = sorted({(row.dataset, row.data) for row in rows})
     names = [dataset for dataset, _ in prepared]
     for dataset, data in prepared:
-        here = cells_of([row for row in rows
-                         if (row.dataset, row.result.get("data") or "") == (dataset, data)])
+        title = dataset
         if names.count(dataset) > 1:        # prepared more than once: not to be compared
-            dataset = f"{dataset} ({data[:8]})"
-        probes = [cell for cell in here if cell[0].protocol == "classify"]
-        scored = [cell for cell in here if cell[0].protocol != "classify"]
-        lines += ["", f"## {dataset}"]
-        if scored:
-            first = scored[0][0].result
-            size = f" of {first['img_size']} px" if "img_size" in first else ""
-            groups = len(set(scored[0][0].groups))
-            few = " Intervals over so few groups say little." if groups < 5 else ""
-            lines += ["", f"{first['n_test']} test images{size} in {groups} groups.{few}"]
-            lines += dataset_table(scored)
-            lines += supervised_table(scored)
-            try:
-                draw_chart(scored, Path(out) / f"{dataset}.png")
-                lines += ["", f"![{dataset}]({urllib.parse.quote(dataset)}.png)"]
-            except ImportError:
-                no_charts = "; no charts: matplotlib is not installed (pip install matplotlib)"
-        if probes:
-            lines += ["", "Linear probes:", *probe_table(probes)]
+            title = f"{dataset} ({data[:8]})"
+        lines += dataset_section(title, cells_of([row for row in rows if row.data == data]), out)
     print("\n".join(lines))
-    lines += ["", "## The paper's tables", *paper_sections(cells_of(rows))]
+    cells = cells_of(rows)
+    lines += ["", "## The paper's tables", *paper_sections(cells), "", "## Commands", "",
+              f"Of the first seed of each row; Python {platform.python_version()}, torch "
+              f"{torch.__version__}, timm {timm.__version__}.", "", "```"]
+    commands = {}                           # each once, in the order in which they were run
+    for cell in cells:
+        for command in (*cell[0].result["earlier_commands"], cell[0].result["command"]):
+            commands[command] = True
+    lines += [*commands, "```"]
     text = "\n".join(lines) + "\n"
     path = Path(out) / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(f"{path}: {len({id(row.result) for row in rows})} results, {len(bad)} warnings"
-          f"{no_charts}")
+    if not importlib.util.find_spec("matplotlib"):
+        print("no charts: matplotlib is not installed (pip install matplotlib)")
+    print(f"{path}: {len({id(row.result) for row in rows})} results, {len(bad)} warnings")
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -1665,7 +1569,8 @@ def labels_of(text):
     return value
 
 
-def parse_args(argv):
+def make_parser():
+    """The argparse parser of all flags."""
     parser = argparse.ArgumentParser("finetune_eval.py", description=__doc__, allow_abbrev=False,
                                      usage=argparse.SUPPRESS, formatter_class=prepare_data.Help)
     add = parser.add_argument
@@ -1682,19 +1587,10 @@ def parse_args(argv):
     add("--labels", type=labels_of, default=1.0,
         help="labelled training images: 0.1 is a share, 10 a count; as large a share of the "
         "validation images is the validation set")
-    add("--decoder", default="auto", choices=["auto", "pretrained", "fresh"],
-        help="what the decoder starts from; auto: pretrained for finetune, semi and transfer of an "
-        "end-to-end run, else fresh")
-    add("--loss", default="focal_tversky", choices=list(LOSSES),
-        help="of frozen, finetune, semi, supervised (appendix C)")
     add("--epochs", type=int, default=50,
         help="of training on labels (appendices C, D); an epoch has the steps of all training "
         "images, however few are labelled")
     add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
-    add("--patience", type=int,
-        help="stop after so many epochs without a better validation loss, and keep the best; 0: "
-        "never, and keep the last weights. Unset: 0, as the rate falls to 0 over all epochs; for "
-        "classify 5")
     add("--lr", type=float,
         help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh and for semi, "
         "whose second half has a third of it; else 3.6e-4")
@@ -1726,95 +1622,72 @@ def parse_args(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true",
         help="replace results, masks or files that are already there")
+    return parser
+
+
+# Flags that change what is computed, and what stands before their value in a result's name.
+NAMED = dict(labels="l", epochs="e", batch_size="b", lr="lr", amp="")
+OF_TRAINING = [*NAMED, "workers"]
+OF_PREDICT = ["overlay", "tile", "page"]
+
+
+def parse_args(argv):
+    """The flags; those that the job does not use have their default, and are named in one line.
+    Ends the program where they contradict each other or numbers make no sense."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if not args.report:
-        check_flags(parser, args)
-    return args
-
-
-def check_flags(parser, args):
-    """End the program where flags contradict each other or numbers make no sense."""
-    check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, seed=0, workers=0, page=0)
+    if args.report:
+        return args
+    check_numbers(parser, args, epochs=1, batch_size=1, lr=0, seed=0, workers=0, page=0)
     loads_nothing = args.protocol in ("supervised", "reference")
-    only_uses_run = args.predict or args.export
-    if args.protocol == "semi" and args.epochs < 2:
-        parser.error("semi trains in two halves: --epochs 2 or more")
-    if args.tile is not None and args.tile < 16 and args.tile != 0:
-        parser.error("--tile is at least 16 pixels")
-    if args.predict and not (args.run and args.out):
-        parser.error("--predict needs --run RUN_DIR and --out DIR")
-    if args.export and not args.run:
-        parser.error("--export needs --run RUN_DIR")
     if args.predict and args.export:
         parser.error("--predict and --export exclude each other")
     if args.run and args.encoder:
         parser.error("--run and --encoder exclude each other")
+    if args.predict and not (args.run and args.out):
+        parser.error("--predict needs --run RUN_DIR and --out DIR")
+    if args.export and not args.run:
+        parser.error("--export needs --run RUN_DIR")
     if not args.run and not (args.dataset and args.backbone):
         parser.error("give --run RUN_DIR, or --dataset NAME and --backbone B")
-    if loads_nothing and (args.run or args.encoder) and not only_uses_run:
-        parser.error(f"{args.protocol} loads nothing: give --dataset and --backbone, leave out "
-                     "--run and --encoder")
-    if not loads_nothing and not (args.run or args.encoder):
-        parser.error(f"{args.protocol} needs --run RUN_DIR or --encoder FILE")
-
-
-# Flags that change what is computed, and what stands before their value in a result's name.
-NAMED = dict(labels="l", loss="", epochs="e", batch_size="b", patience="p", lr="lr", amp="")
-TRAINING_FLAGS = {*NAMED, "workers"}
-USED = dict(
-    transfer={"decoder", "flips"},
-    frozen=TRAINING_FLAGS | {"decoder", "flips"},
-    finetune=TRAINING_FLAGS | {"decoder", "flips"},
-    semi=TRAINING_FLAGS | {"flips"},
-    supervised=TRAINING_FLAGS | {"flips"},
-    classify=TRAINING_FLAGS - {"loss"},
-    reference=set())
-
-
-def default_flags():
-    """What the flags are where none is given."""
-    return parse_args(["--report"])         # which needs no other
-
-
-def without_unused(args):
-    """The flags, with the default of those that this job does not use; says in one line which of
-    them were given."""
-    if args.predict:
-        used = {"predict", "overlay", "tile", "page", "flips"}
-    elif args.export:
-        used = set()
-    else:
-        used = USED[args.protocol] | {"dataset", "protocol"}
-    if not args.run:
-        used = used | {"backbone"}
-    usual = default_flags()
-    ignored = set().union(*USED.values()) | {"overlay", "tile", "page", "dataset", "protocol",
-                                             "backbone"}
-    ignored -= used
+    if not (args.predict or args.export) and loads_nothing == bool(args.run or args.encoder):
+        parser.error(f"{args.protocol} " + (
+            "loads nothing: leave out --run and --encoder" if loads_nothing else
+            "needs --run RUN_DIR or --encoder FILE"))
+    if args.protocol == "semi" and args.epochs < 2:
+        parser.error("semi trains in two halves: --epochs 2 or more")
+    if args.tile and args.tile < 16:
+        parser.error("--tile is at least 16 pixels")
+    unused = set()
+    if args.run:
+        unused.add("backbone")
+    if not args.predict:
+        unused.update(OF_PREDICT)
+    if args.predict or args.export:
+        unused.update(OF_TRAINING, ["dataset", "protocol", "seed"])
+    elif args.protocol not in LABEL_PROTOCOLS:
+        unused.update(OF_TRAINING)
+    if args.export or args.protocol in ("classify", "reference"):
+        unused.add("flips")
     given = []
-    for name in sorted(ignored):
-        if getattr(args, name) != getattr(usual, name):
+    for name in sorted(unused):
+        if getattr(args, name) != parser.get_default(name):
             given.append("--" + name.replace("_", "-"))
+            setattr(args, name, parser.get_default(name))
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
-    ignored -= {"dataset", "protocol", "backbone"}
-    defaults = {name: getattr(usual, name) for name in ignored}
-    return argparse.Namespace(**vars(args) | defaults)
+    return args
 
 
-def result_name(args, decoder, source):
+def training_name(args, source):
     """Of a result and of the folder of its training: the protocol, and what is not as usual.
     source: the data set that the network was trained on."""
-    usual = default_flags()
+    parser = make_parser()
     words = [args.protocol]
     for name, prefix in NAMED.items():
         value = getattr(args, name)
-        if str(value) != str(getattr(usual, name)):     # 1 label is not all, 1.0
+        if str(value) != str(parser.get_default(name)):     # 1 label is not all, 1.0
             words.append(f"{prefix}{value}")
-    if args.decoder != "auto":
-        words.append(decoder)
-    if args.flips:
-        words.append("flips")
     if args.dataset not in (None, source):
         words.append(f"on-{args.dataset}")
     return "-".join(words)
@@ -1828,7 +1701,7 @@ def describe(args, run, meta):
         return common | dict(method="reference", train=None, variant="reference")
     if args.protocol == "supervised":
         return common | dict(method="supervised", train="end2end", variant="supervised",
-                             loss=args.loss, epochs=args.epochs, batch_size=args.batch_size)
+                             loss="focal_tversky", epochs=args.epochs, batch_size=args.batch_size)
     if args.encoder:
         path = Path(args.encoder).resolve()
         name = path.stem
@@ -1846,7 +1719,7 @@ def describe(args, run, meta):
 
 def make_job(args, device, command):
     """The Job that the flags ask for. Ends the program where it cannot be done."""
-    run = read_run(Path(args.run)) if args.run else {}
+    run, *run_command = read_run(Path(args.run)) if args.run else [{}]
     data = Path(args.data) / (args.dataset or run["dataset"])
     meta = prepare_data.read_meta(data)
     if "protocol" in run:
@@ -1856,43 +1729,41 @@ def make_job(args, device, command):
             sys.exit(f"{args.run} was trained on another preparation of {data.name}, perhaps on "
                      "images that are test images now: prepare it as it was, or train again")
     has_decoder = run.get("train") == "end2end"
-    source = args.run or args.encoder or args.protocol
-    if args.decoder == "pretrained" and not has_decoder:
-        sys.exit(f"--decoder pretrained: {source} has an encoder only")
-    if args.protocol == "semi" and (not has_decoder or "protocol" in run):
+    if args.protocol == "semi" and not has_decoder:
         sys.exit("semi draws masks without labels: it needs a --run of pretrain.py that trained a "
-                 f"whole U-Net, and {source} is none")
-    decoder = args.decoder
-    if decoder == "auto":
-        is_kept = has_decoder and args.protocol in ("transfer", "finetune", "semi")
-        decoder = "pretrained" if is_kept else "fresh"
+                 f"whole U-Net, and {args.run or args.encoder} is none")
+    decoder = "fresh"
+    if has_decoder and args.protocol in ("transfer", "finetune", "semi"):
+        decoder = "pretrained"
     size = meta["size"]
     if run.get("backbone") == "vit_small" and decoder == "pretrained" and run["img_size"] != size:
         sys.exit(f"{args.run} was trained at {run['img_size']} px and {data.name} is prepared at "
                  f"{size}: a ViT U-Net needs one size, prepare the data with --size "
                  f"{run['img_size']}")
     settings = describe(args, run, meta) | dict(img_size=size, data=meta["fingerprint"])
+    weights = None
+    if args.run or args.encoder:
+        weights = Path(args.encoder or Path(args.run) / WEIGHTS[decoder])
+        if weights.is_file():               # else models.py says what is wrong
+            settings["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     seed = run.get("seed", 0) if args.seed is None else args.seed
     if args.protocol == "transfer" and decoder == "pretrained" and seed != run["seed"]:
         print("not used here and ignored: --seed")
         seed = run["seed"]
-    source = run.get("dataset", args.dataset)
-    name = result_name(args, decoder, source)
-    no_flips = argparse.Namespace(**vars(args) | dict(flips=False))     # which concern scoring
-    return Job(args, data, settings, seed, decoder, name, result_name(no_flips, decoder, source),
-               device, command)
+    name = training_name(args, run.get("dataset", args.dataset))
+    commands = [meta["command"], *run_command, command]
+    return Job(args, data, settings, seed, decoder, weights, name, device, commands)
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(args.out or "results")
-    args = without_unused(args)
     if args.export:
-        return export_network(args, read_run(Path(args.run)))
+        return export_network(args, read_run(Path(args.run))[0])
     device = pick_device(args.device)
     if args.predict:
-        return predict_folder(args, read_run(Path(args.run)), device)
+        return predict_folder(args, read_run(Path(args.run))[0], device)
     flags = sys.argv[1:] if argv is None else argv
     evaluate(make_job(args, device, shlex.join(["python", "finetune_eval.py", *flags])))
 
