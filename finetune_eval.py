@@ -710,14 +710,15 @@ def segment(job):
     args = job.args
     backbone, size = job.settings["backbone"], job.settings["img_size"]
     images, masks, names = open_test(job.data)
-    # Not the draw that pre-training started from. It is the same for supervised training, which so
-    # differs from fine-tuning an encoder in nothing but that encoder.
-    torch.manual_seed(seed_from(job.seed, 1))
+    torch.manual_seed(seed_from(job.seed, 1))       # not the decoder that pre-training had
     part = "decoder" if args.protocol == "frozen" else "end2end"
     with exit_on_value_error():
         method = FineTuning(backbone, size, args.batch_size, train_part=part)
     if job.weights:
         load_weights(method.unet, job.weights, job.decoder)
+    else:           # the encoder that pre-training starts from: all else is as in fine-tuning one
+        torch.manual_seed(seed_from(job.seed))
+        method.unet.encoder.load_state_dict(build_unet(backbone, size).encoder.state_dict())
     if job.decoder == "fresh":
         method.lr = 1e-3
     if args.lr is not None:
