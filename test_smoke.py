@@ -1898,54 +1898,45 @@ def test_exported_network_needs_none_of_our_code(run, vit_run, data, tmp_path):
         assert np.allclose(drawn, torch.sigmoid(logits), atol=1e-4)
 
 
-def run_all(folder, *words, **environment):
-    """run_all.sh in `folder`; returns (exit code, standard output, standard error)."""
-    end = start_run_all(folder, *words, **environment)
-    out, err = end.communicate()
-    return end.returncode, out, err
+def run_all(folder, *words, start=subprocess.run, **settings):
+    """run_all.sh in `folder`, with no other settings in its environment, to its end; or only
+    started, by subprocess.Popen."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return start(["bash", folder / "run_all.sh", *words], env=dict(settings, PATH=path), text=True,
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def start_run_all(folder, *words, **environment):
-    plain = dict(os.environ)
-    for name in ("DATASETS", "SEEDS", "METHODS", "BACKBONES", "EPOCHS", "SHARD"):
-        plain.pop(name, None)
-    plain["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(["bash", str(folder / "run_all.sh"), *words], cwd=folder, text=True,
-                            env=plain | environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+def dry_run(folder, word, **settings):
+    """The runs that are listed, each with what is made of it in the lines below it."""
+    shutil.copy(HERE / "run_all.sh", folder)
+    end = run_all(folder, word, DRY_RUN="1", **settings)
+    assert not end.returncode and not end.stderr and os.listdir(folder) == ["run_all.sh"]
+    return re.split(r"\n(?=python)", end.stdout.strip())
 
 
-def test_dry_run_lists_every_run_once_and_shards_cover_it(tmp_path):
-    shutil.copy(HERE / "run_all.sh", tmp_path)
+def test_dry_run_lists_each_network_with_what_is_made_of_it(tmp_path):
+    listed = dry_run(tmp_path, "main", DATASETS="a b", SEEDS="0 7", BACKBONES="resnet50",
+                     METHODS="medsass byol mae", PROTOCOLS="transfer semi", LABELS="0.1",
+                     EPOCHS="9")
+    assert len(listed) == len(set(listed)) == 4 * 6
+    on = "--dataset b --backbone resnet50 --seed 7"
+    transfer = "\n    python finetune_eval.py --run RUN --protocol transfer"
+    semi = "\n    python finetune_eval.py --run RUN --protocol semi --labels 0.1 --epochs 9"
+    assert {run for run in listed if on in run} == {
+        f"python finetune_eval.py {on} --protocol reference",
+        f"python finetune_eval.py {on} --protocol supervised --labels 0.1 --epochs 9",
+        f"python pretrain.py {on} --epochs 9{transfer}{semi}",
+        f"python pretrain.py {on} --refine --epochs 9{transfer}{semi}",
+        f"python pretrain.py {on} --train encoder --epochs 9{transfer}",
+        f"python pretrain.py {on} --method byol --epochs 9{transfer}"}
 
-    def runs(**more):
-        """{line of a run: lines of what is made of it}."""
-        flags = dict(DRY_RUN="1", DATASETS="demo", SEEDS="0 1") | more
-        code, out, err = run_all(tmp_path, "main", **flags)
-        assert (code, err) == (0, "")
-        blocks = [block.strip().split("\n    ") for block in re.split(r"\n(?=python)", out)]
-        listed = {block[0]: block[1:] for block in blocks}
-        assert len(listed) == len(blocks)
-        return listed
 
-    listed = runs()
-    medsass = ["", " --refine", " --train encoder"]
-    expected = set()
-    baselines = dict(resnet50="byol simsiam dino", vit_small="dino mae simmim")
-    for backbone, methods in baselines.items():
-        for seed in (0, 1):
-            for how in [*medsass, *(f" --method {name}" for name in methods.split())]:
-                expected.add(f"python pretrain.py --dataset demo --backbone {backbone} "
-                             f"--seed {seed}{how}")
-    assert {line for line in listed if "pretrain.py" in line} == expected
-    assert all(len(listed[line]) == 7 for line in expected)     # transfer, 3 labels, 2 protocols
-    assert sum("--protocol reference" in line for line in listed) == 4
-    assert sum("--protocol supervised" in line for line in listed) == 12
-    shards = [runs(SHARD=f"{k}/3") for k in (1, 2, 3)]
-    assert sum(len(shard) for shard in shards) == len(listed)
-    assert {**shards[0], **shards[1], **shards[2]} == listed and all(shards)
-    assert [f.name for f in tmp_path.iterdir()] == ["run_all.sh"]
-    assert run_all(tmp_path, "main", DRY_RUN="1", DATASETS="demo", SHARD="4/3")[0] == 2
+def test_shards_cover_each_run_of_all_parts_once(tmp_path):
+    listed = dry_run(tmp_path, "all")
+    assert len({run.splitlines()[0] for run in listed}) == len(listed)
+    shards = [dry_run(tmp_path, "all", SHARD=shard) for shard in ("1/3", "02/3", "3/3")]
+    assert all(shards) and sorted(sum(shards, [])) == sorted(listed)
+    assert run_all(tmp_path, "all", SHARD="4/3").returncode == 1
 
 
 @pytest.fixture
@@ -1955,118 +1946,125 @@ def project(tmp_path):
     for name in ("run_all.sh", "requirements.txt"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "data/demo").mkdir(parents=True)
-    (tmp_path / "data/demo/meta.json").write_text("{}")
+    (tmp_path / "data/demo/meta.json").write_text('{"size": 64, "seed": 0}')
     (tmp_path / "data/demo/test_masks.npy").touch()
-    stand_in = """import os, pathlib, sys, time
-    words = ' '.join(sys.argv)
-    with open('seen', 'a') as file:
-        file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {words}\\n")
-    if '--report' in words:
-        sys.exit()
-    for name, code in (('busy', 75), ('bad', 1)):
-        if pathlib.Path(name).exists() and pathlib.Path(name).read_text() in words:
-            os.unlink(name) if name == 'busy' else print('reason')
-            sys.exit(code)
-    while pathlib.Path('slow').exists():
-        time.sleep(.05)
-    time.sleep(.2)
-    made = pathlib.Path('runs') / words.replace('/', '_').replace(' ', '') / 'samples.png'
-    made.parent.mkdir(parents=True, exist_ok=True)
-    made.touch()
-    print(made)
-    """
-    for name in ("pretrain.py", "finetune_eval.py"):
-        (tmp_path / name).write_text(stand_in.replace("\n    ", "\n"))
+    (tmp_path / "seen").touch()
+    (tmp_path / "pretrain.py").write_text("""if True:
+        import os, pathlib, sys, time
+        words = ' '.join(sys.argv)
+        if '--report' in words:
+            sys.exit()
+        with open('seen', 'a') as file:
+            file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {words}\\n")
+        for name, code in (('busy', 75), ('bad', 1)):
+            if pathlib.Path(name).exists() and pathlib.Path(name).read_text() in words:
+                os.unlink(name) if name == 'busy' else print('reason')
+                sys.exit(code)
+        while pathlib.Path('slow').exists():
+            time.sleep(.05)
+        time.sleep(.2)
+        made = pathlib.Path('runs') / words.replace('/', '_').replace(' ', '') / 'samples.png'
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.touch()
+        print(made)""")
+    shutil.copy(tmp_path / "pretrain.py", tmp_path / "finetune_eval.py")
     return tmp_path
 
 
-FOUR = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam",
-            PROTOCOLS="transfer", LABELS="0.1")
+SIX = dict(DATASETS="demo", SEEDS="0", BACKBONES="resnet50", METHODS="byol simsiam",
+           PROTOCOLS="transfer", LABELS="0.1")
 
 
 def seen(folder):
-    """What the stood-in scripts were called with, without the report."""
-    lines = (folder / "seen").read_text().splitlines()
-    return [line for line in lines if "--report" not in line]
+    """What the stood-in scripts were called with so far."""
+    return (folder / "seen").read_text().splitlines()
+
+
+def benchmark(folder, **settings):
+    """Main, which ends well, of six calls of the scripts; all calls so far."""
+    assert run_all(folder, **SIX, **settings).returncode == 0
+    return seen(folder)
 
 
 def test_a_failed_run_stops_no_other_is_listed_and_is_tried_again(project):
     (project / "bad").write_text("--method byol")
-    code, out, err = run_all(project, **FOUR)
-    assert code == 1 and re.search(r"exit code 1: python pretrain.py .* --method byol\n", err)
-    log = re.search(r"log: (\S+)", err)[1]
-    assert (project / log).read_text() == "reason\n"
+    end = run_all(project, **SIX)
+    failed = re.search(r"exit code 1: python pretrain.py .*byol\n +log: (\S+)\n$", end.stderr)
+    assert end.returncode == 1 and (project / failed[1]).read_text() == "reason\n"
     assert len(seen(project)) == 5                      # its evaluation is not tried
     (project / "bad").unlink()
-    assert run_all(project, **FOUR)[0] == 0             # what is there is left
-    assert len(seen(project)) == 5 + 2 and "--method byol" in seen(project)[5]
-    assert run_all(project, **FOUR)[0] == 0
-    assert len(seen(project)) == 7
-    made = next((project / "runs").glob("pretrain*byol*"))
-    shutil.rmtree(made)                                 # and what somebody deleted is made again
-    assert run_all(project, **FOUR)[0] == 0 and made.exists() and len(seen(project)) == 8
-    (project / "data/demo/test_masks.npy").unlink()
-    os.utime(project / "data/demo/meta.json")           # or prepared anew, here without masks
-    assert run_all(project, **FOUR)[0] == 0
-    assert len(seen(project)) == 10 and all("pretrain.py" in line for line in seen(project)[8:])
+    calls = benchmark(project)
+    assert len(calls) == 7 and "--method byol" in calls[5]
+
+
+def test_what_is_finished_is_skipped_unless_it_is_gone_or_the_data_is_new(project):
+    assert len(benchmark(project)) == len(benchmark(project)) == 6
+    shutil.rmtree(next((project / "runs").glob("pretrain*byol*")))
+    assert len(benchmark(project)) == 6 + 1
+    os.utime(project / "data/demo/meta.json")
+    assert len(benchmark(project)) == 7 + 6
 
 
 def test_what_another_process_is_at_is_tried_later(project):
     (project / "busy").write_text("--method byol")
-    assert run_all(project, **FOUR)[0] == 0
-    order = ["byol" in line for line in seen(project) if line.split()[1] == "pretrain.py"]
+    order = ["byol" in line for line in benchmark(project) if " pretrain.py" in line]
     assert order == [True, False, True]
 
 
 def test_a_stopped_driver_stops_its_runs_and_goes_on(project):
     (project / "slow").touch()
-    driver = start_run_all(project, JOBS="2", **FOUR)
-    while not (project / "seen").exists() or len(seen(project)) < 2:
+    driver = run_all(project, start=subprocess.Popen, JOBS="2", **SIX)
+    while len(seen(project)) < 2:
         time.sleep(.05)
     driver.terminate()
     assert driver.wait() == 130
     (project / "slow").unlink()
     time.sleep(1)
     assert len(seen(project)) == 2 and not (project / "runs").exists()
-    assert run_all(project, **FOUR)[0] == 0 and len(list((project / "runs").iterdir())) == 6
+    benchmark(project)
+    assert len(list((project / "runs").iterdir())) == 6
 
 
 def test_each_gpu_gets_its_own_runs(project):
-    assert run_all(project, GPUS="3 5", **FOUR)[0] == 0
-    assert {line.split()[0] for line in seen(project)} == {"3", "5"}
+    assert {line.split()[0] for line in benchmark(project, GPUS="3 5")} == {"3", "5"}
 
 
-def test_the_real_scripts_print_what_they_made_last(data, run, tmp_path):
+def test_data_that_cannot_be_scored_is_refused_before_anything_runs(project):
+    for wrong in (dict(DATASETS="demo isic"), dict(SIZE="96")):
+        end = run_all(project, **SIX | wrong)
+        assert end.returncode == 1 and "data/" in end.stderr and not seen(project)
+
+
+def test_the_scripts_print_what_they_made_last(data, run, tmp_path, capsys):
     """run_all.sh finds a run, and what is finished, by that line."""
-    common = ["--data", str(data), "--device", "cpu", "--dataset", "demo"]
-    pretraining = ["pretrain.py", *common, "--epochs", "2", "--out", str(run.parents[3])]
-    scoring = ["finetune_eval.py", *common, "--run", str(run), "--out", str(tmp_path)]
-    for command, made in ((pretraining, run / "samples.png"), (scoring, None)):
-        end = subprocess.run([sys.executable, *command], cwd=HERE, check=True, text=True,
-                             capture_output=True)
-        last = Path(end.stdout.splitlines()[-1])
-        assert last.exists() and last == (made or next(tmp_path.rglob("*.json")))
+    train(data, run.parents[3])
+    finished = capsys.readouterr().out.splitlines()[-1]
+    finetune_eval.main(["--run", str(run), "--data", str(data), "--out", str(tmp_path)])
+    scored = capsys.readouterr().out.splitlines()[-1]
+    assert [scored] == [*map(str, tmp_path.rglob("*.json"))] and finished == f"{run}/samples.png"
+
+
+AT_WORK = """import os, pathlib, sys, time, prepare_data
+with prepare_data.only_one(pathlib.Path(sys.argv[1])):
+    if os.fork() == 0:                      # a worker that outlives its parent
+        time.sleep(20)
+        os._exit(0)
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 def test_two_processes_never_train_one_run(data, tmp_path):
-    folder = tmp_path / "demo/resnet50/medsass-e1/seed0"
-    code = f"""if True:
-        import os, pathlib, time, prepare_data
-        with prepare_data.only_one(pathlib.Path({str(folder / ".lock")!r})):
-            child = os.fork()                           # a worker that outlives its parent
-            print(child, flush=True) if child else None
-            time.sleep(60)"""
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
-                             text=True)
-    child = int(other.stdout.readline())
-    with pytest.raises(SystemExit) as end:
+    lock = tmp_path / "demo/resnet50/medsass-e1/seed0/.lock"
+    other = subprocess.Popen([sys.executable, "-c", AT_WORK, lock], cwd=HERE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(SystemExit, match="75"):
         train(data, tmp_path, epochs=1)
-    assert end.value.code == 75 and {f.name for f in folder.iterdir()} == {".lock"}
+    assert os.listdir(lock.parent) == [".lock"]
     other.kill()
     other.wait()                                        # a crash leaves the file, not the lock
-    assert (train(data, tmp_path, epochs=1) / "samples.png").exists()
-    assert not (folder / ".lock").exists()
-    os.kill(child, signal.SIGKILL)
+    assert (train(data, tmp_path, epochs=1) / "samples.png").exists() and not lock.exists()
 
 
 def test_predict_draws_masks_at_each_image_s_own_size(run, tmp_path):
