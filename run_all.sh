@@ -243,7 +243,7 @@ case $what in
     all) benchmark "$(plan main ablations classify drone)" ;;
     demo) demo ;;
     test) OMP_NUM_THREADS=1 tests -n 2 -m 'not bench' ;;
-    bench) tests -m bench ;;
+    bench) tests -m bench -s ;;
     job) job "$2" ;;
     help | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh ;;
     *) die "there is no $what: see bash run_all.sh help" ;;
