@@ -115,7 +115,7 @@ plan() {
 
 setup() {
     PYTHON=python3
-    $PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die 'Python 3.10 is needed'
+    $PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die 'Python >= 3.10 is needed'
     $PYTHON -m pip --isolated install --dry-run --no-index -r requirements.txt &>/dev/null && return
     [[ -x .venv/bin/python ]] || $PYTHON -m venv .venv
     PYTHON=.venv/bin/python                 # matplotlib, if it is there, draws the report's charts
