@@ -13,7 +13,7 @@
 # BACKBONES  "resnet50 vit_small"
 # PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
 # LABELS     "0.01 0.1 1.0", for frozen, finetune, semi and supervised
-# EPOCHS     50, of pre-training and of training on labels
+# EPOCHS     50, of pre-training and of training on labels; the demo 16 and 10, at least 2
 # SIZE       side of the demo's pictures; other data sets must have been prepared at it
 # SHARD      2/8: every eighth run from the second on; machines or a SLURM array share the work
 # JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
@@ -205,11 +205,11 @@ benchmark() {
 
 # What Otsu's threshold draws, what MedSASS makes of it, and what six labels add.
 demo() {
-    local on='--dataset demo --backbone resnet50 --seed 0' few='--labels 0.1 --epochs 10'
-    local refined="python pretrain.py $on --refine --epochs 16"
+    local on='--dataset demo --backbone resnet50 --seed 0' few="--labels 0.1 --epochs ${EPOCHS:-10}"
+    local refined="python pretrain.py $on --refine --epochs ${EPOCHS:-16}"
     JOBS=${JOBS:-2} benchmark "\
 $refined|--protocol transfer|--protocol semi $few|--protocol finetune $few
-python pretrain.py $on --epochs 16|--protocol transfer
+python pretrain.py $on --epochs ${EPOCHS:-16}|--protocol transfer
 python finetune_eval.py $on --protocol reference
 python finetune_eval.py $on --protocol supervised $few"
     mkdir -p predictions/pictures
@@ -224,7 +224,9 @@ Table: results/README.md; chart: results/demo.png; masks of a folder: prediction
 Image, Otsu, refined mask and prediction: $made
 Next, your own images:
     python prepare_data.py --dataset folder --raw my_images
-    python pretrain.py --dataset my_images --refine"
+    python pretrain.py --dataset my_images --refine
+and the whole benchmark in miniature:
+    DATASETS=demo EPOCHS=1 SEEDS='0 1' bash run_all.sh main"
 }
 
 tests() {
