@@ -670,9 +670,9 @@ def join_names(images, candidates):
     return masks, orphans
 
 
-def find_folder(raw, args, bad, missing):
+def find_folder(raw, args, bad):
     """All images below --raw as Pairs: with masks where a part has any, parts as train/, val/ and
-    test/ say, groups (set_groups) and labels (set_labels)."""
+    test/ say, groups and labels."""
     files = find_files(raw)
     bad += files.bad
     pairs = []
@@ -739,11 +739,11 @@ def set_labels(path, pairs):
     its file's. Ends the program where none does."""
     labels = {}
     for row in read_table(path, ("name", "label")):
-        labels[unicodedata.normalize("NFC", row["name"])] = row["label"]
+        labels[name_of(Path(row["name"] or "?"))] = row["label"]
     used = set()
     for pair in pairs:
-        file = Path(unicodedata.normalize("NFC", str(pair.image.relative_to(path.parent))))
-        for name in (file.stem, file.name, str(file.with_suffix("")), str(file), pair.name):
+        file = name_of(pair.image.relative_to(path.parent))
+        for name in (Path(file).name, file, pair.name):
             if name in labels:                  # the last that is there counts
                 pair.label = labels[name]
                 used.add(name)
@@ -871,16 +871,17 @@ def images_in(raw, pattern, missing, ending=""):
     return found
 
 
-def pair_up(images, masks, bad, **more):
-    """Pairs of {name: image path} and {name: mask path}; an image without a mask goes to `bad`;
-    more: fields that all have."""
-    say(sorted(masks.keys() - images.keys()), "masks have no image and are not used")
-    bad += [f"{images[name]}: has no mask" for name in images.keys() - masks.keys()]
-    names = sorted(images.keys() & masks.keys())
-    return [Pair(name, images[name], [masks[name]], **more) for name in names]
+def pair_up(images, masks, **more):
+    """Pairs of {name: image path}, with the mask of {name: mask path} where there is one; more:
+    fields that all have."""
+    pairs = []
+    for name, path in sorted(images.items()):
+        found = [masks[name]] if name in masks else []
+        pairs.append(Pair(name, path, found, **more))
+    return pairs
 
 
-def find_isic(raw, args, bad, missing):
+def find_isic(raw, args, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
     diseases = ["seborrheic_keratosis", "melanoma"]
@@ -893,23 +894,23 @@ def find_isic(raw, args, bad, missing):
             for row in read_table(table, ["image_id", *diseases]):
                 found = [disease for disease in diseases if row[disease] in ("1", "1.0")]
                 labels[row["image_id"]] = ["nevus", *found][-1]
-        for pair in pair_up(images, masks, bad, part=part):
+        for pair in pair_up(images, masks, part=part):
             pair.label = labels.get(pair.name, "")
             pairs.append(pair)
     return pairs
 
 
-def find_xray(raw, args, bad, missing):
+def find_xray(raw, args, missing):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
         images = images_in(raw, f"{label}/images/*", missing)
         masks = images_in(raw, f"{label}/masks/*", missing)
-        pairs += pair_up(images, masks, bad, label=label)
+        pairs += pair_up(images, masks, label=label)
     return pairs
 
 
-def find_drone(raw, args, bad, missing):
+def find_drone(raw, args, missing):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
     `unlabeled`, which is index 0 and black, so nearly everything."""
     for layout in (("original_images/*", "label_images_semantic/*"),
@@ -918,23 +919,22 @@ def find_drone(raw, args, bad, missing):
         images, masks = [images_in(raw, pattern, []) for pattern in layout]
         if images and masks:
             print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-            return pair_up(images, masks, bad)
+            return pair_up(images, masks)
     missing += layout
     return []
 
 
-def find_dsb2018(raw, args, bad, missing):
+def find_dsb2018(raw, args, missing):
     """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
     pairs = []
     for name, path in sorted(images_in(raw, "images/*", missing).items()):
         folder = path.parent.parent
         if name == folder.name:
             pairs.append(Pair(name, path, sorted(folder.glob("masks/[!.]*.*"))))
-    bad += [f"{pair.image}: has no mask" for pair in pairs if not pair.masks]
-    return [pair for pair in pairs if pair.masks]
+    return pairs
 
 
-def find_dm(raw, args, bad, missing):
+def find_dm(raw, args, missing):
     """Dermatomyositis slides, paired by what stands before `_component`; a slide's tiles stay
     together, or with --split-by patient all of a patient's (the first two fields of the name).
     Masks are named as in either publication."""
@@ -942,7 +942,7 @@ def find_dm(raw, args, bad, missing):
     pattern = "*_component*[mM]ask*.tif*"
     masks = images_in(raw, pattern, missing, "_component_data.tifmask")
     masks |= images_in(raw, pattern, [], "_component_mask_labels")
-    pairs = pair_up(images, masks, bad)
+    pairs = pair_up(images, masks)
     for pair in pairs:
         pair.group = pair.name
         if args.split_by == "patient":
@@ -950,7 +950,7 @@ def find_dm(raw, args, bad, missing):
     return pairs
 
 
-def find_tissuenet(raw, args, bad, missing):
+def find_tissuenet(raw, args, missing):
     """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
@@ -976,7 +976,7 @@ def two_channels(x):
     return image
 
 
-def find_demo(raw, args, bad, missing):
+def find_demo(args):
     """What draw_nuclei will draw; every picture has a generator of its own."""
     pairs = []
     for p, (part, n) in enumerate(DEMO_COUNTS.items()):
@@ -986,8 +986,8 @@ def find_demo(raw, args, bad, missing):
     return pairs
 
 
-FINDERS = {"demo": find_demo, "folder": find_folder, "dm": find_dm, "tissuenet": find_tissuenet,
-           "isic": find_isic, "xray": find_xray, "drone": find_drone, "dsb2018": find_dsb2018}
+FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray": find_xray,
+           "drone": find_drone, "dsb2018": find_dsb2018}
 
 
 def find_published(raw, args, bad):
@@ -999,7 +999,9 @@ def find_published(raw, args, bad):
         if re.search(r"\.(zip|npz|tar|tar\.gz|tgz)$", path.name, re.IGNORECASE):
             unpack(path)
     missing = []
-    pairs = FINDERS[args.dataset](raw, args, bad, missing)
+    found = FINDERS[args.dataset](raw, args, missing)
+    pairs = [pair for pair in found if pair.masks]
+    bad += [f"{pair.image}: has no mask" for pair in found if not pair.masks]
     if missing:
         print(f"missing: {', '.join(missing)}; from {facts.homepage}")
     if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
@@ -1081,13 +1083,13 @@ def check(folder):
     """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
     is off."""
     meta = read_meta(folder)
-    wrong, first, fingerprint = [], {}, hashlib.sha256()
+    size, wrong, first, fingerprint = meta["size"], [], {}, hashlib.sha256()
     for part, n in meta["counts"].items():
         images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        if len(rows) != n or images.shape != (n, meta["size"], meta["size"], 3):
+        if len(rows) != n or images.shape[:2] != (n, size):
             wrong.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows, "
-                         f"meta.json says {n} of {meta['size']} px")
+                         f"meta.json says {n} of {size} px")
         fingerprint.update(images)
         if masks is not None:
             fingerprint.update(masks)
@@ -1261,8 +1263,7 @@ def load(pair, args, rule):
         for path in pair.masks:
             one = foreground_of(read_mask(path, args.page), rule)
             if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
-                raise ValueError(f"{path}: the mask is {one.shape[1]}x{one.shape[0]}, its image "
-                                 f"{image.shape[1]}x{image.shape[0]}")
+                raise ValueError(f"{path}: the mask is {one.shape}, its image {image.shape}")
             mask = one if mask is None else mask | one
     coarse = image[::4, ::4]
     pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
@@ -1410,10 +1411,12 @@ def prepare(args, final):
     facts, bad, raw = FACTS[args.dataset], [], Path(args.raw)
     if not raw.is_dir() and args.dataset != "demo":
         sys.exit(f"{raw}: no such folder. {facts.homepage}".rstrip())
-    if facts.homepage:
-        pairs = find_published(raw, args, bad)
+    if args.dataset == "demo":
+        pairs = find_demo(args)
+    elif args.dataset == "folder":
+        pairs = find_folder(raw, args, bad)
     else:
-        pairs = FINDERS[args.dataset](raw, args, bad, [])
+        pairs = find_published(raw, args, bad)
     with new_folder(final) as folder:
         scratch = folder / "scratch"
         pairs, mask_evidence = read_all(pairs, args, scratch, bad)
@@ -1509,7 +1512,7 @@ def parse_args(argv):
         args.name = args.name or args.dataset
     elif not args.name:
         args.name = Path(args.raw or "folder").resolve().name
-    args.size = facts.size if args.size is None else args.size
+    args.size = args.size or facts.size
     args.foreground = args.foreground or facts.foreground
     if args.size < 16 or args.page < 0 or args.seed < 0:
         sys.exit("--size is at least 16; --page and --seed count from 0")
