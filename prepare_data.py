@@ -137,7 +137,7 @@ def read_picture(path, page=0, as_mask=False):
                     picture = read_with_pillow(file, page, as_mask)
                 except UnidentifiedImageError:
                     if head[:2] not in (b"II", b"MM"):
-                        raise
+                        raise ValueError("not an image, or of a kind that is unknown") from None
                     picture = read_with_tifffile(file, page)
         pixels = picture.pixels
         if pixels.dtype.kind == "c":
