@@ -1049,8 +1049,8 @@ def predict_folder(args, settings, device):
         try:
             picture = prepare_data.read_picture(path, args.page)
             image = prepare_data.to_rgb(picture)
-        except (ValueError, OSError) as error:
-            bad.append(f"{path}: {error}")
+        except ValueError as error:
+            bad.append(str(error))
             continue
         if picture.pages > 1:
             stacks.append(f"{path} has {picture.pages}")

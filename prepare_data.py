@@ -28,22 +28,18 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import unicodedata
 import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
@@ -77,39 +73,33 @@ class Facts:
     foreground: str
     above: int = 0
     counts: tuple = ()
-    licence: str = ""
     homepage: str = ""
     inside: str = "-"
     files: tuple = ()
     size: int = 224
 
 
+ISIC_FILES = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{}_{}"
 FACTS = {
     "demo": Facts("bright", size=64),
     "folder": Facts("auto"),
-    "dm": Facts(
-        "bright", 0, (1656, 240, 480), "from its authors", "the authors of Van Buren et al. 2022 "
-        "(J. Immunol. Methods), https://doi.org/10.1016/j.jim.2022.113233", "CD27[^/]*|Labels.*"),
-    "tissuenet": Facts(
-        "bright", 0, (2580, 3140, 1249), "modified Apache 2.0, non-commercial",
-        "https://datasets.deepcell.org/data (free account)"),
-    "isic": Facts(
-        "dark", 127, (2000, 150, 600), "CC0", "https://challenge.isic-archive.com/data/#2017",
-        "ISIC-2017_[^/]*",
-        [f"https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{part}_{what}"
-         for part in ("Training", "Validation", "Test_v2")
-         for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
-    "xray": Facts(
-        "dark", 127, (14730, 2202, 4233), "of each source; see the page", "https://www.kaggle.com/"
-        "datasets/tawsifurrahman/covid19-radiography-database (free account)",
-        "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
-    "drone": Facts(
-        "bright", 0, (280, 40, 80), "research and education, non-commercial",
-        "http://dronedataset.icg.tugraz.at (or the Semantic Drone Dataset on Kaggle, free account)",
-        "original_images|label_images_semantic|RGB_color_image_masks|training_set.*"),
-    "dsb2018": Facts(
-        "auto", 0, (469, 67, 134), "CC0", "https://bbbc.broadinstitute.org/BBBC038",
-        files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
+    "dm": Facts("bright", 0, (1656, 240, 480), "its authors: Van Buren et al. 2022, "
+                "https://doi.org/10.1016/j.jim.2022.113233", "CD27[^/]*|Labels.*"),
+    "tissuenet": Facts("bright", 0, (2580, 3140, 1249),
+                       "https://datasets.deepcell.org/data (free account)"),
+    "isic": Facts("dark", 127, (2000, 150, 600),
+                  "https://challenge.isic-archive.com/data/#2017", "ISIC-2017_[^/]*",
+                  [ISIC_FILES.format(part, what)
+                   for part in ("Training", "Validation", "Test_v2")
+                   for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
+    "xray": Facts("dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/"
+                  "tawsifurrahman/covid19-radiography-database (free account)",
+                  "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
+    "drone": Facts("bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic "
+                   "Drone Dataset on Kaggle, free account)",
+                   "original_images|label_images_semantic|RGB_color_image_masks|training_set.*"),
+    "dsb2018": Facts("auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
+                     files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
 
@@ -118,8 +108,8 @@ FACTS = {
 @dataclass
 class Picture:
     """One page of an image file. pixels: gray (H, W), bool or numbers; or (H, W, 2, 3 or 4), gray
-    and alpha, RGB, RGB and alpha; values as stored. The readers below leave orientation (the number
-    of EXIF and TIFF) and white_is_zero to read_picture."""
+    and alpha, RGB, RGB and alpha; values as stored. read_picture undoes what a reader says of
+    orientation (the number of EXIF and TIFF) and white_is_zero."""
     pixels: np.ndarray
     pages: int = 1                              # of the file
     orientation: int = 1
@@ -130,9 +120,9 @@ class Picture:
 def read_picture(path, page=0, as_mask=False):
     """Read one page of an image file: a Picture, upright, with bright as the larger value.
 
-    Pillow reads png, jpg, bmp and webp; for TIFF and DICOM see read_tiff and read_dicom. as_mask:
-    keep the stored values of DICOM, and the indices of palettes that start with black and hold
-    colours. Raises ValueError with the reason where a file cannot be read to its end, or rightly.
+    as_mask: keep the stored values of DICOM, and the indices of palettes that start with black and
+    hold colours. Raises ValueError, path and reason, where a file cannot be read to its end, or
+    rightly.
     """
     try:
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
@@ -140,34 +130,33 @@ def read_picture(path, page=0, as_mask=False):
             file.seek(0)
             if not head:
                 raise ValueError("the file is empty")
-            read = read_with_pillow
             if head[128:] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom"):
-                read = read_dicom
-            elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                read = read_tiff
-            picture = read(file, page, as_mask)
-    except UnidentifiedImageError:
-        raise ValueError("not an image, or of a kind that cannot be read") from None
-    except ValueError:
-        raise
+                picture = read_dicom(file, page, as_mask)
+            else:
+                try:
+                    picture = read_with_pillow(file, page, as_mask)
+                except UnidentifiedImageError:
+                    if head[:2] not in (b"II", b"MM"):
+                        raise ValueError("not an image, or of a kind that is unknown") from None
+                    picture = read_with_tifffile(file, page)
+        pixels = picture.pixels
+        if pixels.dtype.kind == "c":
+            raise ValueError("holds complex numbers")
+        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise ValueError("holds values that are not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot be read: {reason}") from None
-    pixels = picture.pixels
-    kind = pixels.dtype.kind
-    if kind not in "buif":
-        raise ValueError(f"holds {pixels.dtype} values, which cannot be shown")
-    if kind == "f" and not np.isfinite(pixels).all():
-        raise ValueError("holds values that are not finite")
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise ValueError(f"{path}: cannot be read: {reason}") from None
     if picture.white_is_zero:
-        pixels = max(1, pixels.max()) - pixels if kind == "f" else ~pixels
+        pixels = max(1, pixels.max()) - pixels if pixels.dtype.kind == "f" else ~pixels
     if picture.orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if picture.orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if picture.orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return replace(picture, pixels=pixels, orientation=1, white_is_zero=False)
+    picture.pixels = pixels
+    return picture
 
 
 def require_page(page, pages):
@@ -177,117 +166,82 @@ def require_page(page, pages):
 
 
 def read_with_pillow(file, page, as_mask):
-    """Read an open file with Pillow, or with OpenCV where Pillow would cut 16-bit colour to 8."""
+    """Read an open file with Pillow, or with OpenCV where Pillow would cut 16-bit colour to 8.
+    Raises UnidentifiedImageError where neither reads it rightly."""
     with Image.open(file) as image:
         pages = getattr(image, "n_frames", 1)
         require_page(page, pages)
         image.seek(page)
         is_deep = ";16" in str(image.tile)
-        orientation = 1                         # Pillow and OpenCV turn TIFFs, and nothing else
-        if image.format != "TIFF":
+        tags, orientation = getattr(image, "tag_v2", {}), 1         # which Pillow turns by itself
+        if not tags:
             orientation = image.getexif().get(274, 1)
+        elif not reads_rightly(image):
+            raise UnidentifiedImageError
         image.load()
         mode = PLAIN_MODES.get(image.mode, image.mode)
-        if image.mode == "P" and as_mask and has_class_palette(image):
-            mode = "P"
+        if image.mode == "P" and as_mask:
+            palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+            if not palette[0].any() and (palette != palette[:, :1]).any():
+                mode = "P"                      # class numbers, not colours or grays
         pixels = np.asarray(image.convert(mode))
     if is_deep and pixels.ndim == 3:
         file.seek(0)
-        data = np.frombuffer(file.read(), np.uint8)
-        _, decoded = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
-        if page >= len(decoded) or decoded[page].dtype != np.uint16:
-            raise ValueError("16-bit colour that OpenCV cannot read")
-        pixels = decoded[page][..., [2, 1, 0, 3][:decoded[page].shape[2]]]      # BGR
-    return Picture(pixels, pages, orientation)
+        pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+        if page or pixels is None or pixels.dtype != np.uint16:
+            raise UnidentifiedImageError
+        pixels = pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]        # BGR
+    bits, sample_format = kind_of_numbers(tags)
+    if (bits, sample_format) == (32, 1):
+        pixels = pixels.view(np.uint32)         # Pillow has no such mode
+    white_is_zero = tags.get(262) == 0 and bits > 8         # it inverts the rest
+    return Picture(pixels, pages, orientation, white_is_zero)
 
 
-def has_class_palette(image):
-    """Whether a Pillow image of mode P holds class numbers, not colours or grays: its palette
-    starts with black, and is not all gray."""
-    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-    return not palette[0].any() and bool((palette != palette[:, :1]).any())
+def kind_of_numbers(tags):
+    """Of the tags of a TIFF: bits a sample, and 1 for unsigned, 2 signed, 3 float."""
+    return tags.get(258, (1,))[0], tags.get(339, (1,))[0]
 
 
-def read_tiff(file, page, as_mask):
-    """Read an open TIFF with Pillow where it reads that kind rightly, else with tifffile.
-
-    Gray, RGB (three channels of gray count as RGB), palette, CMYK and YCbCr, with alpha or without.
-    Raises ValueError that names the kind ("float64", "5 channels") where neither can read it.
-    """
-    tags, pages = read_tiff_tags(file, page)
-    bits = np.ravel(tags.get(258, 1)).tolist()
-    sample_format = np.ravel(tags.get(339, 1))[0]
-    kind = {2: "int", 3: "float", 5: "complex int", 6: "complex"}.get(sample_format, "uint")
-    kind += str(bits[0])
-    photometric = tags.get(262, 0)              # 0 and 1 gray, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr
-    orientation = tags.get(274, 1)
-    channels = tags.get(277, len(bits))
+def reads_rightly(image):
+    """Whether Pillow, or OpenCV for 16-bit colour, reads a page of a TIFF that Pillow opened as it
+    is meant: not signed bytes, unknown channels, alpha in planes, or what it swaps or turns."""
+    tags, kind, n = image.tag_v2, kind_of_numbers(image.tag_v2), len(image.getbands())
+    is_gray = tags.get(262, 0) < 2
     in_planes = tags.get(284, 1) == 2
-    colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(photometric, 1)
-    has_alpha = colours == 3 or np.ravel(tags.get(338, ())).tolist() in ([1], [2])
-    like_rgb = photometric == 1 and channels == 3
-    if not (channels == colours or channels == colours + 1 and has_alpha or like_rgb):
-        raise ValueError(f"a TIFF of {channels} channels ({kind}), neither gray nor colour")
+    extra = tags.get(338, ())                   # 0: channels of which it is not said what they are
+    if n != tags.get(277, 1) or is_gray and (extra == (0,) or n == 3):
+        return False
+    if kind[0] <= 8:
+        return kind[1] == 1 and not (in_planes and extra)
+    if n > 1:
+        return kind == (16, 1) and tags.get(262) == 2 and not in_planes and tags.get(274, 1) == 1
+    if kind not in ((12, 1), (16, 1), (32, 1), (16, 2), (32, 2), (32, 3)):
+        return False
+    return tags.prefix == b"II" or kind == (16, 1)
 
-    if kind in ("uint1", "uint2", "uint4", "uint8"):
-        trusted = not like_rgb and not (in_planes and channels > colours)
-    elif channels == 1:
-        trusted = kind in ("uint12", "uint16")
-        if tags.prefix == b"II":
-            trusted = trusted or kind in ("uint32", "int16", "int32", "float32")
-    else:
-        trusted = (kind, photometric, orientation, in_planes) == ("uint16", 2, 1, False)
-    if trusted:
-        with contextlib.suppress(UnidentifiedImageError, ValueError):
-            file.seek(0)
-            picture = read_with_pillow(file, page, as_mask)
-            if kind == "uint32":                # Pillow has no such mode
-                picture.pixels = picture.pixels.view(np.uint32)
-            picture.white_is_zero = photometric == 0 and bits[0] > 8       # Pillow inverts the rest
-            return picture
 
+def read_with_tifffile(file, page):
+    """Read an open TIFF with tifffile. Raises ValueError for what is not gray or RGB."""
     try:
         import tifffile
     except ImportError:
-        raise ValueError(f"a TIFF of {kind}, {channels} channel(s), orientation {orientation}, "
-                         "that Pillow misreads: pip install tifffile") from None
-    if photometric not in (0, 1, 2):
-        raise ValueError(f"a TIFF of {kind} with photometric interpretation {photometric}")
+        raise ValueError("a TIFF of a kind (bits, channels, byte order, orientation) that Pillow "
+                         "misreads: pip install tifffile") from None
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
-        pixels = tiff.pages[page].asarray()
-        axes = tiff.pages[page].axes
-    if axes not in ("YX", "YXS", "SYX"):
-        raise ValueError(f"a TIFF with the axes {axes}, not one picture a page")
-    if axes == "SYX":                           # separate planes
-        pixels = np.moveaxis(pixels, 0, -1)
-    return Picture(pixels, pages, orientation, photometric == 0)
-
-
-def read_tiff_tags(file, page):
-    """Return the tags of a page, a mapping by number, and the number of pages of an open TIFF."""
-    head = file.read(8)
-    if head[:4] == b"MM\0+":
-        raise ValueError("a big-endian BigTIFF: save it as little-endian or as plain TIFF")
-    if head[2:3] == b"+":                       # BigTIFF
-        head += file.read(8)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-    offsets, of_page = [], None
-    while tags.next and tags.next not in offsets:
-        offsets.append(tags.next)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-        file.seek(offsets[-1])
-        tags.load(file)
-        if len(offsets) == page + 1:
-            of_page = tags
-    pages = len(offsets)
-    stack = re.match(r"ImageJ=[\s\S]*\bimages=(\d+)", str(tags.get(270, "")))
-    if stack and pages == 1:                    # ImageJ gives a large stack the tags of one page
-        pages = int(stack[1])
-    require_page(page, pages)
-    if of_page is None:
-        raise ValueError("an ImageJ stack without pages of its own: save its slices as files")
-    return of_page, pages
+        require_page(page, len(tiff.pages))
+        found = tiff.pages[page]
+        n = found.samplesperpixel
+        has_alpha = n == 4 and found.photometric == 2 or found.extrasamples in ((1,), (2,))
+        if found.photometric > 2 or n not in (1, 3) and not has_alpha or found.ndim > 3:
+            raise ValueError(f"a TIFF of {n} channels and the axes {found.axes}, neither gray nor "
+                             "RGB")
+        pixels = found.asarray()
+        if found.axes == "SYX":                 # separate planes
+            pixels = np.moveaxis(pixels, 0, -1)
+        orientation = found.tags.valueof(274, 1)
+        return Picture(pixels, len(tiff.pages), orientation, found.photometric == 0)
 
 
 def read_dicom(file, page, as_mask):
@@ -319,12 +273,11 @@ def read_dicom(file, page, as_mask):
             pixels = (pixels >> 8).astype(np.uint8)
     elif photometric.startswith("MONOCHROME") and not as_mask:
         pixels = dicom.apply_modality_lut(pixels, ds)
-        ends = None
         if ds.get("VOILUTSequence"):
-            ends = (0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1)
-        elif ds.get("WindowCenter") is not None and ds.get("WindowWidth"):
+            white = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, white))
+        elif ds.get("WindowWidth"):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
-        if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
@@ -353,9 +306,7 @@ def to_rgb(picture):
         pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
-    image = np.empty((*pixels.shape[:2], 3), np.uint8)
-    image[:] = pixels
-    return image
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
 
 
 def read_image(path, page=0):
@@ -382,7 +333,6 @@ class Mask:
     kind: str
     top: float
     span: float
-    is_alpha: bool
 
 
 def read_mask(path, page=0):
@@ -395,34 +345,31 @@ def read_mask(path, page=0):
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask=True)
     values = np.atleast_3d(picture.pixels)
-    is_alpha = False
     if values.shape[2] in (2, 4):
         alpha, values = values[..., -1:], values[..., :-1]
         is_flat = (values == values[0, 0]).all()
-        is_alpha = bool(is_flat and (alpha.min() < alpha.max() or not alpha.any()))
-        if is_alpha:
+        if is_flat and (alpha.min() < alpha.max() or not alpha.any()):
             values = alpha
     values = values.max(axis=2)
     if values.dtype == bool:
         values = values * np.uint8(255)
-    kind = "soft edges"
-    if np.unique(values).size < 3 and values.min() == 0:
-        kind = "two values"
-    spans = (1, 255, 65535)
-    if values.dtype.kind != "f" or (values == np.rint(values)).all():
+    spans = [255, 65535, math.inf]
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        kind = "two values" if values.min() == 0 and np.unique(values).size == 2 else "soft edges"
+        spans = [1, *spans]
+    else:
         if values.dtype not in (np.uint8, np.uint16):
             values = values.astype(np.float64).clip(-2 ** 62, 2 ** 62).astype(np.int64)
         kind = kind_of(values, Path(path).suffix.lower() in (".jpg", ".jpeg"))
-        spans = (1,) if kind == "0/1" else (255, 65535)
     top = values.max()
-    span = min([span for span in spans if top <= span], default=math.inf)
-    return Mask(str(path), values, kind, top, span, is_alpha)
+    span = 1 if kind == "0/1" else min(span for span in spans if top <= span)
+    return Mask(str(path), values, kind, top, span)
 
 
 def kind_of(values, is_jpg):
     """Say what the integers (H, W) of a mask are.
 
-    "empty"; "0/1"; "0/255" or another "two values"; "classes and 255"; "soft edges", more than two
+    "0/1"; "0/255"; another "two values", or one; "classes and 255"; "soft edges", more than two
     values between background and foreground that lie on slopes, as in resized, blurred and jpg
     masks; "classes" (below 32), "numbers" (of classes or instances) or "levels" (of a jpg), which
     do not; else "few values".
@@ -430,8 +377,6 @@ def kind_of(values, is_jpg):
     found = np.unique(values)
     top = found[-1]
     inner = found[(found > 0) & (found < top)]
-    if found[0] == top == 0:
-        return "empty"
     if top == 1 and not is_jpg:                 # in a jpg a 1 is noise
         return "0/1"
     if not inner.size:
@@ -456,53 +401,43 @@ class MaskRule:
     """What is foreground in the masks of a data set: one of `values`; where these are unset, what
     is above cuts[Mask.span], or with `inverted` what is not; but never `ignored`."""
     values: tuple = ()
-    cuts: dict = field(default_factory=dict)
+    cuts: dict = field(default_factory=dict)    # a span that is not there: 0
     half: bool = False                          # asked for: masks of two values are cut as well
     inverted: bool = False
     ignored: int | None = None
-    evidence: str = ""
-
-
-# Kinds of masks that one data set cannot have together, or ("levels") at all.
-CONFLICTS = (("levels", "levels"), ("0/255", "classes"), ("0/255", "classes and 255"),
-             ("soft edges", "classes"), ("soft edges", "classes and 255"),
-             ("soft edges", "numbers"))
 
 
 def decide_mask_rule(asked, masks):
-    """Return the MaskRule of a data set from --mask-foreground and all its Masks (values unused).
+    """Return the MaskRule of a data set from --mask-foreground and all its Masks (values unused),
+    and the rule in words.
 
     auto: above half of the range where any mask has soft edges, else above 0; masks of two values
-    always above 0. zero: the inverse. half: above half of the range for all. Raises ValueError with
+    always above 0. zero: the inverse. half: above half of the range for all. Ends the program with
     an example of each kind where one rule cannot read all files.
     """
     if asked[0].isdigit():
-        return MaskRule(tuple(map(int, asked.split(","))), evidence=f"the values {asked}")
-    kinds, example, tops = collections.Counter(), {}, {}
+        return MaskRule(tuple(map(int, asked.split(",")))), f"the values {asked}"
+    kinds, tops = collections.defaultdict(list), collections.Counter()
     for mask in masks:
-        kinds[mask.kind] += 1
-        example.setdefault(mask.kind, mask.path)
-        tops[mask.span] = max(tops.get(mask.span, 0), mask.top)
-    listed = ", ".join(f"{n} with {kind}" for kind, n in sorted(kinds.items()))
+        kinds[mask.kind].append(mask.path)
+        tops[mask.span] = max(tops[mask.span], mask.top)
+    evidence = f"{asked}; masks: " + ", ".join(
+        f"{len(paths)} with {kind}, as {paths[0]}" for kind, paths in sorted(kinds.items()))
     rule = MaskRule(half=asked == "half", inverted=asked == "zero")
-    half = rule.half
+    is_soft = rule.half or asked != "nonzero" and "soft edges" in kinds
     if asked in ("auto", "zero"):
-        for one, other in CONFLICTS:
-            if {one, other} <= kinds.keys():
-                raise ValueError(
-                    f"masks: {listed}; {example[one]} has {one}, {example[other]} {other}: say "
-                    "what is foreground, --mask-foreground half, nonzero, or a list such as 1,255")
-        half = "soft edges" in kinds
-        rule.ignored = 255 if "classes and 255" in kinds else None
-    for span, top in tops.items():
-        rule.cuts[span] = max(top, span == 1) / 2 if half else 0
-    cuts = " or ".join(f"{cut:g}" for cut in rule.cuts.values())
-    rule.evidence = f"above {cuts} ({asked}; masks: {listed})"
-    if rule.inverted:
-        rule.evidence = f"not {rule.evidence}"
-    if rule.ignored:
-        rule.evidence += "; 255 beside class numbers is the ignore value, and not foreground"
-    return rule
+        classes = {"classes", "classes and 255"} & kinds.keys()
+        mixed = is_soft and (classes or "numbers" in kinds)
+        if mixed or "levels" in kinds or classes and "0/255" in kinds:
+            sys.exit(f"{evidence}: say what is foreground, --mask-foreground half, nonzero, or a "
+                     "list such as 1,255")
+        if "classes and 255" in kinds:
+            rule.ignored = 255
+            evidence += "; 255 beside class numbers is the ignore value, and not foreground"
+    if is_soft:
+        rule.cuts = {span: max(top, span == 1) / 2 for span, top in tops.items()}
+    cuts = " or ".join(f"{cut:g}" for cut in rule.cuts.values()) or "0"
+    return rule, f"{'not ' * rule.inverted}above {cuts} ({evidence})"
 
 
 def foreground_of(mask, rule):
@@ -510,7 +445,8 @@ def foreground_of(mask, rule):
     if rule.values:
         return np.isin(mask.values, rule.values)
     if mask.values.min() < 0:
-        raise ValueError("has values below 0: say which are foreground, as in --mask-foreground 1")
+        raise ValueError(f"{mask.path}: has values below 0: say which are foreground, as in "
+                         "--mask-foreground 1")
     cut = rule.cuts.get(mask.span, 0)
     if mask.kind in ("two values", "0/255", "0/1") and not rule.half:
         cut = 0
@@ -548,15 +484,12 @@ def decide_foreground(asked, areas):
     training images, (N, 2)."""
     if asked != "auto":
         return asked, "set by --foreground, or known of this data set"
-    areas = np.array(areas)
-    bright, dark = areas.mean(axis=0)
-    decision = "bright"
-    if dark > bright:
-        decision = "dark"
-        areas = areas[:, ::-1]
-    agree = np.mean(areas[:, 0] > areas[:, 1])
-    evidence = (f"enclosed regions cover {bright:.3f} of a training image when bright, {dark:.3f} "
-                f"when dark; {agree:.0%} of {len(areas)} images agree")
+    bright, dark = np.array(areas).T
+    decision, agree = "bright", np.mean(bright > dark)
+    if dark.mean() > bright.mean():
+        decision, agree = "dark", np.mean(dark > bright)
+    evidence = (f"enclosed regions cover {bright.mean():.3f} of a training image when bright, "
+                f"{dark.mean():.3f} when dark; {agree:.0%} of {len(bright)} images agree")
     if agree < 0.75:
         evidence += "; the evidence is thin: see preview.png, and set --foreground if it is wrong"
     return decision, evidence
@@ -573,7 +506,7 @@ class Pair:
     group: str = ""                             # patient, or what else must stay in one part
     label: str = ""
     part: str = ""
-    slide: str = ""                             # dm: what is cut into tiles
+    unit: str = ""                              # what stays in one part, see join_duplicates
     index: tuple = ()                           # tissuenet: folder, number; demo: of default_rng
     pages: int = 1
     row: int = 0                                # of the scratch file
@@ -581,7 +514,6 @@ class Pair:
     areas: tuple = ()                           # enclosed_areas
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
-    is_emptied: bool = False                    # a mask holds values, but no foreground
     is_binary: bool = False                     # two values, as masks have
 
 
@@ -607,35 +539,27 @@ def find_files(raw):
     folder images/ only folders of masks are looked into. What is not taken is printed. Ends the
     program where two readings are possible.
     """
-    images, in_folders, bad, unread = {}, [], [], []
-    others = collections.Counter()
-    seen = set()
+    images, in_folders, bad, others, unread, seen = {}, [], [], [], [], set()
     for place, folders, files in os.walk(raw, followlinks=True):
         place = Path(place)
-        is_prepared = {"meta.json", "train_images.npy"} <= {*files}
-        if is_prepared:
-            print(f"{place}: a prepared data set, not taken")
-        if is_prepared or place.resolve() in seen:      # links may go in circles
+        if "train_images.npy" in files or place.resolve() in seen:      # links may go in circles
+            print(f"{place}: prepared already, or taken already, and not taken")
             folders.clear()
             continue
         seen.add(place.resolve())
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        folders[:] = sorted(filter(is_content, folders))
+        files = sorted(filter(is_content, files))
         if any(map(IMAGE_FOLDER.fullmatch, folders)):
-            inside = [name for name in folders if is_place(name)]
-            aside = sorted({*folders, *files} - {*inside, "labels.csv"})
-            if aside:
-                print(f"{place}: beside {', '.join(inside)} not taken: {', '.join(aside[:9])}")
-            folders[:] = inside
+            aside = [name for name in folders if not is_place(name)]
+            say(aside + files, f"in {place} are beside images/ and masks/, and not taken")
+            folders[:] = filter(is_place, folders)
             continue
         is_mask = any(map(MASK_FOLDER.fullmatch, place.relative_to(raw).parts))
-        for file in sorted(files):
+        for file in files:
             path = place / file
-            if file[0] == "." or file == "Thumbs.db" or path == raw / "labels.csv":
-                continue
-            kind = kind_of_file(path)
             name = name_of(path.relative_to(raw))
-            if kind not in EXTENSIONS:
-                others[kind] += 1
+            if kind_of_file(path) not in EXTENSIONS:
+                others.append(path)
                 if is_mask:
                     unread.append(path)
             elif name.encode(errors="ignore").decode() != name:
@@ -646,20 +570,21 @@ def find_files(raw):
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
                 images[name] = path
-    if others:
-        listed = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
-        print(f"{raw}: of other kinds and not read: {listed} (volumes: cut them into slices, a "
-              "file each)")
+    say(others, f"files are of kinds that are not read, {sorted({path.suffix for path in others})} "
+        "(volumes: cut them into slices, a file each)")
     masks = match_masks(raw, images, in_folders)
     if not images:
-        if in_folders:
-            bad.append(f"{in_folders[0][1]}: taken as a mask, as its folder is called so")
-        bad.append(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))})")
-        sys.exit("\n".join(bad))
+        sys.exit("\n".join([*bad, f"{raw}: no images here but {len(in_folders)} in folders of "
+                            f"masks ({' '.join(sorted(EXTENSIONS))})"]))
     if unread and not masks:
         sys.exit(f"{unread[0]}: a mask of a kind that is not read: convert it, or give the folder "
                  "of the images alone")
     return Files(images, masks, bad)
+
+
+def is_content(name):
+    """Whether a file or folder of this name is looked into."""
+    return name[0] != "." and name not in ("__MACOSX", "labels.csv")
 
 
 def is_place(folder):
@@ -668,14 +593,9 @@ def is_place(folder):
 
 
 def kind_of_file(path):
-    """The suffix of a file, in lower case, or its name where it has none; .dcm for DICOM under an
-    unknown suffix, or none."""
-    kind = path.suffix.lower() or path.name
-    if not path.is_file():
-        return "(no file)"
-    if path.name.lower().endswith(".nii.gz"):
-        return ".nii.gz"
-    if kind not in EXTENSIONS and kind != "DICOMDIR":
+    """The suffix of a file, in lower case; .dcm for DICOM under an unknown suffix, or none."""
+    kind = path.suffix.lower()
+    if kind not in EXTENSIONS and path.name != "DICOMDIR" and path.is_file():
         with open(path, "rb") as file:
             if file.read(132)[128:] == b"DICM":
                 return ".dcm"
@@ -697,49 +617,41 @@ def match_masks(raw, images, in_folders):
     """Return {name: [mask paths]}. images: {name: path}, from which masks beside them are removed;
     in_folders: (name, path) of the files in mask folders. Ends the program where two readings are
     possible."""
-    beside, unclear, names = [], [], {*images}
+    found, unclear, names = [*in_folders], [], {*images}
     endings = collections.Counter()
     for name, path in [*images.items()]:
-        match = re.fullmatch(r"(.+[^/])([ _.-]\D+?)", name)
-        if match and match[1] in names and not MASK_NAME.fullmatch(name):
-            endings[match[2]] += 1
         match = MASK_NAME.fullmatch(name)
+        other = re.fullmatch(r"(.+[^/])([ _.-]\D+?)", name)
         if match and match[1] in names:
-            beside.append((name, images.pop(name)))
+            found.append((name, images.pop(name)))
         elif match or MASK_FIRST.fullmatch(name):
             unclear.append(path)
+        elif other and other[1] in names:
+            endings[other[2]] += 1
     for ending, n in endings.items():
-        if n > 2 and n > 0.45 * len(names):
+        if n > max(2, 0.45 * len(names)):
             sys.exit(f"{raw}: nearly every image NAME has a NAME{ending}. If these are its masks, "
                      "call them NAME_mask or put them into masks/; if not, into another folder")
     if 0 < len(unclear) < len(images):
         sys.exit(f"{unclear[0]}: by its name a mask, but of no image here. Put masks into "
-                 f"{raw / 'masks'} under their images' names, or rename the image")
-    masks, orphans = join_names({name: name for name in images}, beside + in_folders)
+                 f"{raw}/masks under their images' names, or rename the image")
+    masks, orphans = join_names({name: name for name in images}, found)
     by_file = {Path(name).name: name for name in images}
     if orphans and not masks and len(by_file) == len(images):       # original/x with masks/x
-        masks, orphans = join_names(by_file, [(Path(name).name, path) for name, path in in_folders])
+        masks, orphans = join_names(by_file, [(Path(name).name, path) for name, path in found])
     say(orphans, "masks have no image and are not used")
-    if orphans and images and not masks:
-        sys.exit(f"{raw}: no mask has the name of an image, such as {min(images)}")
-    used = {path.parent for paths in masks.values() for path in paths}
-    unused = [path.parent for path in orphans if path.parent not in used]
-    if unused:
-        sys.exit(f"{unused[0]}: holds masks, but of no image, while those in {min(used)} are of "
-                 "images: which count? Take the others away")
-    folders = set()
+    folders = {path.parent for paths in masks.values() for path in paths}
+    unused = {path.parent for path in orphans} - folders
+    if images and unused:
+        sys.exit(f"{min(unused)}: no mask there has the name of an image, such as {min(images)}: "
+                 "rename them, or take them away")
     for name, paths in masks.items():
-        places = {str(path.parent) for path in paths}
         unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
-        stems = {path.stem for path in paths}
-        if len(places) > 1 or len(unnumbered) > 1 or len(stems) < len(paths):
-            sys.exit(f"{images[name]}: has two masks, {' and '.join(map(str, paths))}: keep one, "
-                     "or number them in one folder if they belong together")
-        folders |= places
+        if len({path.parent for path in paths}) > 1 or len(unnumbered) > 1:
+            sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: keep one, or "
+                     "number them in one folder if they belong together")
     if masks:
-        print(f"masks of {len(masks)} images in {', '.join(sorted(folders)[:3])}")
-        say([paths[0] for paths in masks.values() if len(paths) > 1],
-            "images have several masks, which are joined")
+        print(f"masks of {len(masks)} images in {', '.join(sorted(map(str, folders))[:3])}")
     return masks
 
 
@@ -758,16 +670,11 @@ def join_names(images, candidates):
     return masks, orphans
 
 
-def find_folder(raw, args, bad, missing):
+def find_folder(raw, args, bad):
     """All images below --raw as Pairs: with masks where a part has any, parts as train/, val/ and
-    test/ say, groups (set_groups) and labels (set_labels)."""
+    test/ say, groups and labels."""
     files = find_files(raw)
     bad += files.bad
-    above = raw.resolve().parent
-    if IMAGE_FOLDER.fullmatch(raw.resolve().name):
-        for path in above.iterdir():
-            if MASK_FOLDER.fullmatch(path.name):
-                print(f"{path} is not used: give --raw {above} for these masks")
     pairs = []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, path, files.masks.get(name, []))
@@ -776,11 +683,10 @@ def find_folder(raw, args, bad, missing):
             pair.part = match[2].lower()
             pair.name = (match[1] or "") + match[3]
         pairs.append(pair)
-    outside = sum(not pair.part for pair in pairs)
-    found = {pair.part for pair in pairs} - {""}
-    if found and (outside or len(found) < 3):
-        sys.exit(f"{raw}: has {' '.join(sorted(found))}: give all of train, val and test, and no "
-                 f"images outside of them ({outside} are); or rename them, to be split here")
+    found = {pair.part for pair in pairs}
+    if found not in ({""}, {*PARTS}):
+        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give all of train, val and test, "
+                 "and no images outside of them; or rename them, to be split here")
     masked = {pair.part for pair in pairs if pair.masks}
     kept = []
     for pair in pairs:
@@ -788,52 +694,44 @@ def find_folder(raw, args, bad, missing):
             kept.append(pair)
         else:
             bad.append(f"{pair.image}: has no mask")
-    kept = set_groups(raw, kept, args.group_regex, bad)
-    if kept and (raw / "labels.csv").is_file():
+    if args.group_regex:
+        kept = group_by_regex(kept, args.group_regex, bad)
+    else:
+        group_by_folder(raw, kept)
+    if (raw / "labels.csv").is_file():
         set_labels(raw / "labels.csv", kept)
     return kept
 
 
-def set_groups(raw, pairs, regex, bad):
-    """Set the group of each pair: what `regex` finds in its name, or without one the topmost folder
-    of the name that not all share. Returns the pairs that match. Ends the program where few large
-    folders may be classes."""
-    if regex:
-        for pair in pairs:
-            match = re.search(regex, pair.name)
-            if match:
-                pair.group = match[1] if match.re.groups else match[0]
-            if not pair.group:
-                bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
-        return [pair for pair in pairs if pair.group]
+def group_by_regex(pairs, regex, bad):
+    """The pairs in whose names `regex` finds a group, which is set: of the match the first group,
+    or all."""
+    for pair in pairs:
+        match = re.search(regex, pair.name)
+        if match:
+            pair.group = match[match.re.groups and 1]
+        if not pair.group:
+            bad.append(f"{pair.image}: {pair.name} does not match --group-regex {regex}")
+    return [pair for pair in pairs if pair.group]
+
+
+def group_by_folder(raw, pairs):
+    """Set the group of each pair to the topmost folder of its name that not all share. Ends the
+    program where few large folders may be classes."""
     folders = [pair.name.split("/")[:-1] for pair in pairs]
     shared = len(os.path.commonprefix(folders))
     for pair, inside in zip(pairs, folders, strict=True):
         pair.group = "".join(inside[shared:shared + 1])
     names = sorted({pair.group for pair in pairs} - {""})
+    if not names or pairs[0].part or kind_of_file(pairs[0].image) in (".dcm", ".dicom"):
+        return                                  # DICOM has an id
     n = len({pair.group or pair.name for pair in pairs})
-    if names and pairs[0].part:
-        return pairs
-    may_be_classes = names and n < 5 and len(pairs) >= 8 * n
-    is_dicom = kind_of_file(pairs[0].image) in (".dcm", ".dicom")              # has an id
-    if may_be_classes and not is_dicom:
+    if n < 5 and len(pairs) >= 8 * n:
         sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
                  "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
                  "they are classes, give --group-regex '.+'")
-    if not is_dicom:
-        say(names, f"folders of {raw} are taken as patients, and each stays in one part: "
-            "--group-regex '.+' splits image by image")
-    return pairs
-
-
-def set_patients(pairs):
-    """Set the group of each pair to its DICOM patient where all have one; where only some have,
-    their folders and patients are both kept together by join_duplicates."""
-    patients = {pair.patient for pair in pairs}
-    if patients and "" not in patients:
-        print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
-        for pair in pairs:
-            pair.group = pair.patient
+    say(names, f"folders of {raw} are taken as patients, and each stays in one part: "
+        "--group-regex '.+' splits image by image")
 
 
 def set_labels(path, pairs):
@@ -841,38 +739,34 @@ def set_labels(path, pairs):
     its file's. Ends the program where none does."""
     labels = {}
     for row in read_table(path, ("name", "label")):
-        name = unicodedata.normalize("NFC", row["name"])
-        if labels.setdefault(name, row["label"]) != row["label"]:
-            sys.exit(f"{path}: {name} has two labels, {labels[name]} and {row['label']}")
+        labels[name_of(Path(row["name"] or "?"))] = row["label"]
     used = set()
     for pair in pairs:
-        file = Path(unicodedata.normalize("NFC", str(pair.image.relative_to(path.parent))))
-        for name in (file.stem, file.name, str(file.with_suffix("")), str(file), pair.name):
+        file = name_of(pair.image.relative_to(path.parent))
+        for name in (Path(file).name, file, pair.name):
             if name in labels:                  # the last that is there counts
                 pair.label = labels[name]
                 used.add(name)
-    unlabelled = sum(not pair.label for pair in pairs)
-    print(f"{path}: {unlabelled} of {len(pairs)} images have no label")
     left = sorted(labels.keys() - used)
+    print(f"{path}: {sum(not pair.label for pair in pairs)} of {len(pairs)} images have no label")
     say(left, "rows of it have no image")
-    if not used:
-        sys.exit(f"{path}: no name there is that of an image: {', '.join(left[:1])} there, "
-                 f"{pairs[0].name} here")
+    if pairs and not used:
+        sys.exit(f"{path}: none of its names, {left[:1]}, is that of an image, {pairs[0].name}")
 
 
 def read_table(path, columns):
     """The rows of a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma, semicolon or
     tab), a list of dicts; ends the program where one of the columns is not there."""
     data = path.read_bytes()
+    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = data.decode("utf-16" if is_wide else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
-    if not set(columns) <= set(rows.fieldnames):
+    if not {*columns} <= {*rows.fieldnames}:
         sys.exit(f"{path}: needs the columns {' and '.join(columns)}, has {rows.fieldnames}")
     return [{key: (row[key] or "").strip() for key in columns} for row in rows]
 
@@ -880,43 +774,39 @@ def read_table(path, columns):
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """The group of each pair, a list: groups that share a picture (Pair.digest) or a patient become
-    one. Prints how many pictures are there twice."""
-    names, groups = np.unique([pair.group or pair.name for pair in pairs], return_inverse=True)
+    """Set what stays in one part, Pair.unit: groups that share a picture (Pair.digest) or a patient
+    become one. Prints how many pictures are there twice."""
+    names, units = np.unique([pair.group or pair.name for pair in pairs], return_inverse=True)
     first, again = {}, []
     for k, pair in enumerate(pairs):
         for key in filter(None, (pair.digest, pair.patient)):
             other = first.setdefault(key, k)
-            if other != k and groups[other] != groups[k]:
-                groups[groups == groups[k]] = groups[other]
-            if other != k and key == pair.digest:
-                again.append(f"{pair.image} and {pairs[other].image}")
+            if other != k:
+                units[units == units[k]] = units[other]
+                if key == pair.digest:
+                    again.append(f"{pair.image} and {pairs[other].image}")
+    for pair, unit in zip(pairs, units, strict=True):
+        pair.unit = str(names[unit])
     say(again, "pictures are there twice: equal ones go into one part, unless parts are given")
-    return names[groups].tolist()
 
 
 def split(pairs, seed):
-    """Set the part of every pair: groups in seeded order, cut at int(.7 n) and int(.8 n) images, or
-    slides; a group that a cut falls into stays whole. Few large groups fill each part with at least
+    """Set the part of every pair: units in seeded order, cut at int(.7 n) and int(.8 n) images, or
+    slides; a unit that a cut falls into stays whole. Few large units fill each part with at least
     one, where there are three."""
-    groups = join_duplicates(pairs)
-    alone = [pair.group or pair.name for pair in pairs]
-    if len(set(groups)) < len(PARTS) <= len(set(alone)):
-        print("with equal pictures in one part there are not three parts: they are in several")
-        groups = alone
-    units = collections.defaultdict(set)        # the images, or slides, of a group
-    for pair, group in zip(pairs, groups, strict=True):
-        units[group].add(pair.slide or pair.name)
-    order = np.random.default_rng(seed).permutation(sorted(units)).tolist()
-    ends = np.cumsum([0] + [len(units[group]) for group in order])
+    images = collections.defaultdict(set)       # of each unit; the tiles of a slide are one
+    for pair in pairs:
+        images[pair.unit].add(pair.image)
+    order = np.random.default_rng(seed).permutation(sorted(images)).tolist()
+    ends = np.cumsum([0] + [len(images[unit]) for unit in order])
     n, total = len(order), ends[-1]
     cuts = np.searchsorted(ends, [int(0.7 * total), int(0.8 * total)])
     if 3 <= n < total:
         cuts[0] = np.clip(cuts[0], 1, n - 2)
         cuts[1] = np.clip(cuts[1], cuts[0] + 1, n - 1)
-    place_of = dict(zip(order, np.searchsorted(cuts, np.arange(n), "right"), strict=True))
-    for pair, group in zip(pairs, groups, strict=True):
-        pair.part = PARTS[place_of[group]]
+    place_of = dict(zip(order, np.searchsorted(cuts, range(n), "right"), strict=True))
+    for pair in pairs:
+        pair.part = PARTS[place_of[pair.unit]]
 
 
 def stratify(pairs, seed):
@@ -924,20 +814,19 @@ def stratify(pairs, seed):
     stratified by label. Equal pictures go together to the first part with room for them."""
     classes = collections.defaultdict(list)
     members = collections.defaultdict(list)
-    for pair, group in zip(pairs, join_duplicates(pairs), strict=True):
-        classes[pair.label].append(group)
-        members[group].append(pair)
+    for pair in pairs:
+        classes[pair.label].append(pair.unit)
+        members[pair.unit].append(pair)
     ranked = []                                 # the classes, each in seeded order, evenly merged
     generator = np.random.default_rng(seed)
-    for label, groups in sorted(classes.items()):
-        n = len(groups)
-        order = generator.permutation(n)
-        ranked += [((k + 0.5) / n, label, groups[i]) for k, i in enumerate(order)]
+    for label, units in sorted(classes.items()):
+        for k, unit in enumerate(generator.permutation(units).tolist()):
+            ranked.append(((k + 0.5) / len(units), label, k, unit))
     test = math.ceil(0.2 * len(pairs))
     val = math.ceil(0.13 * (len(pairs) - test))
     room = {"test": test, "val": val, "train": len(pairs)}
-    for _, _, group in sorted(ranked, key=lambda entry: entry[:2]):
-        together = members.pop(group, [])
+    for *_, unit in sorted(ranked):
+        together = members.pop(unit, [])
         part = next(part for part in room if room[part] >= len(together))
         room[part] -= len(together)
         for pair in together:
@@ -952,9 +841,6 @@ def unpack(archive):
     folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
     if folder.exists():
         return
-    if not hasattr(tarfile, "data_filter"):
-        sys.exit(f"{archive}: unpack it yourself: this Python cannot do it safely (3.10.12, 3.11.4 "
-                 "or newer can)")
     print(f"{archive}: extracting to {folder}")
     with new_folder(folder) as partial:
         try:
@@ -962,8 +848,7 @@ def unpack(archive):
                 shutil.unpack_archive(archive, partial, "zip")
             else:
                 shutil.unpack_archive(archive, partial, "tar", filter="data")
-        except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError,
-                RuntimeError) as error:
+        except Exception as error:              # of zipfile, tarfile, zlib, lzma, shutil
             sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
 
 
@@ -979,138 +864,101 @@ def find_all(raw, pattern, missing):
 def images_in(raw, pattern, missing, ending=""):
     """{stem without `ending`: path} of the image files that match find_all's pattern and whose stem
     ends so; of equal stems the nearest to raw."""
-    found, again = {}, []
+    found = {}
     for path in find_all(raw, pattern, missing):
         if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
-            name = path.stem[:len(path.stem) - len(ending)]
-            if found.setdefault(name, path) != path:
-                again.append(path)
-    say(again, "files have the name of one that is nearer, and are not taken")
+            found.setdefault(path.stem[:len(path.stem) - len(ending)], path)
     return found
 
 
-def pair_up(images, masks, bad, **more):
-    """Pairs of {name: image path} and {name: mask path}; an image without a mask goes to `bad`;
-    more: fields that all have."""
-    say(sorted(masks.keys() - images.keys()), "masks have no image and are not used")
+def pair_up(images, masks, **more):
+    """Pairs of {name: image path}, with the mask of {name: mask path} where there is one; more:
+    fields that all have."""
     pairs = []
     for name, path in sorted(images.items()):
-        if name in masks:
-            pairs.append(Pair(name, path, [masks[name]], **more))
-        else:
-            bad.append(f"{path}: has no mask")
+        found = [masks[name]] if name in masks else []
+        pairs.append(Pair(name, path, found, **more))
     return pairs
 
 
-def find_isic(raw, args, bad, missing):
+def find_isic(raw, args, missing):
     """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
     pairs = []
-    for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"),
-                              strict=True):
+    diseases = ["seborrheic_keratosis", "melanoma"]
+    for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
         stem = f"ISIC-2017_{official}_"
         images = images_in(raw, stem + "Data/*[0-9].*", missing)           # not *_superpixels.png
         masks = images_in(raw, stem + "Part1_GroundTruth/*", missing, "_segmentation")
-        new = pair_up(images, masks, bad, part=part)
         labels = {}
-        diseases = ["seborrheic_keratosis", "melanoma"]
         for table in find_all(raw, stem + "Part3_GroundTruth.csv", missing)[:1]:
             for row in read_table(table, ["image_id", *diseases]):
                 found = [disease for disease in diseases if row[disease] in ("1", "1.0")]
                 labels[row["image_id"]] = ["nevus", *found][-1]
-        for pair in new:
+        for pair in pair_up(images, masks, part=part):
             pair.label = labels.get(pair.name, "")
-        pairs += new
+            pairs.append(pair)
     return pairs
 
 
-def find_xray(raw, args, bad, missing):
+def find_xray(raw, args, missing):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
         images = images_in(raw, f"{label}/images/*", missing)
         masks = images_in(raw, f"{label}/masks/*", missing)
-        pairs += pair_up(images, masks, bad, label=label)
+        pairs += pair_up(images, masks, label=label)
     return pairs
 
 
-def find_drone(raw, args, bad, missing):
+def find_drone(raw, args, missing):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
     `unlabeled`, which is index 0 and black, so nearly everything."""
     for layout in (("original_images/*", "label_images_semantic/*"),
                    ("original_images/*", "RGB_color_image_masks/*"),
                    ("training_set/images/*", "training_set/gt/semantic/label_images/*")):
-        images = images_in(raw, layout[0], [])
-        masks = images_in(raw, layout[1], [])
+        images, masks = [images_in(raw, pattern, []) for pattern in layout]
         if images and masks:
             print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-            missing.clear()
-            return pair_up(images, masks, bad)
-        missing.append(" with ".join(layout))
+            return pair_up(images, masks)
+    missing += layout
     return []
 
 
-def find_dsb2018(raw, args, bad, missing):
+def find_dsb2018(raw, args, missing):
     """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
-    images, masks, others = {}, {}, []
-    paths = find_all(raw, "images/*", missing)
-    paths = [path for path in paths if path.suffix.lower() in EXTENSIONS]
-    in_folder = collections.Counter(path.parent for path in paths)
-    for path in paths:
+    pairs = []
+    for name, path in sorted(images_in(raw, "images/*", missing).items()):
         folder = path.parent.parent
-        if path.stem != folder.name or in_folder[path.parent] > 1:
-            others.append(path)
-            continue
-        if path.stem in images:                 # the nearer one counts
-            others.append(path)
-            continue
-        images[path.stem] = path
-        found = sorted(folder.glob("masks/[!.]*.*"))
-        if found:
-            masks[path.stem] = found
-    say(others, "images are not the only one in images/, or not of the name of the folder above, "
-        "or there twice: not taken")
-    pairs = pair_up(images, masks, bad)
-    for pair in pairs:
-        pair.masks = masks[pair.name]
+        if name == folder.name:
+            pairs.append(Pair(name, path, sorted(folder.glob("masks/[!.]*.*"))))
     return pairs
 
 
-def find_dm(raw, args, bad, missing):
+def find_dm(raw, args, missing):
     """Dermatomyositis slides, paired by what stands before `_component`; a slide's tiles stay
     together, or with --split-by patient all of a patient's (the first two fields of the name).
     Masks are named as in either publication."""
     images = images_in(raw, "*_component_data.tif*", missing, "_component_data")
     pattern = "*_component*[mM]ask*.tif*"
-    masks = images_in(raw, pattern, missing, "_component_mask_labels")
-    others = images_in(raw, pattern, [], "_component_data.tifmask")
-    if masks.keys() & others.keys():
-        print("there are masks of both namings: *_mask_labels is taken")
-    pairs = pair_up(images, others | masks, bad)
+    masks = images_in(raw, pattern, missing, "_component_data.tifmask")
+    masks |= images_in(raw, pattern, [], "_component_mask_labels")
+    pairs = pair_up(images, masks)
     for pair in pairs:
-        pair.slide = pair.group = pair.name
+        pair.group = pair.name
         if args.split_by == "patient":
             pair.group = "_".join(pair.name.split("_")[:2])
     return pairs
 
 
-def find_tissuenet(raw, args, bad, missing):
+def find_tissuenet(raw, args, missing):
     """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        found = find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)
-        found.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path.parent.name)])
-        for path in found[-1:]:
+        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)[-1:]:
             folder = path.parent
-            try:
-                x = np.load(path, mmap_mode="r")
-                y = np.load(folder / "y.npy", mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
-                sys.exit(f"{folder}: cannot be read ({error}); get it again")
-            if x.ndim != 4 or x.shape[3] != 2 or x.shape != y.shape:
-                sys.exit(f"{folder}: X is {x.shape} and y {y.shape}, not (N, H, W, 2) both")
-            for i in range(len(x)):
-                path = f"{folder}[{i}]"
-                pairs.append(Pair(f"{part}_{i:05d}", path, [path], part=part, index=(folder, i)))
+            for i in range(len(np.load(path, mmap_mode="r"))):
+                name = f"{folder}[{i}]"
+                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part, index=(folder, i)))
     return pairs
 
 
@@ -1128,7 +976,7 @@ def two_channels(x):
     return image
 
 
-def find_demo(raw, args, bad, missing):
+def find_demo(args):
     """What draw_nuclei will draw; every picture has a generator of its own."""
     pairs = []
     for p, (part, n) in enumerate(DEMO_COUNTS.items()):
@@ -1138,8 +986,8 @@ def find_demo(raw, args, bad, missing):
     return pairs
 
 
-FINDERS = {"demo": find_demo, "folder": find_folder, "dm": find_dm, "tissuenet": find_tissuenet,
-           "isic": find_isic, "xray": find_xray, "drone": find_drone, "dsb2018": find_dsb2018}
+FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray": find_xray,
+           "drone": find_drone, "dsb2018": find_dsb2018}
 
 
 def find_published(raw, args, bad):
@@ -1147,13 +995,13 @@ def find_published(raw, args, bad):
     program where a part is."""
     facts = FACTS[args.dataset]
     raw = Path(re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
-    endings = (".npz",) if args.dataset == "tissuenet" else (".zip", ".tar", ".tar.gz", ".tgz")
     for path in sorted(raw.glob("[!.]*")):
-        if path.name.lower().endswith(endings) and path.is_file():
+        if re.search(r"\.(zip|npz|tar|tar\.gz|tgz)$", path.name, re.IGNORECASE):
             unpack(path)
     missing = []
-    pairs = FINDERS[args.dataset](raw, args, bad, missing)
-    print(f"{raw}: {len(pairs)} images with masks")
+    found = FINDERS[args.dataset](raw, args, missing)
+    pairs = [pair for pair in found if pair.masks]
+    bad += [f"{pair.image}: has no mask" for pair in found if not pair.masks]
     if missing:
         print(f"missing: {', '.join(missing)}; from {facts.homepage}")
     if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
@@ -1162,27 +1010,20 @@ def find_published(raw, args, bad):
     return pairs
 
 
-def download(url, path, timeout=30, tries=5):
+def download(url, path, tries=5):
     """Fetch `url` to `path` with curl; what has come is kept in path.part, and the next try, or
-    call, goes on from there. Ends the program where all tries fail, or the server refuses."""
+    call, goes on from there. Ends the program where all tries fail."""
     partial = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not shutil.which("curl"):
-        sys.exit(f"{url}: curl is not installed: install it, or fetch this file to {path}")
-    command = "curl --fail --location --continue-at - --speed-limit 1 --write-out %{http_code}"
-    command = [*command.split(), "--speed-time", str(timeout), "--output", str(partial), url]
-    for _ in range(tries):
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    command = "curl --fail --location --continue-at - --create-dirs --speed-limit 1 --output"
+    for _ in range(tries):                      # curl's own --retry would start from the beginning
+        ended = subprocess.run([*command.split(), partial, url])
         if ended.returncode == 0:
             partial.replace(path)
             return
-        if ended.returncode in (33, 36):        # the server cannot go on from there
-            partial.unlink(missing_ok=True)
-        elif ended.stdout.startswith("4") and ended.stdout not in ("408", "429"):
-            break
-    sys.exit(f"{url}: not fetched: HTTP status {ended.stdout}, exit code of curl "
-             f"{ended.returncode}. The same command goes on from there; if the file has moved, see "
-             "the data set's page")
+        if ended.returncode == 33:              # the server cannot go on from there
+            partial.unlink()
+    sys.exit(f"{url}: not fetched, see what curl says above (exit code {ended.returncode}). The "
+             "same command goes on from there; if the file has moved, see the data set's page")
 
 
 def fetch(args):
@@ -1208,10 +1049,9 @@ def read_meta(folder):
         return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         name = Path(folder).name
-        flags = f"{name} --raw DIR" if name in FACTS else f"folder --raw DIR --name {name}"
-        if name == "demo":
-            flags = name
-        sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset {flags}")
+        flags = name if name in FACTS else f"folder --name {name}"
+        sys.exit(f"{folder} is not prepared: run python prepare_data.py --raw DIR --dataset "
+                 f"{flags}")
 
 
 def open_part(folder, part):
@@ -1243,40 +1083,29 @@ def check(folder):
     """Read a prepared data set back; ends the program (exit code 1) with a line for each thing that
     is off."""
     meta = read_meta(folder)
-    size, expected = meta["size"], meta["fingerprint"]
-    wrong, seen, fingerprint = [], {}, hashlib.sha256()
+    size, wrong, first, fingerprint = meta["size"], [], {}, hashlib.sha256()
     for part, n in meta["counts"].items():
         images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        if len(rows) != n or images.shape != (n, size, size, 3):
+        if len(rows) != n or images.shape[:2] != (n, size):
             wrong.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows, "
                          f"meta.json says {n} of {size} px")
+        fingerprint.update(images)
+        if masks is not None:
+            fingerprint.update(masks)
         for row, image in zip(rows, images, strict=False):
-            fingerprint.update(image)
             here = f"{row['name']} of {part}"
-            keys = {"group": row["group"], "picture": digest_of(image)}
-            if not meta.get("parts_given"):     # there each part may count its names from 1
-                keys["name"] = row["name"]
-            for kind, key in keys.items():
-                first, there = seen.setdefault((kind, key), (part, here))
-                if key and first != part:
-                    wrong.append(f"the same {kind} in two parts: {there} and {here}")
-        groups = {row["group"] for row in rows} - {""}
-        print(f"{part}: {len(rows)} images, {len(groups)} groups")
-        if masks is None:
-            continue
-        fingerprint.update(masks)
-        print(f"{part}: foreground {masks.mean():.4f} of the pixels")
-        if masks.shape != (n, size, size) or masks.max() > 1:
-            wrong.append(f"{part}_masks.npy is {masks.shape} up to {masks.max()}, not {n} of "
-                         f"{size} px up to 1")
+            for key in (("group", row["group"]), ("picture", digest_of(image))):
+                there = first.setdefault(key, (part, here))
+                if key[1] and there[0] != part:
+                    wrong.append(f"the same {key[0]} in two parts: {there[1]} and {here}")
     found = fingerprint.hexdigest()
-    if found != expected:
-        wrong.append(f"not the arrays that were written: fingerprint {found}, not {expected}")
+    if found != meta["fingerprint"]:
+        wrong.append("not the arrays that were written: their fingerprint is another")
     if wrong:
         lines = "\n".join(f"{folder}: {line}" for line in wrong[:20])
         sys.exit(f"{lines}\n{len(wrong)} things are off: prepare it again with --overwrite")
-    print(f"{folder}: all is well; fingerprint {found}")
+    print(f"{folder}: {meta['counts']}, all is well; fingerprint {found}")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -1314,9 +1143,7 @@ def new_folder(final):
     when it does not."""
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
-    if old.exists() and not final.exists():     # a run was killed between two renames
-        old.rename(final)
-    for left in (partial, old):
+    for left in (partial, old):                 # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir()
@@ -1333,23 +1160,26 @@ def contact_sheet(rows, titles, captions=None, cell=112):
     """A table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption under
     each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (drawn black and white),
     or None (left empty)."""
-    line = 18
-    width = cell + 4
-    height = width + (line if captions else 0)
-    sheet = np.full((line + len(rows) * height, len(titles) * width, 3), 255, np.uint8)
-    texts = [(title, i * width, 0) for i, title in enumerate(titles)]
+    line, width = 18, cell + 4
+
+    def write(texts):
+        strip = np.full((line, len(titles) * width, 3), 255, np.uint8)
+        for i, text in enumerate(texts):
+            cv2.putText(strip, text, (i * width + 2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1,
+                        cv2.LINE_AA)
+        return strip
+
+    sheet = [write(titles)]
     for k, row in enumerate(rows):
-        y = line + k * height
+        strip = np.full((width, len(titles) * width, 3), 255, np.uint8)
         for i, tile in enumerate(row):
             if tile is not None:
-                scale = 255 if tile.ndim == 2 else 1
-                tile = np.atleast_3d(resize(tile.astype(np.uint8) * scale, cell))
-                sheet[y:y + cell, i * width:][:, :cell] = tile
+                tile = to_rgb(Picture(tile if tile.ndim == 3 else tile > 0))
+                strip[:cell, i * width:i * width + cell] = resize(tile, cell)
+        sheet.append(strip)
         if captions:
-            texts.append((captions[k], 0, y + cell))
-    for text, x, y in texts:
-        cv2.putText(sheet, text, (x + 2, y + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1, cv2.LINE_AA)
-    return sheet
+            sheet.append(write([captions[k]]))
+    return np.vstack(sheet)
 
 
 def write_preview(folder, foreground):
@@ -1361,8 +1191,8 @@ def write_preview(folder, foreground):
         columns += [images, [otsu_mask(image, foreground) for image in images]]
         columns.append([] if masks is None else masks[:4])
         titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
-    rows = list(itertools.zip_longest(*columns))
-    Image.fromarray(contact_sheet(rows, titles)).save(folder / "preview.png")
+    sheet = contact_sheet(itertools.zip_longest(*columns), titles)
+    Image.fromarray(sheet).save(folder / "preview.png")
 
 
 def write_arrays(folder, parts, size, scratch):
@@ -1371,10 +1201,10 @@ def write_arrays(folder, parts, size, scratch):
     digest = hashlib.sha256()
     pixels = size * size
     for part, pairs in parts.items():
-        arrays = [("images", (size, size, 3), 0)]
-        if pairs[0].masks:
-            arrays.append(("masks", (size, size), 3 * pixels))
-        for kind, shape, first in arrays:
+        for kind, channels, first in (("images", (3,), 0), ("masks", (), 3 * pixels)):
+            if kind == "masks" and not pairs[0].masks:
+                continue
+            shape = (size, size, *channels)
             with open(folder / f"{part}_{kind}.npy", "wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
                 np.lib.format.write_array_header_1_0(file, header)
@@ -1414,38 +1244,30 @@ def draw_nuclei(size, rng):
 # -------------------------------------------------------------------------------------- preparing
 
 def load(pair, args, rule):
-    """Read an image and its masks. Returns [(Pair, bytes)], one for each tile of a slide, or one in
-    all; bytes: image (S, S, 3) and mask (S, S), zeros where there is none. Sets what a Pair says of
-    its pictures. Raises ValueError with the path of the file that is bad."""
-    size, path = args.size, pair.image
-    try:
-        if args.dataset == "demo":
-            image, mask = draw_nuclei(size, np.random.default_rng(pair.index))
-        elif args.dataset == "tissuenet":
-            folder, i = pair.index
-            image = two_channels(np.load(folder / "X.npy", mmap_mode="r")[i])
-            mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
-        else:
-            picture = read_picture(path, args.page)
-            pair.pages = picture.pages
-            if not args.group_regex:            # which says more
-                pair.patient = picture.patient
-            image = to_rgb(picture)
-            mask = None
-            for path in pair.masks:
-                values = read_mask(path, args.page)
-                one = foreground_of(values, rule)
-                height, width = one.shape
-                if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
-                    raise ValueError(f"the mask is {width}x{height}, its image "
-                                     f"{image.shape[1]}x{image.shape[0]}")
-                mask = one if mask is None else mask | one
-                pair.is_emptied |= bool(values.top > 0 and not one.any())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    """Read an image and its masks. Returns [(Pair, bytes)], one for each tile of a dm slide, or one
+    in all; bytes: image (S, S, 3) and mask (S, S), zeros where there is none. Sets what a Pair says
+    of its pictures. Raises ValueError with the path of the file that is bad."""
+    size, mask = args.size, None
+    if args.dataset == "demo":
+        image, mask = draw_nuclei(size, np.random.default_rng(pair.index))
+    elif args.dataset == "tissuenet":
+        folder, i = pair.index
+        image = two_channels(np.load(folder / "X.npy", mmap_mode="r")[i])
+        mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
+    else:
+        picture = read_picture(pair.image, args.page)
+        image = to_rgb(picture)
+        pair.pages = picture.pages
+        if not args.group_regex:                # which says more
+            pair.patient = picture.patient
+        for path in pair.masks:
+            one = foreground_of(read_mask(path, args.page), rule)
+            if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
+                raise ValueError(f"{path}: the mask is {one.shape}, its image {image.shape}")
+            mask = one if mask is None else mask | one
     coarse = image[::4, ::4]
-    pair.is_binary = bool(((coarse == coarse.min()) | (coarse == coarse.max())).all())
-    tiles = cut(pair, image, mask) if pair.slide else [(pair, image, mask)]
+    pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
+    tiles = cut(pair, image, mask) if args.dataset == "dm" else [(pair, image, mask)]
     rows = []
     for tile, image, mask in tiles:
         image = resize(image, size)
@@ -1463,15 +1285,12 @@ def load(pair, args, rule):
 def cut(pair, image, mask):
     """The tiles of a slide, each a Pair, its image (TILE, TILE, 3) and mask (TILE, TILE); what lies
     outside of the slide is 0."""
-    height, width = mask.shape
-    margin = [(0, -height % TILE), (0, -width % TILE)]
+    margin = [(0, -side % TILE) for side in mask.shape]
     image = np.pad(image, [*margin, (0, 0)])
     mask = np.pad(mask, margin)
-    for y in range(0, height, TILE):
-        for x in range(0, width, TILE):
-            window = np.s_[y:y + TILE, x:x + TILE]
-            tile = replace(pair, name=f"{pair.name}_{y // TILE}_{x // TILE}")
-            yield tile, image[window], mask[window]
+    for y, x in np.ndindex(*np.array(mask.shape) // TILE):
+        window = np.s_[y * TILE:y * TILE + TILE, x * TILE:x * TILE + TILE]
+        yield replace(pair, name=f"{pair.name}_{y}_{x}"), image[window], mask[window]
 
 
 @contextlib.contextmanager
@@ -1492,129 +1311,98 @@ def thread_pool():
         pool.join()
 
 
-def try_each(work, items, what, bad):
-    """(item, work(item)) of each item, in order, on all cores; where work raises ValueError, its
-    words go to `bad` instead. Threads: Pillow and OpenCV let go of Python's lock."""
+def try_each(pool, work, items, what, bad):
+    """work(item) of each item, in order, on all cores; where it raises ValueError, its words go to
+    `bad` instead. Threads: Pillow and OpenCV let go of Python's lock."""
     def attempt(item):
         try:
-            return work(item)
+            return [work(item)]
         except ValueError as error:
-            return error
+            bad.append(str(error))
+            return []
 
-    with thread_pool() as pool:
-        done = pool.imap(attempt, items)
-        bar = tqdm(done, what, len(items), unit=f" {what}")
-        for item, result in zip(items, bar, strict=True):
-            if isinstance(result, ValueError):
-                bad.append(str(result))
-            else:
-                yield item, result
+    for results in tqdm(pool.imap(attempt, items), what, len(items), unit=f" {what}"):
+        yield from results
 
 
-def mask_rule(pairs, args, bad):
-    """The MaskRule of a data set: as published, or decided on a look at all masks of a folder."""
+def mask_rule(pool, pairs, args, bad):
+    """The MaskRule of a data set, and it in words: as published, or decided on a look at all masks
+    of a folder."""
+    above = FACTS[args.dataset].above
     if args.dataset != "folder":
-        above = FACTS[args.dataset].above
-        cuts = {1: 0, 255: above, 65535: above * 257, math.inf: 0}
-        return MaskRule(cuts=cuts, evidence=f"above {above}, as published or drawn")
+        return MaskRule(cuts={255: above, 65535: above * 257}), f"above {above}, as published"
 
     def look(path):
-        try:
-            mask = read_mask(path, args.page)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        mask = read_mask(path, args.page)
         mask.values = None                      # all of them would fill the memory
         return mask
 
     paths = [path for pair in pairs for path in pair.masks]
-    masks = []
-    if paths:
-        masks = [mask for _, mask in try_each(look, paths, "masks", bad)]
-    say([mask.path for mask in masks if mask.is_alpha], "masks are taken from the alpha channel")
-    try:
-        rule = decide_mask_rule(args.mask_foreground, masks)
-    except ValueError as error:
-        sys.exit("\n".join([*bad, str(error)]))
+    masks = [*try_each(pool, look, paths, "masks", bad)]
+    rule, evidence = decide_mask_rule(args.mask_foreground, masks)
     if masks:
-        print(f"mask foreground: {rule.evidence}")
-    return rule
+        print(f"mask foreground: {evidence}")
+    return rule, evidence
 
 
 def read_all(pairs, args, scratch, bad):
-    """The Pairs that can be read, with their rows in the file `scratch`, and the MaskRule; prints
-    how many files have several pages."""
-    rule = mask_rule(pairs, args, bad)
-    good, stacks = [], []
+    """The Pairs that can be read, with their rows in the file `scratch`, and what their masks'
+    foreground is, in words."""
+    good = []
+    with thread_pool() as pool, open(scratch, "wb") as file:
+        rule, evidence = mask_rule(pool, pairs, args, bad)
 
-    def load_pair(pair):
-        return load(pair, args, rule)
+        def load_pair(pair):
+            return load(pair, args, rule)
 
-    done = try_each(load_pair, pairs, "images", bad)
-    with open(scratch, "wb") as file, contextlib.closing(done):     # also on a full disk
-        for pair, rows in done:
+        for rows in try_each(pool, load_pair, pairs, "images", bad):
             for tile, row in rows:
                 tile.row = len(good)
                 good.append(tile)
                 file.write(row)
-            if pair.pages > 1:
-                stacks.append(f"{pair.image} has {pair.pages}")
-    if args.dataset == "folder":
-        if not args.group_regex:
-            set_patients(good)
-        say([pair.image for pair in good if pair.is_emptied], "images have masks with values that "
-            "are all taken for background: see the rule above, and --mask-foreground")
-        say([pair.image for pair in good if pair.is_binary], "images have two values or one: are "
-            "they masks? See python prepare_data.py --help for the names of masks")
-    say(stacks, f"files have several pages or frames: page {args.page} is taken, counted from 0; "
-        "--page takes another")
-    return good, rule
+    patients = {pair.patient for pair in good}
+    if good and "" not in patients:             # else folders and patients are both kept together
+        print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
+        for pair in good:
+            pair.group = pair.patient
+    say([pair.image for pair in good if pair.is_binary], "images have two values or one: are they "
+        "masks? See python prepare_data.py --help for the names of masks")
+    say([f"{pair.image} has {pair.pages}" for pair in good if pair.pages > 1], "images are of "
+        f"several pages or frames: page {args.page} is taken, counted from 0; see --page")
+    return good, evidence
 
 
 def divide(pairs, args):
     """{part: Pairs by name}, split where the parts are not given. Ends the program where one would
     be empty."""
     pairs = sorted(pairs, key=lambda pair: pair.name)
-    if pairs and pairs[0].part:
-        join_duplicates(pairs)                  # for its message
-        part_of = {}
-        say([pair.image for pair in pairs if pair.group
-             and part_of.setdefault(pair.group, pair.part) != pair.part],
-            "images are of a group that is in another part too, as the parts are given")
-    elif args.dataset == "xray":
+    join_duplicates(pairs)
+    if args.dataset == "xray":
         stratify(pairs, args.seed)
-    else:
+    elif not any(pair.part for pair in pairs):
         split(pairs, args.seed)
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
-    counts = {part: len(pairs) for part, pairs in parts.items()}
-    if not all(counts.values()):
-        n = len({pair.group or pair.name for pair in pairs})
-        sys.exit(f"{args.raw}: {len(pairs)} usable images in {n} groups are too few to fill train, "
-                 f"val and test ({counts}); --group-regex sets other groups")
-    published = FACTS[args.dataset].counts
-    if published and tuple(counts.values()) != published:
-        print(f"warning: the counts are not the published ones: {counts} here, {published} "
-              "published")
+    counts = tuple(map(len, parts.values()))
+    if 0 in counts:
+        sys.exit(f"{args.raw}: {len(pairs)} usable images are too few, or of too few groups "
+                 f"(see --group-regex), to fill train, val and test: {counts}")
+    if FACTS[args.dataset].counts not in ((), counts):
+        print(f"warning: {counts} images here, {FACTS[args.dataset].counts} as published")
     return parts
 
 
 def measure_masks(parts, size):
-    """{part: how many of its masks are empty} of the parts with masks, and the share of all pixels
-    that is foreground, or None; prints both."""
-    empty, shares = {}, []
-    for part, pairs in parts.items():
-        if pairs[0].masks:
-            found = [pair.share for pair in pairs]
-            empty[part] = found.count(0)
-            shares += found
+    """The share of all pixels of masks that is foreground, or None; printed."""
+    shares = [pair.share for pairs in parts.values() for pair in pairs if pair.masks]
     if not shares:
-        return empty, None
+        return None
     share = float(np.mean(shares))
     print(f"masks cover {share:.1%} of the pixels; at {size} px {shares.count(0)} of "
           f"{len(shares)} masks are empty")
     if share > 0.5:
         print("are they inverted? --mask-foreground zero, or a list of the values that count "
               "(for --dataset folder)")
-    return empty, share
+    return share
 
 
 def prepare(args, final):
@@ -1623,28 +1411,32 @@ def prepare(args, final):
     facts, bad, raw = FACTS[args.dataset], [], Path(args.raw)
     if not raw.is_dir() and args.dataset != "demo":
         sys.exit(f"{raw}: no such folder. {facts.homepage}".rstrip())
-    if facts.homepage:
-        pairs = find_published(raw, args, bad)
+    if args.dataset == "demo":
+        pairs = find_demo(args)
+    elif args.dataset == "folder":
+        pairs = find_folder(raw, args, bad)
     else:
-        pairs = FINDERS[args.dataset](raw, args, bad, [])
+        pairs = find_published(raw, args, bad)
     with new_folder(final) as folder:
         scratch = folder / "scratch"
-        pairs, rule = read_all(pairs, args, scratch, bad)
-        bad = list(dict.fromkeys(bad))          # a mask may have been read twice
+        pairs, mask_evidence = read_all(pairs, args, scratch, bad)
+        bad = sorted(set(bad))                  # a mask may have been read twice
         if bad:
             print("\n".join(bad), file=sys.stderr)
             if not args.skip_bad:
                 sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. "
                          "Mend them, or leave them out with --skip-bad")
-        parts_given = args.dataset == "folder" and any(pair.part for pair in pairs)
         parts = divide(pairs, args)
-        empty, share = measure_masks(parts, args.size)
-        if share == 0 and rule.values:
-            sys.exit(f"{raw}: no mask holds {args.mask_foreground}, see --mask-foreground")
-        foreground, evidence = decide_foreground(args.foreground,
-                                                 [pair.areas for pair in parts["train"]])
+        counts = {part: len(pairs) for part, pairs in parts.items()}
+        share = measure_masks(parts, args.size)
+        areas = [pair.areas for pair in parts["train"]]
+        foreground, evidence = decide_foreground(args.foreground, areas)
         print(f"foreground: {foreground} ({evidence})")
-        fingerprint = write_arrays(folder, parts, args.size, scratch)
+        meta = vars(args) | {
+            "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
+            "mask_foreground": mask_evidence, "mask_share": share, "skipped": bad,
+            "homepage": facts.homepage, "counts": counts,
+            "fingerprint": write_arrays(folder, parts, args.size, scratch)}
         scratch.unlink()
         for part, pairs in parts.items():
             with open(folder / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
@@ -1652,17 +1444,8 @@ def prepare(args, final):
                 writer.writerow(["name", "group", "label"])
                 writer.writerows([pair.name, pair.group, pair.label] for pair in pairs)
         write_preview(folder, foreground)
-        meta = vars(args) | {
-            "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
-            "mask_foreground": rule.evidence, "mask_share": share, "empty_masks": empty,
-            "page_taken": args.page, "skipped": bad, "page": facts.homepage,
-            "licence": facts.licence, "parts_given": parts_given,
-            "published_counts": dict(zip(PARTS, facts.counts, strict=False)),
-            "counts": {part: len(parts[part]) for part in PARTS},
-            "fingerprint": fingerprint}
-        text = json.dumps(meta, indent=2) + "\n"
-        (folder / "meta.json").write_text(text, encoding="utf-8")
-    print(f"{final}: {meta['counts']} of {args.size} px; look at {final / 'preview.png'}")
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    print(f"{final}: {counts} of {args.size} px; look at {final / 'preview.png'}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1672,8 +1455,8 @@ def dataset_name(text):
     completion, is taken off."""
     name = text.rstrip("/")
     if not name or "/" in name or name in (".", ".."):
-        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give its folder "
-                                         "with --data")
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give the folder "
+                                         "above it with --data, or to prepare_data.py with --out")
     return name
 
 
@@ -1687,8 +1470,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--dataset", required=True, choices=[*FACTS], help="what to prepare")
     add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
-    add("--name", help="the data set's name under --out; unset: the raw folder's own name, or the "
-        "published name")
+    add("--name", type=dataset_name, help="the data set's name under --out; unset: the raw "
+        "folder's own name, or the published name")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
     add("--size", type=int, help="side of the pictures in pixels; unset: 224 as in the paper, demo "
         "64")
@@ -1713,40 +1496,26 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    files = [name for name in FACTS if name != "demo"]
-    published = [name for name in files if name != "folder"]
-    users = {"raw": files, "skip_bad": files, "download": published, "split_by": ["dm"],
-             "mask_foreground": ["folder"], "group_regex": ["folder"], "page": ["folder", "dm"]}
-    unused = []
-    for flag, sets in users.items():
-        if args.dataset not in sets and getattr(args, flag) != parser.get_default(flag):
-            unused.append("--" + flag.replace("_", "-"))
-    if unused:
-        print(f"not used by {args.dataset} and ignored: {', '.join(unused)}")
-    args.command = shlex.join(["python", "prepare_data.py", *(argv or sys.argv[1:])])
     facts = FACTS[args.dataset]
+    for flag, sets in {"mask_foreground": ["folder"], "group_regex": ["folder"],
+                       "split_by": ["dm"], "page": ["folder", "dm"]}.items():
+        if args.dataset not in sets and getattr(args, flag) != parser.get_default(flag):
+            print(f"not used by {args.dataset} and ignored: --{flag.replace('_', '-')}")
     if args.dataset == "demo":
         args.raw = "drawn by prepare_data.py"
-    if args.download and not args.raw:
+    elif args.download and not args.raw:
         args.raw = f"raw/{args.dataset}"
     if not args.raw and not args.check:
         sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
                  f"{facts.homepage}".rstrip())
-    if args.dataset == "folder" and not (args.raw or args.name):
-        sys.exit("--check of a folder needs --name NAME, or the --raw DIR that it was made from")
-    if not args.name:
-        args.name = Path(args.raw).resolve().name if args.dataset == "folder" else args.dataset
-    if not re.fullmatch(r"[^./\\][^/\\]*", args.name):
-        sys.exit(f"the name {args.name!r} starts with a dot or has a slash: give another --name")
-    if args.size is None:
-        args.size = facts.size
+    if args.dataset != "folder":
+        args.name = args.name or args.dataset
+    elif not args.name:
+        args.name = Path(args.raw or "folder").resolve().name
+    args.size = args.size or facts.size
     args.foreground = args.foreground or facts.foreground
     if args.size < 16 or args.page < 0 or args.seed < 0:
         sys.exit("--size is at least 16; --page and --seed count from 0")
-    try:
-        re.compile(args.group_regex or "")
-    except re.error as error:
-        sys.exit(f"--group-regex {args.group_regex!r} is not a regular expression: {error}")
     if not re.fullmatch(r"auto|half|nonzero|zero|\d+(,\d+)*", args.mask_foreground):
         sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, half, nonzero, zero, or a "
                  "list of values such as 85,255")
@@ -1770,6 +1539,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")    # for names that the terminal cannot show
     try:
         main()
-    except (OSError, KeyboardInterrupt) as error:               # a full disk, a forbidden folder
+    except (OSError, re.error, KeyboardInterrupt) as error:     # a full disk, a --group-regex
         sys.exit(f"prepare_data.py: {str(error) or 'interrupted'}; no half-written data set is "
                  "left")

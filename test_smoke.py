@@ -16,7 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -25,7 +24,6 @@ import time
 import tracemalloc
 import unicodedata
 import zipfile
-import zlib
 from pathlib import Path
 
 import cv2
@@ -2144,20 +2142,16 @@ def prepared(out):
     return found
 
 
-def kept_together(out, column="group"):
-    """{group, or topmost folder of the name: the one part that has all of it}."""
+def kept_together(out):
+    """The groups, each of which one part has all of."""
     part_of = {}
     for part, row, _, _ in prepared(out):
-        assert part_of.setdefault(row[column].split("/")[0], part) == part
-    return part_of
-
-
-def rgb_of(pixels):
-    return prepare_data.to_rgb(prepare_data.Picture(pixels))
+        assert part_of.setdefault(row["group"], part) == part
+    return {*part_of}
 
 
 def unreadable(path, words, page=0):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{words}"):
         prepare_data.read_image(path, page)
 
 
@@ -2184,16 +2178,13 @@ def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
     assert os.listdir(out.parent) == ["raw"]
     found = prepared(out)
     for _, row, *pictures in found:
-        for kind, picture in zip(("images", "masks"), pictures, strict=False):
+        for kind, picture in zip(("images", "masks"), pictures, strict=True):
             source = np.asarray(Image.open(raw / kind / f"{row['name']}.png"))
             expected = cv2.resize(source, (32, 32), interpolation=cv2.INTER_AREA)
-            if kind == "masks":
-                expected = expected > 127
-            assert np.array_equal(picture, expected) and picture.dtype == np.uint8
+            assert np.array_equal(picture, expected > 127 if kind == "masks" else expected)
     parts = [part for part, *_ in found]
     assert parts == ["train"] * 8 + ["val"] + ["test"] * 3      # cut at int(8.4) and int(9.6)
     refused(lambda: prepare(raw, tmp_path), again, "--overwrite")
-    assert len({row["name"] for _, row, *_ in found}) == 12
     prepare_beside(raw, "--seed", "1")
     assert prepare_data.read_names(out, "test") != prepare_data.read_names(again, "test")
 
@@ -2211,8 +2202,8 @@ def test_given_parts_are_kept(tmp_path):
         write_folder(tmp_path / "raw" / part, n=n, masks=part == "test")
     out = prepare_beside(tmp_path / "raw")
     prepare_data.check(out)                                     # equal names are usual there
-    assert prepare_data.read_meta(out)["counts"] == dict(train=5, val=2, test=3)
-    assert [mask is None for *_, mask in prepared(out)] == [True] * 7 + [False] * 3
+    has_masks = [mask is not None for *_, mask in prepared(out)]
+    assert has_masks == [False] * 7 + [True] * 3
 
 
 def test_images_without_masks_train_but_cannot_be_scored(tmp_path, run):
@@ -2223,31 +2214,15 @@ def test_images_without_masks_train_but_cannot_be_scored(tmp_path, run):
             "no test masks")
 
 
-@pytest.mark.parametrize("name, how", [
-    ("a.bmp", {}), ("a.tif", {}), ("1 x 1, ünïcode.png", {}), ("a.webp", dict(lossless=True)),
-    ("lzw.tif", dict(compression="tiff_lzw")), ("deflate.tif", dict(compression="tiff_deflate")),
-    ("big.tif", dict(big_tiff=True))])
-def test_colour_files_are_read_as_they_are(name, how, tmp_path):
-    colour = rng.integers(0, 256, (1, 1, 3) if name[0] == "1" else (6, 9, 3), np.uint8)
-    save_image(tmp_path / name, colour, **how)
-    assert np.array_equal(prepare_data.read_image(tmp_path / name), colour)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_other_modes_become_colour(mode, tmp_path):
     colour = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8))
     image = colour.convert(mode)
     if mode.endswith("A"):
         image.putalpha(colour.getchannel("R"))
-    image.save(tmp_path / "a.png")
-    assert np.array_equal(prepare_data.read_image(tmp_path / "a.png"), image.convert("RGB"))
-
-
-def test_cmyk_becomes_colour(tmp_path):
-    image = Image.new("RGB", (8, 8), (200, 100, 50))
-    image.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
-    shown = prepare_data.read_image(tmp_path / "a.jpg")
-    assert np.abs(shown - np.array([200, 100, 50])).max() <= 3
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert np.array_equal(prepare_data.read_image(path), image.convert("RGB"))
 
 
 @pytest.mark.parametrize("channels", [[1], [1, .5, .9]])
@@ -2259,51 +2234,28 @@ def test_wide_numbers_are_stretched_between_their_percentiles(channels, tmp_path
     assert (prepare_data.read_image(tmp_path / "a.png") == expected).all()
 
 
-def test_wide_colour_of_several_pages(tmp_path):
-    pages = rng.integers(0, 65536, (2, 6, 9, 3), np.uint16)
-    path = tmp_path / "a.tif"
-    cv2.imwritemulti(str(path), [*pages[..., ::-1]])
-    for page, pixels in enumerate(pages):
-        expected = prepare_data.to_eight_bits(pixels)
-        assert np.array_equal(prepare_data.read_image(path, page), expected)
-    unreadable(path, "no page 2", page=2)
-
-
 def test_decompression_bombs_are_refused(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     unreadable(tmp_path / "bomb.png", "bomb")
 
 
-def png_with_exif(pixels, exif):
-    """A PNG with EXIF: Pillow writes no 16-bit colour, and OpenCV no EXIF."""
-    png = cv2.imencode(".png", np.atleast_3d(pixels)[..., ::-1])[1].tobytes()
-    body = b"eXIf" + exif.tobytes()[6:]
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return png[:33] + chunk + png[33:]                          # after IHDR
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("kind", ["minisblack", "rgb"])
-def test_every_orientation_is_undone(orientation, dtype, kind, tmp_path):
-    coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
-    if kind == "minisblack":
-        coarse = coarse[..., 0]
-    image = Image.fromarray(cv2.resize(coarse, (40, 28), interpolation=cv2.INTER_CUBIC))
+def test_every_orientation_is_undone(orientation, kind, tmp_path):
+    image = Image.effect_noise((40, 28), 60).convert("L" if kind == "minisblack" else "RGB")
     exif = image.getexif()
     exif[274] = orientation
-    upright = np.asarray(ImageOps.exif_transpose(image)).astype(dtype)
-    if dtype == np.uint8:
-        image.save(tmp_path / "a.jpg", exif=exif, quality=98, subsampling=0)
-        image.save(tmp_path / "a.webp", exif=exif, lossless=True)
-    stored = np.asarray(image).astype(dtype)
-    (tmp_path / "a.png").write_bytes(png_with_exif(stored, exif))
-    tifffile.imwrite(tmp_path / "a.tif", stored, photometric=kind, metadata=None,
-                     extratags=[(274, "H", 1, orientation, True)])
-    expected = rgb_of(upright).astype(int)
+    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    image.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "a.webp", exif=exif, lossless=True)
+    for dtype in (np.uint8, np.uint16):                         # of which others read other kinds
+        stored = np.asarray(image).astype(dtype)
+        tifffile.imwrite(tmp_path / f"{dtype.__name__}.tif", stored, photometric=kind,
+                         metadata=None, extratags=[(274, "H", 1, orientation, True)])
     for path in tmp_path.iterdir():
-        apart = np.abs(prepare_data.read_image(path) - expected)
-        assert apart.max() <= (12 if path.suffix == ".jpg" else 0), path
+        if path.name == "uint16.tif":
+            expected = prepare_data.to_eight_bits(expected)
+        assert np.array_equal(prepare_data.read_image(path), expected), path
 
 
 TIFFS = [(dtype, {}) for dtype in "u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()]
@@ -2311,8 +2263,7 @@ TIFFS += [
     ("u2", dict(byteorder=">")), ("i2", dict(byteorder=">", compression="zlib")),
     ("f4", dict(byteorder=">", compression="lzma")),
     ("u2", dict(compression="zlib", predictor=True)), ("f8", dict(bigtiff=True)),
-    ("u1", dict(tile=(16, 16))), ("u4", dict(tile=(16, 16), byteorder=">")),
-    ("u2", dict(rowsperstrip=3, compression="lzma"))]
+    ("u1", dict(tile=(16, 16))), ("u4", dict(tile=(16, 16), byteorder=">"))]
 FORMS = {                                                       # {form: how it is stored}
     "gray": dict(photometric="minisblack"),
     "white is zero": dict(photometric="miniswhite"),
@@ -2325,7 +2276,7 @@ FORMS = {                                                       # {form: how it 
 
 @pytest.mark.parametrize("dtype, how", TIFFS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_tiffs_are_read_rightly_or_refused_by_kind(dtype, how, form, tmp_path, monkeypatch):
+def test_tiffs_are_read_rightly_or_refused(dtype, how, form, tmp_path, monkeypatch):
     gray = (spot(48, 64)[0] // 2).astype(dtype)
     if dtype[1] != "1":
         gray *= 100
@@ -2336,18 +2287,17 @@ def test_tiffs_are_read_rightly_or_refused_by_kind(dtype, how, form, tmp_path, m
               "white is zero": 99 - gray if dtype[0] == "f" else ~gray,
               "planes": np.moveaxis(shown, -1, 0)}.get(form, shown)
     page = int(form == "stack")
-    is_imagej = form == "stack" and (dtype, how) in (("u1", {}), ("u2", {}))
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, stored, metadata=None, imagej=is_imagej, **how, **FORMS[form])
+    tifffile.imwrite(path, stored, metadata=None, **how, **FORMS[form])
     found = prepare_data.read_image(path, page)
-    apart = np.abs(found - rgb_of(shown).astype(int))
-    assert apart.max() <= (form == "white is zero")
-    assert prepare_data.read_picture(path, page).pages == 1 + page
+    expected = prepare_data.to_rgb(prepare_data.Picture(shown)).astype(int)
+    assert np.abs(found - expected).max() <= (form == "white is zero")
+    unreadable(path, f"no page {page + 1}", page + 1)
     monkeypatch.setitem(sys.modules, "tifffile", None)          # as if it were not installed
     try:
         assert np.array_equal(prepare_data.read_image(path, page), found)
     except ValueError as error:
-        assert re.search(f"{np.dtype(dtype).name}.*pip install tifffile", str(error))
+        assert "pip install tifffile" in str(error)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
@@ -2372,14 +2322,14 @@ def assert_windowed(path, values, ds, is_inverted=False):
     assert np.abs(prepare_data.read_image(path)[..., 0] - expected).max() <= .5 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_RLE.dcm"])
+@pytest.mark.parametrize("name", ["MR_small_bigendian.dcm", "MR_small_RLE.dcm"])
 def test_dicom_windows(name):
     ds = pydicom.dcmread(dicom())
     assert_windowed(dicom(name), ds.pixel_array, ds)
 
 
 @pytest.mark.parametrize("photometric, slope, is_enhanced", [
-    ("MONOCHROME1", 2, False), ("MONOCHROME2", 3, True), ("MONOCHROME2", -1, False)])
+    ("MONOCHROME1", 2, False), ("MONOCHROME2", -1, True)])
 def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
     ds, item, group = pydicom.dcmread(dicom()), pydicom.Dataset(), pydicom.Dataset()
     item.RescaleSlope, item.RescaleIntercept = slope, -100
@@ -2395,19 +2345,10 @@ def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
     assert_windowed(tmp_path / "plain", values, item, photometric == "MONOCHROME1")
 
 
-def test_an_empty_dicom_window_is_none(tmp_path):
-    ds = pydicom.dcmread(dicom())
-    ds.WindowCenter = ds.WindowWidth = None
-    ds.save_as(tmp_path / "a.dcm")
-    shown = prepare_data.read_image(tmp_path / "a.dcm")[..., 0]
-    assert np.array_equal(shown, prepare_data.to_eight_bits(ds.pixel_array))
-
-
 def test_dicom_frames_and_palettes(monkeypatch):
     path = dicom("SC_rgb_rle_2frame.dcm")
     frames = pydicom.dcmread(path).pixel_array
-    for k in (0, 1):
-        assert np.array_equal(prepare_data.read_image(path, k), frames[k])
+    assert np.array_equal(prepare_data.read_image(path, 1), frames[1])
     unreadable(path, "no page 9", page=9)
     palette = prepare_data.read_image(dicom("examples_palette.dcm"))
     assert palette.shape == (350, 800, 3) and (palette[..., 0] != palette[..., 2]).any()
@@ -2418,20 +2359,17 @@ def test_dicom_frames_and_palettes(monkeypatch):
 
 def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
     raw, ds = tmp_path / "raw", pydicom.dcmread(dicom())
-    for k in range(12):                                         # of one patient in several studies
+    for k in range(18):                                         # of one patient in several studies
         ds.PatientID = f"Mustermann{k // 3}"
+        ds.WindowWidth = None                                   # as some files have it: no window
         ds.PixelData = np.roll(ds.pixel_array, k + 1).tobytes()
         (raw / f"study{k // 2}").mkdir(parents=True, exist_ok=True)
         ds.save_as(raw / f"study{k // 2}/{k}.dcm")
     out = prepare_beside(raw)
-    assert len(kept_together(out)) == 4
+    assert len(kept_together(out)) == 6
     assert not [file for file in out.iterdir() if b"Mustermann" in file.read_bytes()]
     prepare_beside(raw, "--group-regex", "[0-9]+$")
-    assert kept_together(out).keys() == {str(k) for k in range(12)}     # the regex, not the id
-    assert prepare_data.read_meta(out)["counts"] == dict(train=8, val=1, test=3)
-    for k in range(12):                                         # some without an id:
-        save_image(raw / f"study{k // 2}/p{k}.png", spot(32, 32)[0])
-    kept_together(prepare_beside(raw), "name")                  # folder and id are kept together
+    assert kept_together(out) == {str(k) for k in range(18)}    # the regex, not the id
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -2439,39 +2377,28 @@ def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
 disc = cv2.circle(np.zeros((48, 64), np.uint8), (30, 22), 12, 1, -1)
 halves = np.where(np.arange(48)[:, None] < 20, disc, disc * 3)  # two classes, 1 above 3
 ringed = np.where(cv2.dilate(disc, np.ones((9, 9))) > disc, 255, disc)      # an ignored border
-soft = cv2.GaussianBlur(disc * 255, (0, 0), 2)
-small = cv2.resize(disc * 255, (23, 19), interpolation=cv2.INTER_AREA)
+soft = cv2.GaussianBlur(disc * 255, (0, 0), .5)                 # above 127 the disc
 grid = np.arange(256, dtype=np.uint16).reshape(16, 16).repeat(3, 0).repeat(4, 1)
-corner = np.kron([[1, 0], [0, 0]], np.ones((2, 2), int))
-white = np.dstack([disc * 0 + 255] * 3)
+white = np.full((48, 64, 3), 255, np.uint8)
 MASKS = {                                                       # {case: (files, their foreground)}
     "two values": ([disc > 0, disc, disc * 255, disc * np.uint16(65535), disc * np.float32(1)],
                    disc),
-    "float classes": ([halves * np.float32(1), disc * 1.0], disc),
-    "probabilities": ([soft / np.float32(255)], soft > 127),
+    "probabilities": ([soft / np.float32(255)], disc),
     "gray classes": ([halves * 85], disc),
     "class colours": ([np.dstack([halves * 40, halves * 0, halves * 80])], disc),
-    "classes, some files with one": ([halves, disc, disc], disc),
+    "classes, some files with one": ([halves, disc, disc * 1.0], disc),
     "classes and an ignored border": ([ringed, disc], disc),
     "instances past 2 ** 31": ([halves * np.uint32(2 ** 31 + 5), disc * np.int32(70000)], disc),
     "many instances": ([grid], grid),
-    "tiny instances": ([np.kron(np.arange(1, 193).reshape(12, 16), corner)],
-                       np.tile(corner, (12, 16))),
-    "alpha, and one without an object": ([np.dstack([white, disc * 255]),
-                                          np.dstack([white, disc * 0])], disc),
-    "alpha alone": ([np.dstack([white * 0, disc * 255])], disc),
-    "soft edges": ([small, small > 127], small > 127),
-    "weak two values beside soft edges": (
-        [cv2.GaussianBlur(disc * 255, (0, 0), .5), disc * 100, disc * np.float32(.4)], disc)}
-UNCLEAR_MASKS = {                                               # {case: (files, the reason)}
-    "ignored or foreground?": ([halves, disc * 255], "0/255.*class"),
-    "void alone?": ([disc * 255, ringed], "0/255.*classes and 255"),
-    "soft or classes?": ([soft, halves], "soft edges.*classes"),
-    "values below 0": ([disc.astype(np.int32) - 1], "below 0.*--mask-foreground")}
+    "weak two values beside soft edges": ([soft, disc * 100, disc * np.float32(.4)], disc)}
+UNCLEAR_MASKS = {                                               # {the reason: files}
+    "with classes and 255": [disc * 255, ringed],
+    "with 0/255": [halves, disc * 255],
+    "with soft edges": [soft, halves]}
 
 
-def write_and_read_masks(files, folder):
-    """The Masks of these files, and the rule for them."""
+def foregrounds(files, folder, asked="auto"):
+    """The foreground of each of these masks, bool (H, W), by the rule for all."""
     masks = []
     for k, values in enumerate(files):
         path = folder / f"{k}.png"
@@ -2481,41 +2408,38 @@ def write_and_read_masks(files, folder):
             path = folder / f"{k}.tif"
             tifffile.imwrite(path, values)
         masks.append(prepare_data.read_mask(path))
-    return masks, prepare_data.decide_mask_rule("auto", masks)
+    rule, _ = prepare_data.decide_mask_rule(asked, masks)
+    return [prepare_data.foreground_of(mask, rule) for mask in masks]
 
 
 @pytest.mark.parametrize("case", MASKS)
 def test_masks_mean_what_each_file_means(case, tmp_path):
     files, expected = MASKS[case]
-    masks, rule = write_and_read_masks(files, tmp_path)
-    for mask in masks:
-        found = prepare_data.foreground_of(mask, rule)
-        assert np.array_equal(found, (expected > 0) & (mask.top > 0)), (rule, mask.kind)
-    assert masks[0].is_alpha == ("alpha" in case)
+    for found in foregrounds(files, tmp_path):
+        assert np.array_equal(found, expected > 0)
 
 
-@pytest.mark.parametrize("case", UNCLEAR_MASKS)
-def test_masks_of_two_meanings_are_refused(case, tmp_path):
-    files, reason = UNCLEAR_MASKS[case]
-    with pytest.raises(ValueError, match=reason):
-        masks, rule = write_and_read_masks(files, tmp_path)
-        prepare_data.foreground_of(masks[0], rule)
+def test_masks_in_the_alpha_channel_may_be_empty(tmp_path):
+    files = [np.dstack([white, disc * 255]), np.dstack([white, disc * 0])]
+    found, empty = foregrounds(files, tmp_path)
+    assert np.array_equal(found, disc) and not empty.any()
 
 
-def test_mask_foreground_by_flag(tmp_path, capsys):
-    raw = write_folder(tmp_path / "raw", value=200)
-    for path in (raw / "masks").iterdir():
-        values = np.array(Image.open(path))
-        values[:3] = 7
-        save_image(path, values)
-    share = {}
-    for asked in ("nonzero", "half", "zero", "7", "7,200"):
-        out = prepare_beside(raw, "--mask-foreground", asked)
-        share[asked] = prepare_data.read_meta(out)["mask_share"]
-    assert share["nonzero"] == share["7,200"] == pytest.approx(share["7"] + share["half"])
-    assert share["zero"] == pytest.approx(1 - share["nonzero"])
-    assert "inverted? --mask-foreground zero" in capsys.readouterr().out
-    refused(lambda: prepare_beside(raw, "--mask-foreground", "most"), "--mask-foreground most")
+@pytest.mark.parametrize("reason", UNCLEAR_MASKS)
+def test_masks_of_two_meanings_are_refused(reason, tmp_path):
+    refused(lambda: foregrounds(UNCLEAR_MASKS[reason], tmp_path), reason, "--mask-foreground")
+
+
+def test_mask_values_below_0_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="0.tif: has values below 0"):
+        foregrounds([disc.astype(np.int32) - 1], tmp_path)
+
+
+@pytest.mark.parametrize("asked, values", [
+    ("nonzero", [1, 3]), ("half", [3]), ("zero", [0]), ("1", [1]), ("1,3", [1, 3])])
+def test_mask_foreground_by_flag(asked, values, tmp_path):
+    [found] = foregrounds([halves], tmp_path, asked)
+    assert np.array_equal(found, np.isin(halves, values))
 
 
 def test_levels_in_jpg_masks_are_refused(raw):
@@ -2531,11 +2455,11 @@ def test_levels_in_jpg_masks_are_refused(raw):
 
 LAYOUTS = {                                                     # {case: names of image and masks}
     **{f"images beside {folder}": ("images/{k}.png", folder + "/{k}.png")
-       for folder in ("masks", "mask", "labels", "gt", "annotations")},
+       for folder in ("masks", "labels", "gt", "annotations")},
     **{f"NAME{end} beside": ("{k}.tif", "{k}" + end + ".png")
-       for end in ("_mask", "_masks", "_seg", "_segmentation", "-label")},
+       for end in ("_mask", "_masks", "_segmentation", "-label")},
     "NAME_mask below": ("images/{k}.png", "images/masks/{k}_mask.png"),
-    "other suffix": ("images/{k}.JPG", "masks/{k}_GT.png"),
+    "other suffix": ("images/{k}.BMP", "masks/{k}_GT.png"),
     "nnU-Net": ("imagesTr/{k}_0000.png", "labelsTr/{k}.png"),
     "patients": ("{p}/{k}.png", "{p}/{k}_mask.png"),
     "patients, deep": ("all/{p}/visit/{k}.png", "all/{p}/visit/masks/{k}.png"),
@@ -2550,12 +2474,12 @@ LAYOUTS = {                                                     # {case: names o
 UNCLEAR_LAYOUTS = {                                             # {reason: (names, more of it)}
     "has two masks": (("images/{k}.png", "masks/{k}.png", "labels/{k}.png"),
                       "labels/s", "masks/s"),
-    "no mask has the name of an image": (("images/{k}.png", "masks/other{k}.png"),),
+    "masks: no mask there has the name": (("images/{k}.png", "masks/other{k}.png"),),
+    "mask: no mask there": (("images/{k}.png", "masks/{k}.png", "mask/view_{k}.png"),),
     "seg_s00.png: by its name a mask": (("images/{k}.png", "images/seg_{k}.png"),),
     "mask.png: by its name a mask": (("{k}/image.png", "{k}/mask.png"),),
     "class0, class1": (("class{c}/{k}.png",), "'^([^/]+)/'", "'.+'"),
     "masks/s00.gif: a mask of a kind that is not read": (("images/{k}.png", "masks/{k}.gif"),),
-    "of no image": (("images/{k}.png", "masks/{k}.png", "mask/view_{k}.png"), "mask:", "/masks"),
     "NAME_xyz": (("images/{k}.png", "images/{k}_xyz.png"), "NAME_mask")}
 
 
@@ -2568,12 +2492,10 @@ def write_layout(raw, image_name, *mask_names, n=12):
         fields = dict(k=f"s{i:02d}", p=f"p{i % 6}", c=i % 2, t=prepare_data.PARTS[part],
                       T=("Training", "valid", "Test")[part])
         gray, mask = spot(32, 32)
-        name = unicodedata.normalize("NFD", image_name.format(**fields))
-        save_image(raw / name, gray, quality=100)
+        save_image(raw / unicodedata.normalize("NFD", image_name.format(**fields)), gray)
         for j, mask_name in enumerate(mask_names):
-            name = unicodedata.normalize("NFC", mask_name.format(**fields))
             rows = np.arange(32)[:, None] % len(mask_names) == j
-            save_image(raw / name, mask * rows * 255)
+            save_image(raw / mask_name.format(**fields), mask * rows * 255)
         written[fields["k"]] = gray, mask if mask_names else None, fields["p"], fields["t"]
     return written
 
@@ -2581,18 +2503,17 @@ def write_layout(raw, image_name, *mask_names, n=12):
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_folders_as_people_have_them(case, tmp_path):
     written = write_layout(tmp_path / "raw", *LAYOUTS[case])
-    out = prepare_beside(tmp_path / "raw")
-    found = prepared(out)
+    found = prepared(prepare_beside(tmp_path / "raw"))
     assert len(found) == len(written)
+    part_of = {}
     for part, row, image, mask in found:
         gray, expected, patient, given = written[re.search(r"s\d\d", row["name"])[0]]
-        apart = np.abs(image[..., 0].astype(int) - gray)
-        assert apart.max() <= (4 if case == "other suffix" else 0)
+        assert np.array_equal(image[..., 0], gray)
         assert np.array_equal(mask, expected)
-        assert row["group"] == (patient if "patients" in case else "")
-        assert part == given or "parts" not in case
-    if "patients" in case:
-        kept_together(out)
+        if "patients" in case:
+            assert row["group"] == patient and part_of.setdefault(patient, part) == part
+        elif "parts" in case:
+            assert part == given
 
 
 @pytest.mark.parametrize("reason", UNCLEAR_LAYOUTS)
@@ -2603,25 +2524,23 @@ def test_folders_of_two_readings_are_refused(reason, tmp_path):
 
 
 @pytest.mark.parametrize("table, words", [
-    ("name,label\nS00.PNG,1\n", ["S00.PNG", "p0_00"]), (" Name ;label\nx;y\n", ["Name"])])
+    ("name,label\nS00.PNG,1\n", ["S00", "p0_00"]), (" Name ;label\nx;y\n", ["Name"])])
 def test_labels_of_other_names_are_refused(table, words, raw):
     (raw / "labels.csv").write_text(table)
     refuse(raw, "labels.csv", *words)
 
 
 def test_nothing_is_left_out_silently(raw, capsys):
-    for name in ("notes.txt", "old.tif", "images/a.nii.gz", "masks/extra.png"):
+    for name in ("old.tif", "images/a.nii.gz", "masks/extra.png"):
         shutil.copy(raw / "masks/p0_00.png", raw / name)
-    for link in ("loop", "images/again"):
-        (raw / link).symlink_to(raw)
+    (raw / "images/again").symlink_to(raw)
     prepare_data.main(["--dataset", "demo", "--size", "16", "--out", str(raw / "images")])
     (raw / "labels.csv").write_text("name,label\np0_00,a\nnobody,b\n")
     assert len(prepared(prepare_beside(raw))) == 12
     said = capsys.readouterr().out
-    for words in ("beside images, masks not taken: loop, notes.txt, old.tif",
-                  "1 .nii.gz (volumes: cut them into slices", "1 masks have no image", "extra.png",
-                  "11 of 12 images have no label", "nobody",
-                  "images/demo: a prepared data set, not taken"):
+    for words in ("beside images/ and masks/, and not taken (the first: old.tif", "1 masks have no "
+                  "image", "extra.png", "['.gz'] (volumes: cut them into slices", "nobody",
+                  "11 of 12 images have no label", "images/demo: prepared", "images/again: "):
         assert words in said
 
 
@@ -2630,11 +2549,9 @@ def test_of_several_pages_one_is_taken_and_it_is_said(tmp_path, capsys):
     for k, pages in enumerate(images):
         save_image(tmp_path / f"raw/{k}_mask.tif", np.eye(32) > 0)
         tifffile.imwrite(tmp_path / f"raw/{k}.tif", pages, photometric="minisblack")
-    for page in (0, 2):
-        out = prepare_beside(tmp_path / "raw", "--page", str(page))
-        assert "10 files have several pages" in capsys.readouterr().out
-        for _, row, image, _ in prepared(out):
-            assert np.array_equal(image[..., 0], images[int(row["name"]), page])
+    for _, row, image, _ in prepared(prepare_beside(tmp_path / "raw", "--page", "2")):
+        assert np.array_equal(image[..., 0], images[int(row["name"]), 2])
+    assert "10 images are of several pages" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", [
@@ -2655,7 +2572,10 @@ def test_the_same_picture_is_never_in_two_parts(raw, capsys):
     assert "12 pictures are there twice" in capsys.readouterr().out
 
 
-def part_sizes(pairs):
+def part_sizes(pairs, split, seed=0):
+    """The sizes of the parts into which `split` divides them."""
+    prepare_data.join_duplicates(pairs)
+    split(pairs, seed)
     parts = [pair.part for pair in pairs]
     return [parts.count(part) for part in prepare_data.PARTS]
 
@@ -2666,22 +2586,18 @@ def test_stratified_parts_keep_the_same_picture_together():
         for label in "ab":
             digest = f"{k}" if k % 10 == 0 else f"{label}{k}"
             pairs.append(prepare_data.Pair(f"{label}{k:03d}", "", label=label, digest=digest))
-    prepare_data.stratify(pairs, 0)
-    assert part_sizes(pairs) == [139, 21, 40]
+    assert part_sizes(pairs, prepare_data.stratify) == [139, 21, 40]
     for k in range(0, 200, 20):
         assert pairs[k].part == pairs[k + 1].part
 
 
 def test_thin_and_empty_masks(raw, capsys):
-    line = np.zeros((40, 40), np.uint8)
-    line[:, 20] = 255                                           # .8 wide at 32 px
-    for i, path in enumerate(sorted((raw / "masks").iterdir())):
+    line = np.eye(1, 40, 20, dtype=np.uint8).repeat(40, 0) * 255        # .8 wide at 32 px
+    for i, path in enumerate((raw / "masks").iterdir()):
         save_image(path, line if i % 4 else line * 0)
-    out = prepare_beside(raw)
-    columns = [np.flatnonzero(mask.any(axis=0)).tolist() for *_, mask in prepared(out)]
-    assert sorted(columns) == [[]] * 3 + [[16]] * 9
-    assert "masks are empty" in capsys.readouterr().out
-    assert sum(prepare_data.read_meta(out)["empty_masks"].values()) == 3
+    columns = [mask.any(axis=0).nonzero()[0] for *_, mask in prepared(prepare_beside(raw))]
+    assert np.concatenate(columns).tolist() == [16] * 9
+    assert "3 of 12 masks are empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bright", "dark"])
@@ -2689,8 +2605,7 @@ def test_foreground_auto_tells_bright_from_dark(name, tmp_path):
     for i in range(12):
         image, _ = prepare_data.draw_nuclei(64, np.random.default_rng(i))
         save_image(tmp_path / f"raw/{i}.png", 255 - image if name == "dark" else image)
-    meta = prepare_data.read_meta(prepare_beside(tmp_path / "raw"))
-    assert meta["foreground"] == name and "images agree" in meta["foreground_evidence"]
+    assert prepare_data.read_meta(prepare_beside(tmp_path / "raw"))["foreground"] == name
 
 
 def test_every_bad_file_is_found_in_one_pass(raw, capsys):
@@ -2698,16 +2613,15 @@ def test_every_bad_file_is_found_in_one_pass(raw, capsys):
     cut = (images / "p0_01.png").read_bytes()[:-500]
     for name, data in {"p0_00": b"", "p0_01": cut, "p0_02": b"text", "._x": b"hidden"}.items():
         (images / f"{name}.png").write_bytes(data)
-    shutil.copy(images / "p3_11.png", images / "Thumbs.db")
     shutil.copy(images / "p3_11.png", images / "p3_11.bmp")
     (masks / "p1_03.png").unlink()
     save_image(masks / "p1_04.png", np.zeros((9, 9), np.uint8))
     refuse(raw, "6 bad file(s)", "--skip-bad")
     lines = capsys.readouterr().err
-    for line in ("images/p0_00.png: .*empty", "images/p0_01.png: .*cannot be read",
-                 "images/p0_02.png: .*not an image", "images/p1_03.png: .*no mask",
-                 "masks/p1_04.png: .*9x9", "images/p3_11.png: .*twice"):
-        assert re.search(f"^{re.escape(str(raw))}/{line}", lines, re.MULTILINE), line
+    for line in ("images/p0_00.png: .*empty", "images/p0_01.png: cannot be read",
+                 "images/p0_02.png: .*not an image", "images/p1_03.png: has no mask",
+                 "masks/p1_04.png: .*9, 9", "images/p3_11.png: .*twice"):
+        assert re.search(f"{raw}/{line}", lines), line
     out = prepare_beside(raw, "--skip-bad")
     assert len(prepared(out)) == 12 - 5
     assert len(prepare_data.read_meta(out)["skipped"]) == 6
@@ -2715,9 +2629,9 @@ def test_every_bad_file_is_found_in_one_pass(raw, capsys):
 
 def test_images_outside_of_all_groups_are_bad(raw):
     out = prepare_beside(raw, "--skip-bad", "--group-regex", "^(p[1-9])")
+    assert len(prepared(out)) == 9 and kept_together(out) == {"p1", "p2", "p3"}
     (raw / "labels.csv").write_text("name,label\np0_00,a\n")
     refused(lambda: prepare_beside(raw, "--skip-bad", "--group-regex", "^x"), "0 usable images")
-    assert len(prepared(out)) == 9 and kept_together(out).keys() == {"p1", "p2", "p3"}
 
 
 # ----------------------------------------------------------------------------------- published data
@@ -2727,18 +2641,17 @@ def test_images_outside_of_all_groups_are_bad(raw):
 def draw_isic(raw):
     labels = "melanoma", "seborrheic_keratosis", "nevus"
     for part, n in (("Training", 6), ("Validation", 2), ("Test_v2", 3)):
+        stem = str(raw / f"ISIC-2017_{part}_")
         table = "image_id,melanoma,seborrheic_keratosis\n"
-        images = raw / f"ISIC-2017_{part}_Data"
         for i in range(n):
             gray, mask = spot(76, 102, False)
             name = f"ISIC_{len(part):03d}{i:04d}"
-            save_image(images / f"{name}.jpg", gray)
-            save_image(images / f"{name}_superpixels.png", gray)
-            masks = raw / f"ISIC-2017_{part}_Part1_GroundTruth"
-            save_image(masks / f"{name}_segmentation.png", mask * 255)
+            for ending in (".jpg", "_superpixels.png"):
+                save_image(Path(f"{stem}Data/{name}{ending}"), gray)
+            save_image(Path(f"{stem}Part1_GroundTruth/{name}_segmentation.png"), mask * 255)
             table += f"{name},{float(i == 0)},{float(i == 1)}\n"
             yield (name, labels[min(i, 2)]), mask.mean()
-        (raw / f"ISIC-2017_{part}_Part3_GroundTruth.csv").write_text(table)
+        Path(f"{stem}Part3_GroundTruth.csv").write_text(table)
 
 
 def draw_xray(raw):
@@ -2776,24 +2689,23 @@ def draw_dm(raw):
     for i in range(10):
         gray, mask = spot(700, 1100)                            # two times three tiles
         name = f"1219{i % 4:02d}_Myo{i % 4}_[{i},7]"
-        stains = np.stack([gray, 255 - gray]).astype(np.float32) * 9
-        images = raw / "CD27_Panel_Component"
-        images.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(images / f"{name}_component_data.tif", stains, photometric="minisblack")
         save_image(raw / f"Labels/{name}_component_mask_labels.tiff", mask * np.uint16(7))
+        stains = np.stack([gray, 255 - gray]).astype(np.float32) * 9
+        (raw / "CD27_Panel_Component").mkdir(exist_ok=True)
+        tifffile.imwrite(raw / f"CD27_Panel_Component/{name}_component_data.tif", stains,
+                         photometric="minisblack")
         yield (name, ""), mask.sum() / 480 ** 2
 
 
 def draw_tissuenet(raw):
     raw.mkdir()
-    for part, n, size in (("train", 6, 64), ("val", 2, 32), ("test", 3, 32)):
-        x, y = [], []
-        for i in range(n):
-            gray, mask = spot(size, size)
-            x.append(np.dstack([gray, gray // 2]).astype(np.float32))
-            y.append(np.dstack([mask * np.int32(i + 300), 1 - mask]))
+    for part, n in (("train", 6), ("val", 2), ("test", 3)):
+        grays, masks = map(np.stack, zip(*[spot(64, 64) for _ in range(n)], strict=True))
+        np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz",
+                            X=np.stack([grays, grays // 2], -1).astype(np.float32),
+                            y=np.stack([masks * np.int32(300), 1 - masks], -1))
+        for i, mask in enumerate(masks):
             yield (f"{part}_{i:05d}", ""), mask.mean()
-        np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz", X=x, y=y)
 
 
 PUBLISHED = {                                                   # {data set: (its files, counts)}
@@ -2811,15 +2723,11 @@ def prepare_published(dataset, raw, out, *flags):
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """A function that draws and prepares a data set, once: (raw, {(name, label): share}, out)."""
-    made = {}
-
+    @functools.cache
     def get(dataset):
-        if dataset not in made:
-            folder = tmp_path_factory.mktemp(dataset)
-            shares = dict(PUBLISHED[dataset][0](folder / "raw"))
-            out = prepare_published(dataset, folder / "raw", folder)
-            made[dataset] = folder / "raw", shares, out
-        return made[dataset]
+        folder = tmp_path_factory.mktemp(dataset)
+        shares = dict(PUBLISHED[dataset][0](folder / "raw"))
+        return folder / "raw", shares, prepare_published(dataset, folder / "raw", folder)
 
     return get
 
@@ -2844,26 +2752,24 @@ def assert_same_set(raw, out):
 @pytest.mark.parametrize("dataset", PUBLISHED)
 def test_published_layouts_become_right_arrays(dataset, published):
     _, shares, out = published(dataset)
+    shares = dict(shares)
     meta = prepare_data.read_meta(out)
     is_dark = dataset in ("isic", "xray")
     assert meta["foreground"] == ("dark" if is_dark else "bright")
     assert tuple(meta["counts"].values()) == PUBLISHED[dataset][1]
-    assert meta["licence"] and meta["page"]
-    found = dict.fromkeys(shares, 0)
     for _, row, image, mask in prepared(out):
-        name = row["group"] or row["name"]                      # tiles: the slide
-        found[name, row["label"]] += mask.mean()
+        shares[row["group"] or row["name"], row["label"]] -= mask.mean()    # of tiles: the slide
         if mask.mean() > .05:                                   # image and mask belong together
             assert (image[mask == 1].mean() < image[mask == 0].mean()) == is_dark
-    assert found == pytest.approx(shares, abs=.02)
+    assert np.abs([*shares.values()]).max() < .02
     prepare_data.check(out)
 
 
 def test_tiles_of_a_slide_or_patient_stay_together(published, tmp_path):
     raw, shares, out = published("dm")
-    assert kept_together(out).keys() == {name for name, _ in shares}
+    assert kept_together(out) == {name for name, _ in shares}
     other = prepare_published("dm", raw, tmp_path, "--page", "1", "--split-by", "patient")
-    assert kept_together(other).keys() == {f"1219{k:02d}_Myo{k}" for k in range(4)}
+    assert kept_together(other) == {f"1219{k:02d}_Myo{k}" for k in range(4)}
     stains = [prepare_data.open_part(folder, "test")[0][:2].mean() for folder in (out, other)]
     assert stains[0] < 128 < stains[1]
 
@@ -2871,6 +2777,7 @@ def test_tiles_of_a_slide_or_patient_stay_together(published, tmp_path):
 @pytest.mark.parametrize("dataset, moves, given", [
     ("drone", {"original_images": "training_set/images",        # as its own page has it
                "label_images_semantic": "training_set/gt/semantic/label_images"}, ""),
+    ("drone", {"label_images_semantic": "RGB_color_image_masks"}, ""),
     ("xray", {}, "COVID-19_Radiography_Dataset/COVID/images"),
     ("isic", {}, "ISIC-2017_Validation_Data"),
     ("dm", {"Labels": "CD27 cell labels/Mask Labels",           # as the authors' notebook has them
@@ -2886,82 +2793,53 @@ def test_published_layouts_by_their_other_names(dataset, moves, given, copied):
     assert_same_set(raw / given, out)
 
 
-def test_drone_masks_by_the_published_colours(copied, capsys):
-    raw, out = copied("drone")
-    for path in (raw / "label_images_semantic").iterdir():
-        classes = np.asarray(Image.open(path))[..., None]
-        save_image(raw / "RGB_color_image_masks" / path.name, classes * np.uint8([5, 0, 11]))
-    shutil.rmtree(raw / "label_images_semantic")
-    assert_same_set(raw, out)
-    assert "nearly everything" in capsys.readouterr().out
-
-
-def test_other_images_beside_dsb2018_are_not_taken(copied, capsys):
-    raw, out = copied("dsb2018")
-    write_folder(raw)
-    write_folder(raw / "stage1_train/two", n=2)
-    assert_same_set(raw, out)
-    said = capsys.readouterr().out
-    assert "are not the only one in images/" in said and "not the published ones" in said
-
-
 def test_published_splits_at_their_full_size():
     sizes = dict(COVID=3616, Lung_Opacity=6012, Normal=10192, Viral=1345)
-    pairs, slides = [], []
+    pairs, tiles = [], []
     for label, n in sizes.items():
         pairs += [prepare_data.Pair(f"{label}-{i}", "", label=label) for i in range(n)]
-    prepare_data.stratify(pairs, 0)
-    assert part_sizes(pairs) == [14730, 2202, 4233]
+    assert part_sizes(pairs, prepare_data.stratify) == [14730, 2202, 4233]
     tested = [pair.label for pair in pairs if pair.part == "test"]
     for label, n in sizes.items():
         assert abs(tested.count(label) - .2 * n) <= 1
     for i in range(198 * 12):
         slide = f"{i // 12}"
-        slides.append(prepare_data.Pair(f"{slide}_{i % 12}", "", slide=slide, group=slide))
-    prepare_data.split(slides, 3)
-    assert part_sizes(slides) == [1656, 240, 480]
+        tiles.append(prepare_data.Pair(f"{slide}_{i % 12}", slide, group=slide))
+    assert part_sizes(tiles, prepare_data.split, seed=3) == [1656, 240, 480]
 
 
-def test_archives_are_unpacked_once(copied, tmp_path):
+def test_archives_are_unpacked_once(copied):
     raw, out = copied("isic")
-    assert_same_set(shutil.copytree(raw, tmp_path / "above/x").parent, out)     # one level above
-    for path in [*raw.iterdir()]:
-        if path.is_dir():
-            kind = "zip" if "Data" in path.name else "gztar"
-            shutil.make_archive(path, kind, raw, path.name)
-            shutil.rmtree(path)
-    for _ in range(2):                                          # the second finds what is extracted
-        assert_same_set(raw, out)
-        for path in [*raw.glob("*.zip"), *raw.glob("*.gz")]:
-            path.write_bytes(b"never read again")
-    again = tmp_path / "again/isic"
-    before = contents(again, os.listdir(again))
+    for path in [*raw.glob("*_Data"), *raw.glob("*_GroundTruth")]:
+        shutil.make_archive(path, "zip" if "Data" in path.name else "gztar", raw, path.name)
+        shutil.rmtree(path)
+    assert_same_set(raw, out)
+    for path in [*raw.glob("*.zip"), *raw.glob("*.gz")]:
+        path.write_bytes(b"never read again")
+    assert_same_set(raw, out)
     shutil.rmtree(raw / "ISIC-2017_Training_Data")
     refused(lambda: assert_same_set(raw, out), "ISIC-2017_Training_Data.zip", "get it again")
     (raw / "ISIC-2017_Training_Data.zip").unlink()
     refused(lambda: assert_same_set(raw, out), "not enough")
-    assert contents(again, os.listdir(again)) == before
+    prepare_data.check(raw.parent / "again/isic")               # what was there stays
 
 
-@pytest.mark.parametrize("name", ["../evil", "/evil", "link"])
+@pytest.mark.parametrize("name", ["../evil", "link"])
 def test_archives_never_write_outside(name, tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
     packed, taped = zipfile.ZipInfo(name), tarfile.TarInfo(name)
     if name == "link":
         packed.external_attr = 0o120777 << 16
         taped.type, taped.linkname = tarfile.SYMTYPE, "/etc"
-    with zipfile.ZipFile(raw / "a.zip", "w") as file:
+    (tmp_path / "raw").mkdir()
+    with zipfile.ZipFile(tmp_path / "raw/a.zip", "w") as file:
         file.writestr(packed, "/etc")
-    with tarfile.open(raw / "b.tar", "w") as file:
+    with tarfile.open(tmp_path / "raw/b.tar", "w") as file:
         file.addfile(taped)
-    words = ["not enough"] if name == "/evil" else ["b.tar", "cannot be extracted"]
-    refused(lambda: prepare_published("isic", raw, tmp_path / "out"), *words)
-    for path in tmp_path.rglob("*"):
-        assert not path.is_symlink()
-        assert re.fullmatch("raw(/a.zip|/b.tar|/a|/b|/a/evil|/a/link|/b/evil)?",
-                            str(path.relative_to(tmp_path)))
-    assert not Path("/evil").exists()
+    refused(lambda: prepare_published("isic", tmp_path / "raw", tmp_path / "out"),
+            "b.tar: cannot be extracted")
+    found = {*tmp_path.rglob("*")} - {tmp_path / "raw/a/link"}
+    assert found == {tmp_path / path for path in ("raw", "raw/a", "raw/a.zip", "raw/b.tar")}
+    assert not (tmp_path / "raw/a/link").is_symlink()
 
 
 def test_where_a_data_set_is_to_be_had_is_said(tmp_path):
@@ -2972,95 +2850,78 @@ def test_where_a_data_set_is_to_be_had_is_said(tmp_path):
             "account", "kaggle")
 
 
-@pytest.fixture
-def demo(data, tmp_path):
-    """A copy of the prepared demo, to spoil."""
-    return shutil.copytree(data / "demo", tmp_path / "demo")
-
-
 def off(folder, *words):
     """--check says so."""
     flags = ["--dataset", "demo", "--out", str(folder.parent), "--check"]
     refused(lambda: prepare_data.main(flags), *words)
 
 
-@pytest.mark.parametrize("name, place, change, words", [
-    ("val_images", (2, 9, 9, 1), lambda pixel: pixel ^ 1, "fingerprint"),
-    ("train_masks", [0, 1], lambda masks: masks[::-1], "fingerprint"),
-    ("train_masks", 7, lambda mask: mask * 255, "train_masks.npy is (64, 32, 32) up to 255")])
-def test_check_finds_changed_arrays(name, place, change, words, demo):
+@pytest.mark.parametrize("name, place, change", [
+    ("val_images", (2, 9, 9, 1), lambda pixel: pixel ^ 1),
+    ("train_masks", [0, 1], lambda masks: masks[::-1])])
+def test_check_finds_changed_arrays(name, place, change, data, tmp_path):
+    demo = shutil.copytree(data / "demo", tmp_path / "demo")
     array = np.load(demo / f"{name}.npy")
     array[place] = change(array[place])
     np.save(demo / f"{name}.npy", array)
-    off(demo, words)
+    off(demo, "fingerprint")
 
 
-def test_check_finds_the_same_picture_in_two_parts(demo):
+def test_check_finds_the_same_picture_in_two_parts_and_wrong_tables(data, tmp_path):
+    demo = shutil.copytree(data / "demo", tmp_path / "demo")
     images = np.load(demo / "test_images.npy")
     images[3] = np.load(demo / "train_images.npy")[5]
     np.save(demo / "test_images.npy", images)
-    off(demo, "same picture in two parts: train_005 of train and test_003 of test", "fingerprint")
-
-
-def test_check_finds_changed_tables(demo):
-    table = (demo / "test.csv").read_text()
-    (demo / "test.csv").write_text(table.replace("test_000", "train_000"))
     (demo / "val.csv").write_text("name,group,label\n")
-    off(demo, "same name in two parts", "val.csv has 0 rows")
+    off(demo, "same picture in two parts: train_005 of train and test_003 of test",
+        "val.csv has 0 rows")
 
 
 PAYLOAD = np.random.default_rng(5).bytes(300_000)
 
 
 class BadServer(http.server.BaseHTTPRequestHandler):
-    """Serves PAYLOAD as badly as the path says; asked: [(path, range)] of all requests."""
+    """Serves PAYLOAD in cut pieces, at /norange from the beginning; asked: the ranges."""
     asked = []
 
     def do_GET(self):
-        begin, path = self.headers["Range"], self.path
-        self.asked.append((path, begin))
-        tries = [asked for asked, _ in self.asked].count(path)
-        if path in ("/404", "/503") or (path == "/503once" and tries == 1):
-            return self.send_error(int(path[1:4]))
+        begin = self.headers["Range"]
+        self.asked.append(begin)
+        if self.path == "/404":
+            return self.send_error(404)
         start = 0
-        if begin and path != "/norange":
+        if begin and self.path == "/cut":
             start = int(begin[6:-1])                            # of bytes=N-
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-299999/300000")
         else:
             self.send_response(200)
-        if path != "/nolength":
-            self.send_header("Content-Length", str(300_000 - start))
+        self.send_header("Content-Length", str(300_000 - start))
         self.end_headers()
-        is_cut = path in ("/cut", "/stall", "/norange") and tries < (3 if path == "/cut" else 2)
+        is_cut = self.path == "/cut" or len(self.asked) < 3
         self.wfile.write(PAYLOAD[start:start + 120_000 if is_cut else None])
-        if path == "/stall" and is_cut:
-            time.sleep(3)
 
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture
-def bad_server():
+@pytest.mark.parametrize("path, asked", [
+    ("/cut", [None, "bytes=120000-", "bytes=240000-"]),
+    ("/norange", [None, "bytes=120000-", None]),
+    ("/404", [None] * 5)])
+def test_download_goes_on_where_a_bad_server_stopped(path, asked, tmp_path):
+    BadServer.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.server_port}{path}"
+        if path == "/404":
+            refused(lambda: prepare_data.download(url, tmp_path / "file"), url, "moved")
+            assert not any(tmp_path.iterdir())
+        else:
+            prepare_data.download(url, tmp_path / "file")
+            assert (tmp_path / "file").read_bytes() == PAYLOAD
         server.shutdown()
-
-
-def test_download_survives_bad_servers(bad_server, tmp_path):
-    (tmp_path / "late.part").write_bytes(PAYLOAD[:777])         # of an earlier call
-    for name in ("plain", "cut", "stall", "503once", "norange", "nolength", "late"):
-        prepare_data.download(f"{bad_server}/{name}", tmp_path / name, timeout=1)
-        assert (tmp_path / name).read_bytes() == PAYLOAD, name
-    begins = [begin for path, begin in BadServer.asked if path in ("/cut", "/late")]
-    assert begins == [None, "bytes=120000-", "bytes=240000-", "bytes=777-"]
-    for status, words in (("404", "moved"), ("503", "goes on")):
-        path = tmp_path / status
-        url = f"{bad_server}/{status}"
-        refused(functools.partial(prepare_data.download, url, path), status, words)
-        assert not path.exists()
+    assert BadServer.asked == asked
 
 
 # -------------------------------------------------------------------------------- a user's mistakes
@@ -3083,7 +2944,7 @@ TRAIN = "--data {data} --dataset "
 @pytest.mark.parametrize("stage, flags, message", [
     (prepare_data, BAD + "absent", "{bad}/absent: no such folder"),
     (prepare_data, BAD + "empty", "{bad}/empty: no images here"),
-    (prepare_data, BAD + "few", "{bad}/few: 2 usable images in 2 groups are too few"),
+    (prepare_data, BAD + "few", "{bad}/few: 2 usable images are too few"),
     (prepare_data, BAD + "half", "{bad}/half: has train: give all of"),
     (prepare_data, "--dataset folder", "needs --raw"),
     (pretrain, TRAIN + "isic", "{data}/isic is not prepared: run python prepare_data.py"),
