@@ -104,9 +104,9 @@ def is_bright(gray, method):
     if method == "ght":
         scale = gray.size / GHT_PIXELS
         return gray > ght_threshold(gray, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
-    kind = cv2.ADAPTIVE_THRESH_MEAN_C
-    if method == "adaptive_gaussian":
-        kind = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+    kind = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+    if method == "adaptive_mean":
+        kind = cv2.ADAPTIVE_THRESH_MEAN_C
     # gray > local mean - C, block 11, C 2
     return cv2.adaptiveThreshold(gray, 1, kind, cv2.THRESH_BINARY, 11, 2) == 1
 
@@ -617,7 +617,6 @@ class Trainer:
     def __init__(self, method, options, device, epoch_steps):
         self.method, self.options, self.device = method, options, device
         self.epoch_steps = epoch_steps
-        self.module = getattr(method, "unet", method)   # MedSASS has no weights but its U-Net's
         self.optimizer = method.optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self.epoch = self.stale = 0
@@ -668,16 +667,6 @@ class Trainer:
         for name, value in dict(n=1, **figures).items():
             self.sums[name] = self.sums.get(name, 0.0) + value * n
         return figures, stopping
-
-    def end_epoch(self, val_loss):
-        """Count the epoch, and begin the next; whether its validation loss is the best so far."""
-        is_better = val_loss < self.best
-        self.stale += 1
-        if is_better:
-            self.best, self.stale = val_loss, 0
-        self.epoch += 1
-        self.begin_epoch()
-        return is_better
 
     def state_dict(self):
         """What last.pt holds; of a finished run the position alone: its weights are in best.pt."""
@@ -778,6 +767,7 @@ def train(method, sets, options, folder, device, draws=0):
     val_loader = make_loader(val_set, Batches(len(val_set), size, share=ranks()), few)
     steps = len(batches)
     trainer = Trainer(method, options, device, steps)
+    module = getattr(method, "unet", method)            # MedSASS has no weights but its U-Net's
     print(f"{folder}: precision {options.amp}")
     log = []
     if (folder / "last.pt").exists():
@@ -825,16 +815,21 @@ def train(method, sets, options, folder, device, draws=0):
             log.append({name: f"{value:.6g}" for name, value in row.items()})
             if method.collapsed(figures):
                 bar.write(f"epoch {trainer.epoch + 1}: {method.collapsed(figures)}")
-            is_better = trainer.end_epoch(val_loss)
+            is_better = val_loss < trainer.best
+            trainer.stale += 1
+            if is_better:
+                trainer.best, trainer.stale = val_loss, 0
+            trainer.epoch += 1
+            trainer.begin_epoch()
             if rank == 0:
                 write_csv(folder / "log.csv", log)
             if is_better or not method.keep_best:       # a loss that says little: the last is kept
-                save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss,
-                                     model=trainer.module.state_dict()))
+                model = module.state_dict()
+                save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss, model=model))
             save("last.pt", trainer.state_dict())
     if rank == 0:                                       # the last files of a run
         kept = load_checkpoint(folder / "best.pt", device)
-        trainer.module.load_state_dict(kept["model"])
+        module.load_state_dict(kept["model"])
         print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
         export_encoder(method, folder / "encoder.pth")
         write_samples(method, val_set, seed, folder / "samples.png", device)
@@ -874,8 +869,7 @@ def write_atomically(path, write):
 
 def write_json(path, content):
     """A dict as JSON, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def write_csv(path, rows):
