@@ -4,8 +4,8 @@
     loss = focal_tversky_loss(logits, target)       # both (B, 1, H, W), target in {0, 1}
 
 Every loss takes logits (float, before the sigmoid) and target (any dtype, values 0 or 1) of one
-shape, and returns a scalar. Half-precision logits are raised to float32 first: a sum over 16 x 224
-x 224 pixels does not fit into float16.
+shape, and returns a scalar >= 0. Half-precision logits are raised to float32: a sum over 16 x 224 x
+224 pixels does not fit into float16.
 """
 
 import torch
@@ -14,17 +14,16 @@ import torch.nn.functional as F
 
 def _full_precision(logits, target):
     if logits.shape != target.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in "
-                         "shape")
+        raise ValueError(f"logits {tuple(logits.shape)}, but target {tuple(target.shape)}")
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return logits, target.to(logits.dtype)
 
 
 def batch_sums(*values):
-    """Tensors of any shape -> their sums, a tuple of scalars: over the batch, and while gradients
-    are taken over the batches of all ranks that train together. The gradient is scaled so that
-    DistributedDataParallel, which averages, gives that of the whole batch."""
+    """Tensors of any shape -> their sums, scalars: over the batch, and while gradients are taken
+    over the batches of all ranks; scaled so that DistributedDataParallel, which averages, gives the
+    gradient of the whole batch."""
     sums = torch.stack([value.sum() for value in values])
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if torch.is_grad_enabled() and several:
@@ -35,13 +34,9 @@ def batch_sums(*values):
 
 
 def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
-    """Soft Tversky index, a scalar in [0, 1] (Salehi et al. 2017, eq. 3; Abraham & Khan 2019, eq.
-    3).
-
-    alpha weighs false negatives, beta false positives (the convention of Abraham & Khan, who take
-    .7 and .3). Sums run over the whole batch, that of all ranks where several train together, so
-    that an image without foreground does not weigh as much as one that is full of it.
-    """
+    """Soft Tversky index, a scalar in [0, 1] (Abraham & Khan 2019, eq. 3). alpha weighs false
+    negatives, beta false positives. Sums run over the batch, so that an image without foreground
+    does not weigh as much as one that is full of it."""
     logits, target = _full_precision(logits, target)
     p = torch.sigmoid(logits)
     tp, fn, fp = batch_sums(p * target, (1 - p) * target, p * (1 - target))
@@ -49,13 +44,9 @@ def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
 
 
 def focal_tversky_loss(logits, target, alpha=0.7, beta=0.3, gamma=4 / 3, smooth=1.0):
-    """(1 - TI) ** (1 / gamma), the loss of MedSASS (section 3.3.4; Abraham & Khan 2019, eq. 4). A
-    scalar in [0, 1].
-
-    For gamma > 1 the slope of x ** (1 / gamma) is infinite at x = 0. Below one rounding step the
-    power is replaced by the straight line through the origin that meets it there: the value is 0 at
-    TI = 1, the gradient finite.
-    """
+    """(1 - TI) ** (1 / gamma), the loss of MedSASS (section 3.3.4; Abraham & Khan 2019, eq. 4).
+    Below one rounding step the power, whose slope would be infinite at 0, is the straight line from
+    the origin that meets it there."""
     x = 1 - tversky_index(logits, target, alpha, beta, smooth)
     eps = torch.finfo(x.dtype).eps
     power = 1 / gamma
@@ -63,16 +54,13 @@ def focal_tversky_loss(logits, target, alpha=0.7, beta=0.3, gamma=4 / 3, smooth=
 
 
 def tversky_loss(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
-    """1 - TI (Salehi et al. 2017). A scalar in [0, 1]."""
+    """1 - TI (Salehi et al. 2017)."""
     return 1 - tversky_index(logits, target, alpha, beta, smooth)
 
 
 def focal_loss(logits, target, alpha=None, gamma=2.0):
-    """Mean of alpha_t (1 - p_t) ** gamma * cross-entropy (Lin et al. 2017, eq. 5). A scalar >= 0.
-
-    alpha in [0, 1] weighs the foreground, 1 - alpha the background; None weighs neither. gamma is 0
-    or at least 1.
-    """
+    """Mean of alpha_t (1 - p_t) ** gamma * cross-entropy (Lin et al. 2017, eq. 5). alpha in [0, 1]
+    weighs the foreground, 1 - alpha the background; None neither. gamma is 0 or at least 1."""
     logits, target = _full_precision(logits, target)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     # 1 - p_t, without cancellation
@@ -84,16 +72,13 @@ def focal_loss(logits, target, alpha=None, gamma=2.0):
 
 
 def dice_loss(logits, target, smooth=1.0):
-    """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth), sums over the batch (Sudre et al. 2017).
-    A scalar in [0, 1].
-
-    Dice is the Tversky index at alpha = beta = .5; `smooth` is that of segmentation_models_pytorch.
-    """
+    """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth) (Sudre et al. 2017): the Tversky loss at
+    alpha = beta = .5, `smooth` as in segmentation_models_pytorch."""
     return 1 - tversky_index(logits, target, alpha=0.5, beta=0.5, smooth=smooth)
 
 
 def bce_loss(logits, target):
-    """Mean binary cross-entropy: the loss that collapses in appendix B.1. A scalar >= 0."""
+    """Mean binary cross-entropy: the loss that collapses in appendix B.1."""
     return F.binary_cross_entropy_with_logits(*_full_precision(logits, target))
 
 

@@ -21,15 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}  # ours -> timm's name
-# A tensor that each backbone has exactly once: it tells them apart and shows what prefix a file's
-# names carry.
+# A tensor that each backbone has once: it tells them apart, and the prefix of a file's names.
 ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.weight"}
 
 
 class Gate(torch.autograd.Function):
-    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). The
-    gradient that autograd makes of the formula takes the product x * grad twice, and holds more
-    maps of full size at a time."""
+    """x * channel + x * spatial; (B, C, H, W), (B, C, 1, 1), (B, 1, H, W) -> (B, C, H, W). Autograd
+    would take the product x * grad twice, and hold more maps of full size at a time."""
 
     @staticmethod
     def forward(ctx, x, channel, spatial):
@@ -46,8 +44,7 @@ class Gate(torch.autograd.Function):
 
 
 class SCSE(nn.Module):
-    """Concurrent spatial and channel squeeze-and-excitation (Roy et al. 2018). (B, C, H, W) -> (B,
-    C, H, W)."""
+    """Concurrent spatial and channel squeeze-and-excitation (Roy et al. 2018), (B, C, H, W)."""
 
     def __init__(self, channels, reduction=16):
         super().__init__()
@@ -82,11 +79,8 @@ def double_conv(in_channels, out_channels):
 
 def upsampled_conv(x, conv, size):
     """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) ->
-    (B, out, *size).
-
-    Twice as large is a transposed convolution with a 4x4 kernel, the sums of the weights that meet
-    the same pixel of x: 16 products a pixel instead of 36, and no upsampled map.
-    """
+    (B, out, *size). Twice as large is a transposed convolution with a 4x4 kernel, the sums of the
+    weights that meet the same pixel of x: 16 products a pixel instead of 36."""
     if size != (2 * x.shape[2], 2 * x.shape[3]):
         return conv(F.interpolate(x, size=size, mode="nearest"))
     sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)  # (out, in, 4, 4)
@@ -94,8 +88,7 @@ def upsampled_conv(x, conv, size):
 
 
 def init_conv(module):
-    """He's uniform initialisation and zero biases, as segmentation_models_pytorch starts its
-    decoders."""
+    """He's uniform initialisation and zero biases, as in segmentation_models_pytorch's decoders."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
@@ -104,19 +97,17 @@ def init_conv(module):
 
 
 class UpBlock(nn.Module):
-    """Nearest x2, skip by concatenation, scSE, two convolutions, scSE: a decoder block of the
-    ResNet-50 U-Net."""
+    """A decoder block of the ResNet-50 U-Net: nearest x2, skip by concatenation, scSE, two
+    convolutions, scSE."""
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
-        # idle where there is no skip, as in smp
-        self.attention1 = SCSE(in_channels + skip_channels)
+        self.attention1 = SCSE(in_channels + skip_channels)     # idle without skip, as in smp
         self.convs = double_conv(in_channels + skip_channels, out_channels)
         self.attention2 = SCSE(out_channels)
 
     def first_conv(self, x, size, skip):
-        """Up to and with the first convolution, before its BatchNorm. (B, in, h, w), (B, skip,
-        *size) -> (B, out, *size)."""
+        """Up to the first BatchNorm. (B, in, h, w), (B, skip, *size) -> (B, out, *size)."""
         conv = self.convs[0][0]
         if skip is None:
             return upsampled_conv(x, conv, size)
@@ -124,20 +115,16 @@ class UpBlock(nn.Module):
         return conv(self.attention1(torch.cat([x, skip], dim=1)))
 
     def forward(self, x, size, skip=None):
-        # The wide maps before the first convolution are made again for the gradient, not kept; that
-        # convolution is not.
+        # Of first_conv the wide maps are made again for the gradient, not kept.
         x = checkpoint(self.first_conv, x, size, skip, use_reentrant=False,
                        preserve_rng_state=False)
         return self.attention2(self.convs[1](self.convs[0][1:](x)))
 
 
 class ResNet50UNet(nn.Module):
-    """The network of segmentation_models_pytorch's Unet("resnet50", encoder_depth=3,
-    decoder_channels=(256, 128, 64), decoder_attention_type="scse") without layer3 and layer4, which
-    that network builds and never uses.
-
-    (B, 3, H, W) -> (B, 1, H, W) logits, any H and W. 4,536,047 parameters.
-    """
+    """segmentation_models_pytorch's Unet("resnet50", encoder_depth=3, decoder_channels=(256, 128,
+    64), decoder_attention_type="scse") without layer3 and layer4, which that builds and never uses.
+    (B, 3, H, W) -> (B, 1, H, W) logits, any H and W. 4,536,047 parameters."""
 
     def __init__(self):
         super().__init__()
@@ -163,12 +150,8 @@ class ResNet50UNet(nn.Module):
 
 class ViTSmallUNet(nn.Module):
     """The paper's Figure 5: a convolutional U-Net whose bottleneck also sees the patch tokens of a
-    ViT-small/8. The widths and how the two are joined (VC block) are our reading of appendix A.1:
-    the figure gives neither.
-
-    (B, 3, S, S) -> (B, 1, S, S) logits, S = img_size, a multiple of 16. The ViT is the encoder that
-    is transferred; stem, down and up blocks and the VC block count as decoder.
-    """
+    ViT-small/8, the encoder that is transferred. The widths and the VC block are our reading of
+    appendix A.1. (B, 3, S, S) -> (B, 1, S, S) logits, S = img_size, a multiple of 16."""
 
     def __init__(self, img_size):
         super().__init__()
@@ -179,8 +162,7 @@ class ViTSmallUNet(nn.Module):
         self.stem = double_conv(3, 64)
         self.down = nn.ModuleList([double_conv(64, 128), double_conv(128, 256),
                                    double_conv(256, 512), double_conv(512, 512)])
-        # VC block: 1x1 convolution, then linear over channels
-        self.vc_conv = nn.Conv2d(384, 512, 1)
+        self.vc_conv = nn.Conv2d(384, 512, 1)                   # VC block
         self.vc_linear = nn.Linear(512, 512)
         self.up = nn.ModuleList([double_conv(512 + 512 + 512, 256), double_conv(256 + 256, 128),
                                  double_conv(128 + 128, 64), double_conv(64 + 64, 64)])
@@ -191,14 +173,11 @@ class ViTSmallUNet(nn.Module):
     def forward(self, x):
         skips = [self.stem(x)]                                  # (B, 64, S, S)
         for block in self.down:
-            # (B, 128, S/2) ... (B, 512, S/8), (B, 512, S/16)
-            skips.append(block(F.max_pool2d(skips[-1], 2)))
+            skips.append(block(F.max_pool2d(skips[-1], 2)))     # (B, 128, S/2) ... (B, 512, S/16)
         bottleneck = skips.pop()
-        # (B, N, 384), class token dropped; N = (S/8)^2
-        tokens = self.encoder.forward_features(x)[:, 1:]
+        tokens = self.encoder.forward_features(x)[:, 1:]        # (B, (S/8)^2, 384), no class token
         side = x.shape[-1] // 8
         vc = tokens.transpose(1, 2).reshape(x.shape[0], 384, side, side)
-        # (B, 512, S/8, S/8)
         vc = self.vc_linear(self.vc_conv(vc).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         vc = F.interpolate(vc, size=bottleneck.shape[2:], mode="bilinear", align_corners=False)
         y = torch.cat([bottleneck, vc], dim=1)                  # (B, 1024, S/16, S/16)
@@ -210,11 +189,8 @@ class ViTSmallUNet(nn.Module):
 
 def build_unet(backbone, img_size=224, encoder_depth=3):
     """A U-Net with random weights: (B, 3, H, W) float, ImageNet-normalised -> (B, 1, H, W) logits.
-
     backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16).
-    encoder_depth: 3, the paper's, is the only one there is for the ResNet; the ViT has none. Raises
-    ValueError for anything else.
-    """
+    encoder_depth: 3 is the only one there is. Raises ValueError for anything else."""
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
     if encoder_depth != 3:
@@ -222,44 +198,35 @@ def build_unet(backbone, img_size=224, encoder_depth=3):
     return ResNet50UNet() if backbone == "resnet50" else ViTSmallUNet(img_size)
 
 
-def _summary(names):
-    """['layer3.0.a', 'layer3.1.b', 'fc.bias'] -> 'layer3 (2 tensors), fc (1)'."""
-    groups = {}
-    for name in names:
-        groups.setdefault(name.split(".")[0], []).append(name)
-    return ", ".join(f"{top} ({len(group)} tensors)" for top, group in groups.items())
+def _tops(names):
+    """['layer3.0.a', 'layer3.1.b', 'fc.bias'] -> 'layer3, fc'."""
+    return ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "nothing"
 
 
 def _missing(wanted, state):
-    """The names of `wanted` that `state` lacks, but for BatchNorm's counters, which old files
-    lack."""
+    """The names of `wanted` that `state` lacks, but for BatchNorm's counters (old files)."""
     return [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
 
 
 def export_encoder(unet_or_backbone, path):
-    """Write the encoder as a bare state dict in timm's names; print and return what timm's full
-    model has beyond it.
-
-    unet_or_backbone: a network of this file, anything with `.encoder`, or a plain timm model. The
-    file loads into `timm.create_model("resnet50" or "vit_small_patch8_224")` and torchvision's
-    `resnet50()` with strict=False: no name is unexpected; the returned list (layer3, layer4, fc for
-    our depth-3 ResNet) is missing. Raises ValueError for another network.
-    """
+    """Write the encoder of a network, or a plain timm model, as a bare state dict in timm's names;
+    print and return what timm's full model has beyond it. The file loads into that, and into
+    torchvision's `resnet50()`, with strict=False: no name is unexpected; the returned list (layer3,
+    layer4, fc for our ResNet) is missing. Raises ValueError for another network."""
     encoder = getattr(unet_or_backbone, "encoder", unet_or_backbone)
     state = {}
     for name, tensor in encoder.state_dict().items():
         state[name] = tensor.detach().cpu().contiguous()
     backbone = next((b for b, anchor in ANCHORS.items() if anchor in state), None)
     if backbone is None:
-        raise ValueError(f"no {' or '.join(BACKBONES)} encoder to export in "
-                         f"{type(unet_or_backbone).__name__}")
+        raise ValueError(f"no encoder to export in {type(unet_or_backbone).__name__}")
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
     with torch.device("meta"):
         full = timm.create_model(BACKBONES[backbone]).state_dict()
     missing = _missing(full, state)
     print(f"{path}: {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond it: "
-          f"{_summary(missing) or 'nothing'}")
+          f"{_tops(missing)}")
     return missing
 
 
@@ -272,48 +239,30 @@ def read_encoder(path, backbone):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # torch raises a dozen kinds for a file that is not one
-        reason = type(error).__name__
-        if "weights_only" in str(error):
-            reason += ": it may hold more than weights, then save only the weights"
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint ({reason})") from None
-    wrapping = True
-    while wrapping and isinstance(file, dict):
-        wrappers = ("state_dict", "model", "teacher")
-        wrapping = [key for key in wrappers if isinstance(file.get(key), dict)]
-        if wrapping:
-            file = file[wrapping[0]]
-    if not isinstance(file, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, not the weights of a network")
-    names = []
-    for name, value in file.items():
-        if isinstance(name, str) and isinstance(value, torch.Tensor):
-            names.append(name)
-
-    def prefixes(anchor):
-        return [n[:-len(anchor)] for n in names if n == anchor or n.endswith("." + anchor)]
-
-    found = {b: prefixes(anchor) for b, anchor in ANCHORS.items() if prefixes(anchor)}
-    if backbone not in found:
-        holds = f"a {next(iter(found))} encoder" if found else "no encoder that is known here"
-        raise ValueError(f"{path} holds {holds}, not a {backbone}")
-    if len(found[backbone]) > 1:
-        raise ValueError(f"{path} holds several {backbone} encoders "
-                         f"({', '.join(found[backbone])}): export one of them")
-    prefix = found[backbone][0]  # "", "module.", "backbone.", "encoder.", ...
-    return {name[len(prefix):]: file[name] for name in names if name.startswith(prefix)}
+    except Exception as error:                  # torch raises a dozen kinds
+        raise ValueError(f"{path} is not a readable PyTorch checkpoint that holds only weights "
+                         f"({type(error).__name__})") from None
+    wrapped = [file] if isinstance(file, dict) else [{}]
+    while wrapped:
+        file = wrapped[0]
+        inner = [file.get(key) for key in ("state_dict", "model", "teacher")]
+        wrapped = [value for value in inner if isinstance(value, dict)]
+    state = {str(name): value for name, value in file.items() if isinstance(value, torch.Tensor)}
+    anchor = ANCHORS[backbone]
+    prefixes = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
+    if len(prefixes) != 1:
+        raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, not one "
+                         f"({', '.join(prefixes)})")
+    prefix = prefixes[0]                        # "", "module.", "backbone.", "encoder.", ...
+    return {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
 
 
 def load_encoder(unet, path):
     """Load an encoder into `unet.encoder`; print and return the names in the file that were not
-    used.
-
-    path: a file of export_encoder, a checkpoint of timm's or torchvision's resnet50 or of timm's
-    vit_small_patch8, bare or inside {"state_dict": ...}, with or without "module." / "backbone." /
-    "encoder." before the names. Position embeddings of another image size are resampled. Raises
-    ValueError, with the path, for a file that cannot be read, that has nothing in common with the
-    encoder, or that lacks some of its weights, has them in another shape, or not finite.
-    """
+    used. path: a file of export_encoder, or a checkpoint of timm's or torchvision's, bare or inside
+    {"state_dict": ...}, with or without "module." / "backbone." / "encoder." before the names.
+    Position embeddings of another image size are resampled. Raises ValueError, with the path, for a
+    file that cannot be read, or whose weights are of another encoder or shape, or not finite."""
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
     state = read_encoder(path, backbone)
@@ -324,14 +273,14 @@ def load_encoder(unet, path):
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the "
                          f"{backbone} encoder, for example {missing[0]}")
-    for name in own:
-        if name in state and state[name].shape != own[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, the {backbone} "
-                             f"encoder here needs {tuple(own[name].shape)}")
-        if name in state and not torch.isfinite(state[name]).all():
+    used = {name: state[name] for name in own if name in state}
+    for name, tensor in used.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, the {backbone} encoder "
+                             f"here needs {tuple(own[name].shape)}")
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
     unused = [name for name in state if name not in own]
-    used = {name: tensor for name, tensor in state.items() if name in own}
     unet.encoder.load_state_dict(used, strict=False)
-    print(f"{path}: encoder loaded; not used: {_summary(unused) or 'nothing'}")
+    print(f"{path}: encoder loaded; not used: {_tops(unused)}")
     return unused

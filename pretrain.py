@@ -13,6 +13,7 @@ stopped, to the bit.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import datetime
@@ -21,13 +22,13 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,15 +56,16 @@ from models import BACKBONES, build_unet, export_encoder, load_encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                   # timm's default for both backbones
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 cv2.setNumThreads(0)                                    # the loader's workers are the parallelism
 
 # -------------------------------------------------------------------------- pseudo-masks (3.3.2)
 
 THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
-# Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa are pixel counts, tuned
-# on pages of about 2 ** 20 pixels; pseudo_mask scales them to the image, or a 224 x 224 image
-# would be all prior.
+# Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa count pixels, of pages of
+# about 2 ** 20; pseudo_mask scales them, or a 224 x 224 image would be all prior.
 GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25
 GHT_PIXELS = 2 ** 20
 
@@ -75,13 +77,9 @@ def otsu_threshold(gray):
 
 def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA):
     """uint8 (H, W) -> int t by Generalized Histogram Thresholding; foreground is gray > t (Barron,
-    ECCV 2020, section 3).
-
-    Two Gaussians are fitted, one on either side of every split. nu >= 0: strength (in pixels) of
-    the prior that each has standard deviation tau; kappa >= 0: strength of the prior that a share
-    omega of the pixels is at or below t. Ties give the mean of the tied thresholds, as in Barron's
-    code.
-    """
+    ECCV 2020, section 3). nu >= 0: strength (in pixels) of the prior that the Gaussians on either
+    side of t have standard deviation tau; kappa >= 0: of the prior that a share omega of the pixels
+    is at or below t. Ties give the mean of the tied thresholds, as in Barron's code."""
     counts = np.bincount(gray.ravel(), minlength=256).astype(np.float64)
     levels = np.arange(256.0)
 
@@ -106,23 +104,19 @@ def is_bright(gray, method):
     if method == "ght":
         scale = gray.size / GHT_PIXELS
         return gray > ght_threshold(gray, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
-    kind = cv2.ADAPTIVE_THRESH_MEAN_C
-    if method == "adaptive_gaussian":
-        kind = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+    kind = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+    if method == "adaptive_mean":
+        kind = cv2.ADAPTIVE_THRESH_MEAN_C
     # gray > local mean - C, block 11, C 2
     return cv2.adaptiveThreshold(gray, 1, kind, cv2.THRESH_BINARY, 11, 2) == 1
 
 
 def pseudo_mask(images, method="otsu", foreground="bright"):
     """uint8 (B, H, W, 3) RGB -> uint8 {0, 1} (B, H, W): the label that an image gives itself
-    (Algorithm 1).
-
-    method: one of THRESHOLDS. "dark" is the complement of "bright" at the same threshold. An image
-    of one gray value has no foreground. Raises ValueError for other words.
-    """
+    (Algorithm 1). "dark" is the complement of "bright" at the same threshold; an image of one gray
+    value has no foreground. Raises ValueError for words other than THRESHOLDS, "bright", "dark"."""
     if method not in THRESHOLDS or foreground not in ("bright", "dark"):
-        raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}: {', '.join(THRESHOLDS)}; "
-                         "bright, dark")
+        raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}")
     masks = np.zeros(images.shape[:3], np.uint8)
     for image, mask in zip(images, masks, strict=True):
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
@@ -138,12 +132,11 @@ REFINEMENTS = ("channel", "frame", "position")
 
 
 def one_channel(image, channel="gray", foreground="dark"):
-    """uint8 (H, W, 3) RGB -> uint8 (H, W), dark where the foreground is: gray as OpenCV weighs the
-    colours, or one colour; inverted for "bright" foreground."""
+    """uint8 (H, W, 3) RGB -> uint8 (H, W), dark where the foreground is."""
     if channel == "gray":
         values = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     else:
-        values = np.ascontiguousarray(image[..., CHANNELS.index(channel) - 1])
+        values = cv2.extractChannel(image, CHANNELS.index(channel) - 1)
     return values if foreground == "dark" else 255 - values
 
 
@@ -159,11 +152,8 @@ def separability(values):
 
 
 def choose_channel(images):
-    """uint8 (N, H, W, 3), may be mapped -> (one of CHANNELS, {channel: mean separability}).
-
-    The channel that Otsu's threshold separates best, in the mean over images; gray wins ties. Skin
-    lesions stand out more in blue than in gray.
-    """
+    """uint8 (N, H, W, 3), may be mapped -> (one of CHANNELS, {channel: mean separability}): that
+    which Otsu's threshold separates best; gray wins ties. Skin lesions stand out more in blue."""
     means = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
@@ -171,33 +161,36 @@ def choose_channel(images):
     return max(CHANNELS, key=lambda channel: round(means[channel], 6)), means
 
 
-def dark_mask(values, frame=None):
-    """uint8 (H, W) -> bool (H, W): not above Otsu's threshold. What is frame, bool (H, W), is
-    neither counted in the histogram nor foreground. Nothing where all values are alike."""
-    if frame is None:
-        frame = np.zeros(values.shape, bool)
+def dark_mask(values, frame):
+    """uint8 (H, W) -> bool (H, W): not above Otsu's threshold. `frame`, bool (H, W), is neither
+    counted in the histogram nor foreground. Nothing where all values are alike."""
     counted = values[~frame][:, None]
     if not counted.size or counted.min() == counted.max():
         return np.zeros(values.shape, bool)
     return (values <= otsu_threshold(counted)) & ~frame
 
 
+def connected(mask, starts):
+    """bool (H, W) twice -> bool (H, W): 4-connected components of `mask` that hold a start."""
+    _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    return np.isin(labels, labels[mask & starts])
+
+
 def common_frame(often):
-    """bool (H, W), what is dark in most images -> bool (H, W): the part of it that is 4-connected
-    to the border. Objects rarely lie there; lens corners, letterboxes, collimators do."""
-    ringed = cv2.copyMakeBorder(often.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
-    cv2.floodFill(ringed, None, (0, 0), 2)              # from the ring inwards
-    return ringed[1:-1, 1:-1] == 2
+    """bool (H, W), what is dark in most images -> bool (H, W): the part connected to the border.
+    Objects rarely lie there; lens corners, letterboxes, collimators do."""
+    border = np.ones(often.shape, bool)
+    border[1:-1, 1:-1] = False
+    return connected(often, border)
 
 
 def frame_of(values, common):
-    """uint8 (H, W) of one_channel -> bool (H, W), what is frame in one image: `common`, and what is
-    at most .55 of the median and 4-connected to a corner; dilated by 1/32 of the side, because the
-    edge of a lens is blurred."""
-    dark = (values <= 0.55 * np.median(values)).astype(np.uint8)
-    _, labels = cv2.connectedComponents(dark, connectivity=4)
-    corners = labels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    frame = np.isin(labels, corners[corners > 0]) | common
+    """uint8 (H, W) of one_channel -> bool (H, W), the frame of one image: `common`, and what is at
+    most .55 of the median and connected to a corner; dilated by 1/32 of the side, because the edge
+    of a lens is blurred."""
+    corners = np.zeros(values.shape, bool)
+    corners[[0, 0, -1, -1], [0, -1, 0, -1]] = True
+    frame = common | connected(values <= 0.55 * np.median(values), corners)
     side = 2 * (max(values.shape) // 32) + 1
     return cv2.dilate(frame.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
 
@@ -206,13 +199,10 @@ def position_map(masks, n, splits=8):
     """An iterable of n masks, bool (H, W) -> (float (H, W), reliability in [0, 1]): how often each
     place is foreground, as far as the images agree on it.
 
-    The smoothed mean mask p (Gaussian of 1/24 of the side), drawn towards its mean where such maps
-    of random halves do not correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their
-    mean correlation c (Spearman 1910, Brown 1910), not below 0. Objects anywhere: r near 0, p'
-    flat. c is taken lower by two standard deviations over the splits: of 60 sets of 8 images with
-    objects anywhere 6 lost objects without that, none with it; r of skin and X-rays stays above
-    .97.
-    """
+    The smoothed mean mask p, drawn towards its mean where such maps of random halves do not
+    correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their mean correlation c
+    (Spearman 1910, Brown 1910). c is taken lower by two standard deviations over the splits: of 60
+    sets of 8 images with objects anywhere 6 lost objects without that, none with it."""
     generator = np.random.default_rng(0)
     is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
     for row in is_counted[1:]:
@@ -222,31 +212,13 @@ def position_map(masks, n, splits=8):
         sums = sums + weights[:, None, None] * mask
     sigma = max(sums.shape[1:]) / 24
     whole, *halves = [cv2.GaussianBlur(s, (0, 0), sigma).astype(np.float64) for s in sums]
-    correlations = []
-    for half in halves:
-        other = whole - half
-        c = 0.0
-        if half.std() > 0 and other.std() > 0:
-            c = np.corrcoef(half.ravel(), other.ravel())[0, 1]
-        correlations.append(c)
-    c = max(0.0, float(np.mean(correlations) - 2 * np.std(correlations)))
+    with np.errstate(invalid="ignore"):                 # nan where a half is flat, counted as 0
+        pairs = [np.corrcoef(half.ravel(), (whole - half).ravel()) for half in halves]
+    correlations = np.nan_to_num(pairs)[:, 0, 1]
+    c = max(0.0, float(correlations.mean() - 2 * correlations.std()))
     reliability = 2 * c / (1 + c)
     p = whole / n
     return p.mean() + reliability * (p - p.mean()), reliability
-
-
-def components(mask):
-    """bool (H, W) -> (number of 4-connected components, int (H, W) with their numbers from 1)."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
-    return count - 1, labels
-
-
-def drop_unlikely(mask, position):
-    """bool (H, W) -> the same without the 4-connected components that nowhere reach half of the
-    largest value of `position` (position_map)."""
-    _, labels = components(mask)
-    likely = np.unique(labels[position >= 0.5 * position.max()])
-    return np.isin(labels, likely[likely > 0])
 
 
 @dataclass
@@ -257,18 +229,15 @@ class Refinement:
     common: np.ndarray | None = None                    # common_frame; None: no frame is taken off
     positions: list = field(default_factory=list)       # of position_map, one after the other
 
-    def frame(self, image):
-        """uint8 (H, W, 3) -> bool (H, W), its frame; None where no frame is taken off."""
-        if self.common is None:
-            return None
-        return frame_of(one_channel(image, self.channel, self.foreground), self.common)
-
     def draw(self, image):
         """uint8 (H, W, 3) -> bool (H, W), the refined mask."""
         values = one_channel(image, self.channel, self.foreground)
-        mask = dark_mask(values, self.frame(image))
-        for position in self.positions:
-            mask = drop_unlikely(mask, position)
+        frame = np.zeros(values.shape, bool)
+        if self.common is not None:
+            frame = frame_of(values, self.common)
+        mask = dark_mask(values, frame)
+        for position in self.positions:                 # what reaches no likely place is dropped
+            mask = connected(mask, position >= 0.5 * position.max())
         return mask
 
     def draw_all(self, images):
@@ -280,37 +249,27 @@ class Refinement:
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
     """Training images uint8 (N, H, W, 3), may be mapped -> (Refinement, evidence). Holds at most
-    456 images.
-
-    parts: of REFINEMENTS. evidence: a dict of what was decided and measured: channel and
-    separability; common_frame and framed, shares of a picture; reliability; dropped, a share of
-    the components. framed and dropped are means over at most 200 images.
-    """
+    256 images. parts: of REFINEMENTS. evidence, a dict: channel and separability, common_frame (a
+    share of the picture), reliability of position_map."""
     refinement = Refinement(foreground)
     evidence = {}
     if "channel" in parts:
         refinement.channel, evidence["separability"] = choose_channel(images)
     evidence["channel"] = refinement.channel
-    sample = [np.array(image) for image in images[::math.ceil(len(images) / 200)]]
     if "frame" in parts:
         times_dark = sum(m.astype(np.int64) for m in refinement.draw_all(images))
         refinement.common = common_frame(times_dark > 0.7 * len(images))
         evidence["common_frame"] = float(refinement.common.mean())
-        evidence["framed"] = float(np.mean([refinement.frame(image).mean() for image in sample]))
     if "position" in parts:
-        before = sum(components(refinement.draw(image))[0] for image in sample)
         for _ in range(2):                              # again, from the masks of the first
             position, reliability = position_map(refinement.draw_all(images), len(images))
             refinement.positions.append(position)
-        after = sum(components(refinement.draw(image))[0] for image in sample)
         evidence["reliability"] = reliability
-        evidence["dropped"] = (before - after) / max(1, before)
     return refinement, evidence
 
 
 def refined_masks(images, foreground, parts=REFINEMENTS):
-    """uint8 (N, H, W, 3) -> (uint8 {0, 1} (N, H, W), evidence): decide_refinement and its masks in
-    one call, for images that fit into memory."""
+    """uint8 (N, H, W, 3) -> (uint8 {0, 1} (N, H, W), evidence), for images that fit into memory."""
     refinement, evidence = decide_refinement(images, foreground, parts)
     return np.stack(list(refinement.draw_all(images))).astype(np.uint8), evidence
 
@@ -319,14 +278,16 @@ def refined_masks(images, foreground, parts=REFINEMENTS):
 
 def warp(image, matrix):
     """uint8 (3, H, W) -> the same: the pixel at (x, y) is taken from matrix @ (x, y, 1), bilinear;
-    of a tv_tensors.Mask (1, H, W) the nearest. What lies outside is the mirror image of what lies
-    inside: torchvision fills with black, which Otsu would take for dark foreground."""
-    is_mask = isinstance(image, tv_tensors.Mask)
-    height, width = image.shape[1:]
-    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if is_mask else cv2.INTER_LINEAR)
-    out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, (width, height), flags=flags,
+    of a tv_tensors.Mask (1, H, W) the nearest. Outside is the mirror image of the inside:
+    torchvision's black would be dark foreground to Otsu."""
+    interpolation = cv2.INTER_LINEAR
+    if isinstance(image, tv_tensors.Mask):
+        interpolation = cv2.INTER_NEAREST
+    out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, image.shape[:0:-1],
+                              flags=cv2.WARP_INVERSE_MAP | interpolation,
                               borderMode=cv2.BORDER_REFLECT_101)
-    return tv_tensors.Mask(out[None]) if is_mask else torch.from_numpy(out).permute(2, 0, 1)
+    out = torch.from_numpy(np.atleast_3d(out)).permute(2, 0, 1)
+    return out.as_subclass(type(image))
 
 
 class Perspective(v2.RandomPerspective):
@@ -337,11 +298,11 @@ class Perspective(v2.RandomPerspective):
 
 
 class Rotation(v2.RandomAffine):
-    """torchvision's random affine map (here a rotation about the centre), with mirrored borders."""
+    """torchvision's, as a rotation about the centre alone, with mirrored borders."""
 
     def transform(self, image, params):
         centre = ((image.shape[2] - 1) / 2, (image.shape[1] - 1) / 2)
-        rotation = cv2.getRotationMatrix2D(centre, -params["angle"], params["scale"])
+        rotation = cv2.getRotationMatrix2D(centre, -params["angle"], 1)
         return warp(image, np.linalg.inv(np.vstack([rotation, [0, 0, 1]])))
 
 
@@ -363,10 +324,9 @@ class MedSASS(nn.Module):
     Algorithm 1).
 
     augment(image): uint8 (3, H, W) -> [view uint8 (3, H, W), pseudo-mask uint8 {0, 1} (1, H, W)],
-    in the workers. plain(image): the same without augmentation, for validation. forward([views,
-    masks]) -> scalar loss. With refine, masks come with the images, from files. train_part
-    "encoder" or "decoder": only that part learns; the other stays as it is, its BatchNorm in eval
-    mode (section 4.1). The other members are those of every class in baselines/.
+    in the workers; with refine, augment(image, mask): masks come from files. plain: the same
+    without augmentation. train_part "encoder" or "decoder": only that part learns; the other stays
+    as it is, its BatchNorm in eval mode (section 4.1). The rest is as in every class of baselines/.
     """
 
     backbones = tuple(BACKBONES)
@@ -382,12 +342,9 @@ class MedSASS(nn.Module):
         if train_part != "end2end":
             self.unet.requires_grad_(train_part == "decoder")
             self.unet.encoder.requires_grad_(train_part == "encoder")
-        if refine:
-            self.plain, self.augment = v2.Identity(), paper_augmentation()
-        else:
-            draw = functools.partial(pseudo_mask, method=threshold, foreground=foreground)
-            self.plain = functools.partial(view_and_mask, v2.Identity(), draw)
-            self.augment = functools.partial(view_and_mask, paper_augmentation(), draw)
+        draw = None if refine else (threshold, foreground)
+        self.plain = functools.partial(view_and_mask, v2.Identity(), draw)
+        self.augment = functools.partial(view_and_mask, paper_augmentation(), draw)
 
     @property
     def encoder(self):
@@ -447,31 +404,32 @@ class MedSASS(nn.Module):
 METHODS = dict(medsass=MedSASS, byol=BYOL, dino=DINO, simsiam=SimSiam, mae=MAE, simmim=SimMIM)
 
 
-def view_and_mask(transform, draw, image):
-    """uint8 (3, H, W) -> [transform(image), its pseudo-mask uint8 {0, 1} (1, H, W)]."""
+def view_and_mask(transform, draw, image, mask=None):
+    """uint8 (3, H, W) -> [view, uint8 {0, 1} (1, H, W)]: the mask drawn in the view by `draw`,
+    (threshold, foreground), or the given tv_tensors.Mask, moved with the image."""
+    if draw is None:
+        return transform(image, mask)
     view = transform(image)
-    return [view, torch.from_numpy(draw(view.permute(1, 2, 0).numpy()[None]))]
+    return [view, torch.from_numpy(pseudo_mask(view.permute(1, 2, 0).numpy()[None], *draw))]
 
 
 def normalise(images):
     """uint8 (B, 3, H, W) RGB -> float, by ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-    return (images / 255 - mean) / std
+    return (images / 255 - MEAN.to(images.device)) / STD.to(images.device)
 
 
 # ------------------------------------------------------------------------ data and its randomness
 
 def seed_from(*key):
-    """A 63-bit seed from non-negative integers such as (seed, epoch, index): equal keys, equal
-    seed. Zeros at the end do not count: (5,) and (5, 0) are one key."""
+    """Non-negative integers such as (seed, epoch, index) -> a 63-bit seed. Zeros at the end do not
+    count: (5,) and (5, 0) are one key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Inside, torch's CPU generator is seeded from `key` and one thread computes (as in a loader's
-    worker, so that sums round alike); afterwards both are as before."""
+    """Inside, torch's CPU generator is seeded from `key`, and one thread computes, as in a loader's
+    worker, so that sums round alike; afterwards both are as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -484,17 +442,16 @@ def seeded(*key):
 
 class Images(torch.utils.data.Dataset):
     """One part of a data set, or some `rows` of it. Key (epoch, k) -> (row, transform(image)), the
-    same in whatever process; with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask
-    (1, S, S)]), moved together."""
+    same in whatever process; with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask])."""
 
     def __init__(self, folder, part, transform, seed, rows=None, masks=None):
         self.path = Path(folder) / f"{part}_images.npy"
         self.masks = masks
         self.transform = transform
         self.seed = seed
-        self.rows = rows
         if rows is None:                                # true masks are not read in this file
-            self.rows = range(len(prepare_data.open_part(folder, part)[0]))
+            rows = range(len(prepare_data.open_part(folder, part)[0]))
+        self.rows = rows
 
     def __len__(self):
         return len(self.rows)
@@ -503,24 +460,23 @@ class Images(torch.utils.data.Dataset):
         epoch, k = key
         row = self.rows[k]
         # mapped afresh: nothing to send to a worker
-        image = torch.from_numpy(np.array(np.load(self.path, mmap_mode="r")[row]))
-        image = image.permute(2, 0, 1)                  # (3, S, S)
+        image = torch.tensor(np.load(self.path, mmap_mode="r")[row]).permute(2, 0, 1)   # (3, S, S)
         with seeded(self.seed, epoch, row):
             if self.masks is None:
                 return row, self.transform(image)
-            mask = np.array(np.load(self.masks, mmap_mode="r")[row])
-            view, mask = self.transform(image, tv_tensors.Mask(mask[None]))
+            mask = tv_tensors.Mask(np.load(self.masks, mmap_mode="r")[row][None].copy())
+            view, mask = self.transform(image, mask)
             return row, [view, mask.as_subclass(torch.Tensor)]
 
 
 def ranks():
-    """(number of this process, how many train together): (0, 1) unless torchrun started several."""
+    """(number of this process, how many train together)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def over_ranks(*values):
-    """Numbers -> their sums over all ranks, a list of floats. Each rank has to call it."""
-    total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    """Numbers -> a list of their sums over all ranks, each of which has to call it."""
+    total = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
@@ -534,61 +490,55 @@ def wait_for_ranks():
 
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
-    stored without seed.
+    stored without seed. An epoch has max(n, draws) items, in several passes if need be; a last
+    batch of one image joins the one before it. share = (rank, ranks): shuffled, a batch is `ranks`
+    times as large and a rank takes every ranks-th item of it; as stored, every ranks-th batch. The
+    first `done` batches are left out."""
 
-    An epoch has max(n, draws) items; where draws > n, several passes over the images. A last batch
-    of one image joins the batch before it. share = (rank, ranks): shuffled, a batch is `ranks`
-    times as large and a rank takes every ranks-th item of it; in stored order a rank takes every
-    ranks-th batch. The first `done` batches are left out: they were done before a stop.
-    """
-
-    def __init__(self, n, batch_size, seed=None, draws=None, share=(0, 1)):
+    def __init__(self, n, batch_size, seed=None, draws=0, share=(0, 1)):
         self.n, self.seed = n, seed
         self.rank, self.ranks = share
         self.epoch = self.done = 0
-        self.draws = max(n, draws or 0)
+        self.draws = max(n, draws)
         together = 1 if seed is None else self.ranks    # that share a batch
-        self.cuts = list(range(0, self.draws, batch_size * together)) + [self.draws]
-        last = self.cuts[-1] - self.cuts[-2]
+        self.starts = list(range(0, self.draws, batch_size * together))
         least = min(batch_size, 2) * together           # BatchNorm needs two
-        if len(self.cuts) > 2 and last < least:
-            del self.cuts[-2]
+        if len(self.starts) > 1 and self.draws - self.starts[-1] < least:
+            self.starts.pop()
 
     def __len__(self):
-        return len(self.cuts) - 1
-
-    def order(self, number):
-        """The indices of one pass, a list."""
-        if self.seed is None:
-            return list(range(self.n))
-        generator = torch.Generator().manual_seed(seed_from(self.seed, number))
-        return torch.randperm(self.n, generator=generator).tolist()
+        return len(self.starts)
 
     def __iter__(self):
-        passes = math.ceil(self.draws / self.n)
+        number = self.epoch * math.ceil(self.draws / self.n)
         keys = []
-        for number in range(self.epoch * passes, (self.epoch + 1) * passes):
-            keys += [(number, index) for index in self.order(number)]
-        batches = [keys[start:end] for start, end in itertools.pairwise(self.cuts)]
+        while len(keys) < self.draws:
+            order = range(self.n)
+            if self.seed is not None:
+                generator = torch.Generator().manual_seed(seed_from(self.seed, number))
+                order = torch.randperm(self.n, generator=generator).tolist()
+            keys += [(number, index) for index in order]
+            number += 1
+        cuts = itertools.pairwise([*self.starts, self.draws])
+        batches = [keys[start:end] for start, end in cuts]
         if self.seed is None:
             return iter(batches[self.rank::self.ranks])
         return iter([batch[self.rank::self.ranks] for batch in batches[self.done:]])
 
 
 def start_worker(worker):
-    """In a loader's worker: ignore Ctrl-C, and SIGTERM but from the main process, which still needs
-    what is being loaded when a whole group or job is told to stop."""
-    def listen():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
+    """In a loader's worker: Ctrl-C and SIGTERM are for the main process, which still needs what is
+    being loaded when a whole group or job is told to stop. A worker ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):                  # not on a Mac
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=listen, daemon=True).start()
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends when the main process does
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Those that a traceback still holds: Python would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would report each
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def make_loader(dataset, batches, workers):
@@ -599,7 +549,7 @@ def make_loader(dataset, batches, workers):
 
 
 def write_masks(masks, shape, path):
-    """Write an iterator of masks (S, S), each bool or uint8 {0, 1}: an .npy, uint8 of `shape`
+    """Write an iterator of masks (S, S), bool or uint8 {0, 1}: an .npy, uint8 of `shape`
     (N, S, S), whole or not at all."""
     header = dict(descr="|u1", fortran_order=False, shape=shape)
 
@@ -613,42 +563,33 @@ def write_masks(masks, shape, path):
 
 
 def draw_refined(data, foreground, parts, folder):
-    """Draw the refined masks of a data set into train_masks.npy and val_masks.npy of a run's
-    folder, on its plain images, once; the evidence goes into its config.json."""
-    paths = {part: folder / f"{part}_masks.npy" for part in ("train", "val")}
-    if all(path.exists() for path in paths.values()):
-        return
+    """The refined masks of a data set, into train_masks.npy and val_masks.npy of a run's folder;
+    the evidence goes into its config.json."""
     images = prepare_data.open_part(data, "train")[0]
     refinement, evidence = decide_refinement(images, foreground, parts)
-    figures = [f"channel {evidence['channel']}"]
-    for name, value in evidence.items():
-        if isinstance(value, float):
-            figures.append(f"{name} {value:.3f}")
-    print(f"refined masks: {', '.join(figures)}")
-    if evidence.get("framed", 0) > 0.4:
+    print(f"refined masks: {evidence}")
+    if evidence.get("common_frame", 0) > 0.4:
         print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
               "is right, leave the frame out, --refine channel position")
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | dict(refinement=evidence))
-    for part, path in paths.items():
+    for part in ("train", "val"):                       # the last shows that all is there
         images = prepare_data.open_part(data, part)[0]
-        write_masks(refinement.draw_all(images), images.shape[:3], path)
+        write_masks(refinement.draw_all(images), images.shape[:3], folder / f"{part}_masks.npy")
 
 
 def image_sets(method, data, seed, folder):
-    """Three Images: training, the same un-augmented, validation; none with labels. The first rank
-    draws refined masks, if the method wants them; the others wait."""
-    masks = dict(train=None, val=None)
-    refine = getattr(method, "refine", ())
-    if refine:
-        if ranks()[0] == 0:
-            draw_refined(data, method.foreground, refine, folder)
+    """Three Images, none with labels: training, the same un-augmented, validation."""
+    train_masks = val_masks = None
+    if getattr(method, "refine", ()):
+        train_masks, val_masks = folder / "train_masks.npy", folder / "val_masks.npy"
+        if ranks()[0] == 0 and not val_masks.exists():
+            draw_refined(data, method.foreground, method.refine, folder)
         wait_for_ranks()
-        masks = {part: folder / f"{part}_masks.npy" for part in masks}
     plain = getattr(method, "plain", method.augment)
-    return (Images(data, "train", method.augment, seed, masks=masks["train"]),
+    return (Images(data, "train", method.augment, seed, masks=train_masks),
             Images(data, "train", v2.Identity(), seed),
-            Images(data, "val", plain, seed, masks=masks["val"]))
+            Images(data, "val", plain, seed, masks=val_masks))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -666,23 +607,19 @@ class Options:
 
 
 class Trainer:
-    """A method with its optimiser and its place in the run: all that last.pt holds.
+    """A method with its optimiser and its place in the run: all that last.pt holds. A step whose
+    loss is not finite on some rank, or whose gradient overflows in fp16, is left out."""
 
-    A step whose loss is not finite on some rank, or whose gradient overflows in fp16, is left out
-    and counted.
-    """
-
+    LEARNT = ("method", "optimizer", "scaler")
     # Where it is, and the sums of the epoch so far.
-    POSITION = ("epoch", "done", "best", "stale", "sums", "skipped", "bad_in_a_row", "waited",
-                "seconds")
+    POSITION = ("epoch", "done", "best", "stale", "sums", "skipped")
 
     def __init__(self, method, options, device, epoch_steps):
         self.method, self.options, self.device = method, options, device
         self.epoch_steps = epoch_steps
-        self.module = getattr(method, "unet", method)   # MedSASS has no weights but its U-Net's
         self.optimizer = method.optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        self.epoch = self.stale = self.bad_in_a_row = 0
+        self.epoch = self.stale = 0
         self.best = math.inf
         self.begin_epoch()
         self.network = method
@@ -691,13 +628,11 @@ class Trainer:
 
     def begin_epoch(self):
         self.done, self.sums, self.skipped = 0, {}, 0
-        self.waited = self.seconds = 0.0
 
     def finished(self):
-        """Whether the epochs are done, or `patience` of them went by without a better validation
-        loss."""
-        is_stale = 0 < self.options.patience <= self.stale
-        return self.epoch >= self.options.epochs or is_stale
+        """Whether the epochs are done, or `patience` of them brought no better validation loss."""
+        options = self.options
+        return self.epoch >= options.epochs or 0 < options.patience <= self.stale
 
     def autocast(self):
         """The context in which networks run."""
@@ -705,13 +640,13 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=self.options.amp != "off")
 
     def step(self, views, n, stopping):
-        """Learn from a batch of n images -> ({name: figure}, empty where the step was left out;
-        whether some rank is `stopping`)."""
+        """Learn from a batch of n images -> ({name: figure}, empty where it was left out; whether
+        some rank is `stopping`)."""
         step = self.epoch * self.epoch_steps + self.done
         total = self.options.epochs * self.epoch_steps
         torch.manual_seed(seed_from(self.options.seed, step, ranks()[0]))
         self.method.before_step(self.optimizer, step, total, self.epoch_steps)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with self.autocast():
             loss = self.network(to_device(views, self.device))
         bad, stopping = over_ranks(not math.isfinite(loss.item()), stopping)
@@ -726,47 +661,26 @@ class Trainer:
         self.done += 1
         if bad:
             self.skipped += 1
-            self.bad_in_a_row += 1
             return {}, stopping
-        self.bad_in_a_row = 0
         self.method.after_step(step, total)
         figures = dict(train_loss=loss.item(), **self.method.health())
         for name, value in dict(n=1, **figures).items():
             self.sums[name] = self.sums.get(name, 0.0) + value * n
         return figures, stopping
 
-    def end_epoch(self, val_loss):
-        """Count the epoch, and begin the next; whether its validation loss is the best so far."""
-        is_better = val_loss < self.best
-        self.stale += 1
-        if is_better:
-            self.best, self.stale = val_loss, 0
-        self.epoch += 1
-        self.begin_epoch()
-        return is_better
-
     def state_dict(self):
-        """What last.pt holds; of a finished run, from which nothing goes on, the position alone:
-        its weights are in best.pt."""
-        state = {name: getattr(self, name) for name in self.POSITION} | dict(ranks=ranks()[1])
+        """What last.pt holds; of a finished run the position alone: its weights are in best.pt."""
+        state = {name: getattr(self, name) for name in self.POSITION}
         if not self.finished():
-            state["method"] = self.method.state_dict()
-            state["optimizer"] = self.optimizer.state_dict()
-            state["scaler"] = self.scaler.state_dict()
+            state |= {name: getattr(self, name).state_dict() for name in self.LEARNT}
         return state
 
     def load_state_dict(self, state):
-        if "optimizer" in state:
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        for parameter, old in self.optimizer.state.items():
-            # torch.save writes a name once where it is one object: so a resumed run's file is equal
-            named = {sys.intern(name): value for name, value in old.items()}
-            self.optimizer.state[parameter] = named
-        for name in self.POSITION:
-            setattr(self, name, state[name])
-        self.done = self.done * state["ranks"] // ranks()[1]    # after about as many images
+        for name, value in state.items():
+            if name in self.LEARNT:
+                getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value)
 
 
 def network_of(method):
@@ -787,14 +701,10 @@ def to_device(views, device):
 
 @torch.no_grad()
 def update_batchnorm(method, loader, device, batches=64):
-    """Set BatchNorm's statistics to their mean over un-augmented training images under the weights
-    as they are now.
-
-    The usual running average looks back over some ten steps; where an epoch has not many more, that
-    is a network that is no longer there, and validation and test see it (Wu & Johnson 2021,
-    "precise BN"). Training does not use them. torch.optim.swa_utils.update_bn would reset the
-    BatchNorm of a frozen part, too.
-    """
+    """BatchNorm's statistics become their mean over un-augmented training images under the weights
+    as they are now (Wu & Johnson 2021, "precise BN"): the usual running average looks back over ten
+    steps, which in short epochs is a network that is no longer there. torch.optim.swa_utils.
+    update_bn would reset the BatchNorm of a frozen part, too."""
     method.train()
     network = network_of(method)
     norms = []
@@ -812,8 +722,7 @@ def update_batchnorm(method, loader, device, batches=64):
 
 @torch.no_grad()
 def validate(method, loader, device, seed):
-    """Mean loss over the validation images: the same images, views and masks each time, and nothing
-    learns."""
+    """Mean loss over the validation images: the same views and masks each time."""
     method.eval()
     rank, all_ranks = ranks()
     loss = n = 0
@@ -828,48 +737,41 @@ def validate(method, loader, device, seed):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their names come
+    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their numbers come
     into the list that is yielded."""
-    names = []
-
-    def note(number, frame):
-        names.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = []
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda number, frame: signals.append(number))
     try:
-        yield names
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def train(method, sets, options, folder, device, draws=None):
-    """Train, validate, log, save, maybe stop: until the epochs are done. Of several ranks the first
-    alone writes.
+def train(method, sets, options, folder, device, draws=0):
+    """Train, validate, log, save, maybe stop: until the epochs are done. The first rank writes.
 
-    sets: training, plain training (for BatchNorm) and validation data, with keys and items as of
-    Images. draws: images an epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C,
-    after it has saved, and where ten steps in a row were left out.
+    sets: training, plain training (for BatchNorm) and validation data, as Images. draws: images an
+    epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C, after it has saved, and
+    after an epoch of which every step was left out.
     """
-    rank, all_ranks = ranks()
+    rank, _ = ranks()
     train_set, plain_set, val_set = sets
     seed, size = options.seed, options.batch_size
-    batches = Batches(len(train_set), size, seed, draws=draws, share=(rank, all_ranks))
+    batches = Batches(len(train_set), size, seed, draws, ranks())
     few = min(options.workers, 1)
     train_loader = make_loader(train_set, batches, options.workers)
     plain_loader = make_loader(plain_set, Batches(len(plain_set), size, seed), few)
-    val_loader = make_loader(val_set, Batches(len(val_set), size, share=(rank, all_ranks)), few)
+    val_loader = make_loader(val_set, Batches(len(val_set), size, share=ranks()), few)
     steps = len(batches)
     trainer = Trainer(method, options, device, steps)
-    weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    print(f"{folder}: {weights:,} trainable weights on {device.type}, ranks: {all_ranks}")
+    module = getattr(method, "unet", method)            # MedSASS has no weights but its U-Net's
+    print(f"{folder}: precision {options.amp}")
     log = []
     if (folder / "last.pt").exists():
-        state = load_checkpoint(folder / "last.pt", device)
-        if not state.keys() >= set(trainer.POSITION):
-            sys.exit(f"{folder / 'last.pt'} is of another version of this program: --overwrite "
-                     "starts the run afresh")
-        trainer.load_state_dict(state)
+        trainer.load_state_dict(load_checkpoint(folder / "last.pt", device))
         print(f"{folder}: going on after {trainer.epoch} epochs and {trainer.done} steps")
         log = read_log(folder)[:trainer.epoch]
     bar = tqdm(total=options.epochs * steps, initial=trainer.epoch * steps + trainer.done,
@@ -879,120 +781,99 @@ def train(method, sets, options, folder, device, draws=None):
         if rank == 0:
             write_atomically(folder / name, functools.partial(torch.save, content))
 
-    with asked_to_stop() as signals:
+    with asked_to_stop() as signals, bar:
         while not trainer.finished():
-            bar.set_description(f"epoch {trainer.epoch + 1}/{options.epochs}")
+            bar.set_description(f"epoch {trainer.epoch + 1}")
             batches.epoch, batches.done = trainer.epoch, trainer.done
             method.train()
-            saved = before = time.time()
+            waited = 0
+            start = saved = before = time.time()
             for index, views in train_loader:
-                trainer.waited += time.time() - before
+                waited += time.time() - before
                 figures, stopping = trainer.step(views, len(index), bool(signals))
-                trainer.seconds += time.time() - before
                 before = time.time()
-                text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-                bar.set_postfix_str(text, refresh=False)
+                bar.set_postfix(figures, refresh=False)
                 bar.update()
-                if trainer.bad_in_a_row == 10:
-                    bar.close()
-                    names = prepare_data.read_names(train_set.path.parent, "train")
-                    batch = ", ".join(names[row]["name"] for row in index)
-                    sys.exit("the loss was not finite, or its gradient overflowed, in 10 steps in "
-                             f"a row, last in the batch of {batch}: try --amp off, or a smaller "
-                             "--lr")
                 if stopping or before - saved > 60 * options.save_minutes:
                     save("last.pt", trainer.state_dict())
                     saved = time.time()
                 if stopping:
-                    bar.close()
-                    name = signals[0] if signals else "another rank"
                     step = trainer.epoch * steps + trainer.done
-                    sys.exit(f"stopped by {name} after step {step}; the same command, without "
-                             "--overwrite, goes on from there")
-            before = time.time()
+                    sys.exit(f"stopped after step {step}; the same command, without --overwrite, "
+                             "goes on from there")
+            if not trainer.sums:
+                sys.exit(f"epoch {trainer.epoch + 1}: no loss was finite, or every gradient "
+                         "overflowed: try --amp off, or a smaller --lr")
             sums = dict(zip(trainer.sums, over_ranks(*trainer.sums.values()), strict=True))
-            n = sums.pop("n", 0)                        # 0: every step was left out
+            n = sums.pop("n")
             figures = {name: total / n for name, total in sums.items()}
             with trainer.autocast():
                 update_batchnorm(method, plain_loader, device)
                 val_loss = validate(method, val_loader, device, seed)
-            seconds = trainer.seconds + time.time() - before
             row = dict(epoch=trainer.epoch + 1, val_loss=val_loss, **figures,
-                       skipped=trainer.skipped, seconds=seconds, waited=trainer.waited)
+                       skipped=trainer.skipped, seconds=time.time() - start, waited=waited)
             log.append({name: f"{value:.6g}" for name, value in row.items()})
-            warning = method.collapsed(figures) if figures else None
-            if warning:
-                bar.write(f"epoch {trainer.epoch + 1}: {warning}")
-            is_better = trainer.end_epoch(val_loss)
+            if method.collapsed(figures):
+                bar.write(f"epoch {trainer.epoch + 1}: {method.collapsed(figures)}")
+            is_better = val_loss < trainer.best
+            trainer.stale += 1
+            if is_better:
+                trainer.best, trainer.stale = val_loss, 0
+            trainer.epoch += 1
+            trainer.begin_epoch()
             if rank == 0:
                 write_csv(folder / "log.csv", log)
             if is_better or not method.keep_best:       # a loss that says little: the last is kept
-                save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss,
-                                     model=trainer.module.state_dict()))
+                model = module.state_dict()
+                save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss, model=model))
             save("last.pt", trainer.state_dict())
-    bar.close()
-    if trainer.best == math.inf and method.keep_best:
-        sys.exit("the validation loss was never finite: try --amp off, or a smaller --lr")
     if rank == 0:                                       # the last files of a run
         kept = load_checkpoint(folder / "best.pt", device)
-        trainer.module.load_state_dict(kept["model"])
-        print(f"{folder}: the weights of epoch {kept['epoch']} are kept, validation loss "
-              f"{kept['val_loss']:.4f}")
+        module.load_state_dict(kept["model"])
+        print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
         export_encoder(method, folder / "encoder.pth")
         write_samples(method, val_set, seed, folder / "samples.png", device)
 
 
 @torch.no_grad()
-def write_samples(method, val_set, seed, path, device, rows=6):
+def write_samples(method, val_set, seed, path, device):
     """samples.png: what the method sees and makes of validation images (its samples())."""
     method.eval()
-    items = [val_set[0, k][1] for k in range(min(rows, len(val_set)))]
-    views = [torch.stack(view) for view in zip(*items, strict=True)]
+    items = [val_set[0, k] for k in range(len(val_set))[:6]]
+    _, views = torch.utils.data.default_collate(items)
     torch.manual_seed(seed_from(seed))
-    columns = method.samples(to_device(views, device))
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-
-    def picture(tile):                                  # mask, uint8 image, or normalised float one
-        tile = tile.cpu()
-        if tile.is_floating_point():
-            tile = (tile * std + mean).mul(255).round().clamp(0, 255)
-        return tile[0].numpy() if len(tile) == 1 else tile.byte().permute(1, 2, 0).numpy()
-
-    sheet = []
-    for tiles in zip(*columns.values(), strict=True):
-        sheet.append([picture(tile) for tile in tiles])
-    image = Image.fromarray(prepare_data.contact_sheet(sheet, list(columns)))
-    write_atomically(path, functools.partial(image.save, format="PNG"))
+    samples = method.samples(to_device(views, device))
+    columns = []
+    for pictures in samples.values():                   # masks, uint8 images, or normalised ones
+        pictures = pictures.cpu()
+        if pictures.is_floating_point():
+            pictures = (pictures * STD + MEAN).mul(255).round().clamp(0, 255)
+        columns.append(pictures.byte().permute(0, 2, 3, 1).squeeze(3).numpy())
+    image = prepare_data.contact_sheet(list(zip(*columns, strict=True)), list(samples))
+    write_atomically(path, functools.partial(Image.fromarray(image).save, format="PNG"))
 
 
 # ------------------------------------------------------------------------------------ run folders
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a killed run or a full disk never leaves half a file
-    under the real name."""
+    """write(temporary path), then rename: never half a file under the real name."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-    except BaseException as error:
+        os.replace(temporary, path)
+    except RuntimeError as error:                       # torch.save on a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, RuntimeError) and not is_memory:   # torch.save on a full disk
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written: {reason}") from None
-        raise
-    os.replace(temporary, path)
 
 
 def write_json(path, content):
     """A dict as JSON, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def write_csv(path, rows):
-    """A list of dicts as a CSV, whole or not at all. The last has all keys; others may lack
-    some."""
+    """A list of dicts as a CSV, whole or not at all; the last has all keys."""
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
@@ -1021,15 +902,13 @@ def load_checkpoint(path, device):
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there first, and prints which; ends the program
-    where the one asked for is not there."""
+    """"auto" -> cuda, mps or cpu, whichever is there; ends the program where the one asked for is
+    not."""
     if name == "auto":
         name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        print(f"device: {torch.cuda.get_device_name() if name == 'cuda' else name}")
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
+        print(f"device: {name}")
     try:
         return torch.zeros(1, device=name).device       # with a number: the current GPU
     except (RuntimeError, AssertionError) as error:
@@ -1037,9 +916,8 @@ def pick_device(name):
 
 
 def pick_precision(asked, device, method):
-    """--amp -> "off", "bf16" or "fp16": auto is bf16 on a GPU that has it, else fp16 there, off
-    elsewhere. DINO is never trained in fp16 (its authors advise against it for small patches). Ends
-    the program where that is asked for."""
+    """--amp -> "off", "bf16" or "fp16". DINO is never trained in fp16 (its authors advise against
+    it for small patches): ends the program where that is asked for."""
     not_fp16 = isinstance(method, DINO)
     if asked == "fp16" and not_fp16:
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
@@ -1047,27 +925,17 @@ def pick_precision(asked, device, method):
         return asked
     if device.type != "cuda":
         return "off"
-    if torch.cuda.is_bf16_supported():
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "off" if not_fp16 else "fp16"
 
 
 def build_method(args, meta):
-    """(the method, with its weights drawn from --seed; the values of the flags that were left
-    unset, a dict). Flags that only MedSASS uses are named and ignored for a baseline."""
-    defaults = dict(foreground=meta["foreground"])
+    """The method, its weights drawn from --seed; ends the program where there is no such one."""
     flags = {}
     if args.method == "medsass":
         flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
-                     foreground=args.foreground or defaults["foreground"], refine=args.refine or ())
-    else:
-        usual = parse_args(["--dataset", args.dataset])
-        given = []
-        for name in MEDSASS_FLAGS:
-            if getattr(args, name) != getattr(usual, name):
-                given.append(f"--{name}")
-        if given:
-            print(f"not used by {args.method} and ignored: {', '.join(given)}")
+                     foreground=args.foreground or meta["foreground"], refine=args.refine or ())
     torch.manual_seed(seed_from(args.seed))
     try:
         batch_size = args.batch_size * ranks()[1]
@@ -1077,34 +945,27 @@ def build_method(args, meta):
     if min(args.batch_size, meta["counts"]["train"]) < 2 and isinstance(method, (BYOL, SimSiam)):
         sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: "
                  "--batch-size 2 or more, and 2 training images")
-    defaults |= dict(lr=method.lr, weight_decay=method.weight_decay)
-    defaults |= dict(patience=5 if method.keep_best else 0)
-    if args.lr is not None:
-        method.lr = args.lr
-    if args.weight_decay is not None:
-        method.weight_decay = args.weight_decay
-    return method, defaults
+    return method
 
 
 def start_from(method, source, backbone):
     """--encoder: load the weights of a file, or timm's of ImageNet, into a method's encoder and its
-    moving average. Returns their sha256. Ends the program where that cannot be done."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(source)
+    moving average. Returns their sha256; ends the program where that cannot be done."""
+    with tempfile.NamedTemporaryFile() as file:
+        path = source
         if source == "imagenet":
-            path = Path(folder) / "imagenet.pth"
+            path = file.name
             try:
                 model = timm.create_model(BACKBONES[backbone], pretrained=True)
             except Exception as error:                  # whatever its hub client raises
-                sys.exit(f"--encoder imagenet: timm cannot fetch its weights of "
-                         f"{BACKBONES[backbone]} ({type(error).__name__}): check the network, or "
-                         "give --encoder FILE")
+                sys.exit("--encoder imagenet: timm cannot fetch its weights "
+                         f"({type(error).__name__}): check the network, or give --encoder FILE")
             torch.save(model.state_dict(), path)
         try:
             load_encoder(getattr(method, "unet", method), path)
         except ValueError as error:
             sys.exit(str(error))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for name in ("target", "student"):                  # BYOL's and DINO's other copy of it, a head
         copied = getattr(method, name, None)
         if isinstance(copied, nn.Module):
@@ -1116,50 +977,43 @@ MEDSASS_FLAGS = ("train", "threshold", "loss", "foreground", "refine")
 # Flags that name a run's folder where they are not as usual, and what stands before their value.
 VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
                patience="p", lr="lr", weight_decay="wd", amp="")
+# Flags that do not change what a run computes.
+NO_SETTINGS = ("compile", "save_minutes", "workers", "data", "out", "device", "overwrite")
 
 
-def run_settings(args, defaults, meta, amp):
-    """All that decides what a run computes; equal settings, equal bits (on one machine). defaults:
-    of build_method."""
-    names = ("dataset", "backbone", "method", "train", "threshold", "loss", "foreground", "epochs",
-             "batch_size", "patience", "lr", "weight_decay", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    for name, value in defaults.items():
-        if settings[name] is None:
+def run_settings(args, method, meta):
+    """(all that decides what a run computes, a dict: equal settings, equal bits on one machine; its
+    folder, whose name has what is not usual, in flag order). Flags that only MedSASS uses are named
+    and ignored for a baseline."""
+    usual = vars(parse_args(["--dataset", args.dataset]))
+    usual |= dict(foreground=meta["foreground"], patience=5 if method.keep_best else 0,
+                  lr=method.lr, weight_decay=method.weight_decay)
+    settings = usual.copy()
+    for name, value in vars(args).items():
+        if value in (None, usual[name]):
+            continue
+        if args.method != "medsass" and name in MEDSASS_FLAGS:
+            print(f"--{name} is not used by {args.method} and ignored")
+        else:
             settings[name] = value
-    if args.method != "medsass":
-        settings |= dict(train="encoder", threshold="otsu", loss="focal_tversky")
-        settings["foreground"] = meta["foreground"]
-    elif args.refine:
-        settings["refine"] = args.refine
+    variant = args.method
+    if settings["refine"]:
+        variant += "+"
+        if settings["refine"] != list(REFINEMENTS):
+            variant += "-".join(settings["refine"])
     if args.encoder:
         settings["encoder"] = Path(args.encoder).name
-    if args.sync_batchnorm:
-        settings["sync_batchnorm"] = True
-    return settings | dict(amp=amp, img_size=meta["size"], data=meta["fingerprint"])
-
-
-def run_folder(args, defaults):
-    """runs/<dataset>/<backbone>/<method>[-variant]/seed<k>; the variant names what is not usual, in
-    flag order. defaults: of build_method."""
-    usual = parse_args(["--dataset", args.dataset])
-    words = [args.method]
-    if args.refine and args.method == "medsass":
-        words = [args.method + refined_name(args.refine)]
-    if args.encoder:
-        words.append(f"from-{Path(args.encoder).stem}")
+        variant += f"-from-{Path(args.encoder).stem}"
     for name, prefix in VARIANT.items():
-        value = getattr(args, name)
-        is_ignored = args.method != "medsass" and name in MEDSASS_FLAGS
-        if value not in (None, getattr(usual, name), defaults.get(name)) and not is_ignored:
-            words.append(f"{prefix}{value}")
-    return Path(args.out) / args.dataset / args.backbone / "-".join(words) / f"seed{args.seed}"
-
-
-def refined_name(parts):
-    """What follows "medsass" or "otsu" in names: "+" for all of REFINEMENTS, else "+channel-frame"
-    and the like."""
-    return "+" if tuple(parts) == REFINEMENTS else "+" + "-".join(parts)
+        if settings[name] != usual[name]:
+            variant += f"-{prefix}{settings[name]}"
+    folder = Path(args.out) / args.dataset / args.backbone / variant / f"seed{args.seed}"
+    if args.method != "medsass":
+        settings["train"] = "encoder"
+    for name in usual:
+        if name in NO_SETTINGS or settings[name] is None:
+            del settings[name]
+    return settings | dict(img_size=meta["size"], data=meta["fingerprint"]), folder
 
 
 def clear_run(folder):
@@ -1170,30 +1024,20 @@ def clear_run(folder):
 
 
 def open_run(settings, folder, command, overwrite):
-    """Make the run's folder with its config.json, or check that the one there is of the same
-    settings. Ends the program where it is not."""
+    """Make a run's folder with its config.json; ends the program where one is there of other
+    settings."""
     path = folder / "config.json"
     if path.exists() and not overwrite:
-        try:
-            config = json.loads(path.read_text())
-            there = config["settings"]
-        except (ValueError, KeyError):
-            sys.exit(f"{path} is not a run's settings: --overwrite starts this run afresh")
-        differ = []
+        there = json.loads(path.read_text())["settings"]
         for name, value in settings.items():
-            if name == "lr" and config.get("ranks", 1) != ranks()[1]:
-                continue                                # it goes with the batch of all ranks
-            old = there.get(name, "off" if name == "amp" else None)
-            if old != value:
-                differ.append(f"{name} ({old} there, {value} asked)")
-        if differ:
-            sys.exit(f"{folder} holds a run with another {', '.join(differ)}: --overwrite starts "
-                     "it afresh")
+            if there.get(name) != value:
+                sys.exit(f"{folder} holds a run with another {name} ({there.get(name)} there, "
+                         f"{value} asked): --overwrite starts it afresh")
         return
     clear_run(folder)
-    versions = dict(python=platform.python_version(), torch=torch.__version__,
-                    timm=timm.__version__, torchvision=torchvision.__version__,
-                    opencv=cv2.__version__, numpy=np.__version__)
+    versions = {"python": platform.python_version()}
+    for library in (torch, torchvision, timm, cv2, np):
+        versions[library.__name__] = library.__version__
     write_json(path, dict(settings=settings, command=command, ranks=ranks()[1], versions=versions))
 
 
@@ -1210,13 +1054,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dataset", required=True, type=prepare_data.dataset_name,
         help="name of a prepared data set, a folder under --data")
-    add("--backbone", default="resnet50", choices=list(BACKBONES), help="the encoder of the U-Net")
-    add("--method", default="medsass", choices=list(METHODS),
-        help="MedSASS, or an encoder by a baseline")
+    add("--backbone", default="resnet50", choices=BACKBONES, help="the encoder of the U-Net")
+    add("--method", default="medsass", choices=METHODS, help="MedSASS, or a baseline's encoder")
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
-    add("--threshold", default="otsu", choices=THRESHOLDS,
-        help="how the pseudo-masks are drawn (Table 3)")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
         "without the frame of the picture, without what lies where objects never lie; no PART: "
@@ -1224,19 +1066,15 @@ def parse_args(argv=None):
     add("--encoder", metavar="FILE",
         help="start from this encoder, ours or any of timm's or torchvision's form, or from "
         "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
-    add("--loss", default="focal_tversky", choices=list(LOSSES),
-        help="what the network is trained by (Table 4; bce is appendix B.1)")
+    add("--loss", default="focal_tversky", choices=LOSSES, help="Table 4; bce is appendix B.1")
     add("--foreground", choices=["bright", "dark"],
-        help="whether objects are brighter or darker than what is around them; unset: what "
-        "prepare_data.py decided")
-    add("--epochs", type=int, default=50,
-        help="the paper's 50 at most (Table 5: 10, 20, 50, 70)")
+        help="objects against what is around them; unset: what prepare_data.py decided")
+    add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
     add("--patience", type=int,
         help="stop after so many epochs without a better validation loss; 0: never. Unset: 5; for "
         "byol, dino, simsiam, whose loss says nothing about quality, 0")
-    add("--lr", type=float,
-        help="unset: the method's own (medsass: 3.6e-4; baselines/*.py for others)")
+    add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
@@ -1244,8 +1082,8 @@ def parse_args(argv=None):
         "else fp16 there, off on a CPU")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--save-minutes", type=float, default=10, help="save last.pt so often inside an epoch")
-    add("--sync-batchnorm", action="store_true",
-        help="several GPUs: BatchNorm over the images of all")
+    add("--sync-batchnorm", action="store_true", default=None,
+        help="BatchNorm over the images of all GPUs")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
         help="processes that load and augment; any number gives the same bits")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
@@ -1256,7 +1094,7 @@ def parse_args(argv=None):
     check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0,
                   workers=0, save_minutes=0)
     if args.refine is not None:                         # in one order, each once; none: all
-        args.refine = [part for part in REFINEMENTS if part in args.refine or not args.refine]
+        args.refine = sorted(set(args.refine or REFINEMENTS))
         if args.threshold != "otsu" and args.method == "medsass":
             parser.error("--refine refines Otsu's masks: leave out --threshold")
     return args
@@ -1271,9 +1109,12 @@ def check_numbers(parser, args, **least):
 
 
 def join_ranks():
-    """Under torchrun with several processes: find the others; all but the first are silent."""
-    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    """Under torchrun: find the other processes; all but the first are silent."""
+    if dist.is_torchelastic_launched():
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     if ranks()[0] > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1286,31 +1127,23 @@ def main(argv=None):
     rank, all_ranks = ranks()
     data = Path(args.data) / args.dataset
     meta = prepare_data.read_meta(data)
-    n_train = meta["counts"]["train"]
-    if all_ranks > 1 and n_train < 2 * all_ranks:
-        sys.exit(f"{n_train} training images are too few for {all_ranks} ranks")
-    if all_ranks > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(args.device)
     if args.sync_batchnorm and (device.type != "cuda" or all_ranks == 1):
         sys.exit("--sync-batchnorm is for several GPUs, under torchrun")
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
-    torch.backends.cudnn.allow_tf32 = True
-    method, defaults = build_method(args, meta)
-    amp = pick_precision(args.amp, device, method)
-    settings = run_settings(args, defaults, meta, amp)
+    method = build_method(args, meta)
+    settings, folder = run_settings(args, method, meta)
+    settings["amp"] = pick_precision(args.amp, device, method)
+    method.lr, method.weight_decay = settings["lr"], settings["weight_decay"]
     if args.encoder:
         settings["encoder_sha256"] = start_from(method, args.encoder, args.backbone)
-    if device.type == "cuda":
-        print(f"precision: {amp}, with TF32")
     method.to(device, memory_format=torch.channels_last)
     if args.compile:
         network_of(method).compile()
     if args.sync_batchnorm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    options = Options(args.epochs, args.batch_size, settings["patience"], args.seed, amp,
-                      args.workers, args.save_minutes)
-    folder = run_folder(args, defaults)
+    options = Options(args.epochs, args.batch_size, settings["patience"], args.seed,
+                      settings["amp"], args.workers, args.save_minutes)
     with prepare_data.only_one(folder / ".lock") if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             command = shlex.join(["python", "pretrain.py", *flags])
@@ -1328,14 +1161,12 @@ def main(argv=None):
 
 
 def explain_memory(error):
-    """End the program with one line where a RuntimeError of torch means that some memory was too
-    small."""
+    """End the program with one line where a RuntimeError of torch means too little memory."""
     text = str(error).lower()
     if "shared memory" in text or "bus error" in text:
         sys.exit("shared memory (/dev/shm) is too small for the processes that load images: "
                  "--workers 0, or more of it (docker run --shm-size 1g)")
-    is_memory = isinstance(error, torch.OutOfMemoryError)
-    if is_memory or "not enough memory" in text or "allocate memory" in text:
+    if "out of memory" in text or "allocate memory" in text:
         sys.exit("out of memory: a smaller --batch-size, or pictures prepared at a smaller --size")
 
 
@@ -1346,15 +1177,11 @@ def end_on_sigterm(signum, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end_on_sigterm)
-    goes_on = "the same command, without --overwrite, goes on from where it was saved last"
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:       # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"pretrain.py: {str(error) or 'interrupted'}; {goes_on}")
+        sys.exit(f"pretrain.py: {str(error) or 'interrupted'}; the same command, without "
+                 "--overwrite, goes on from where it was saved last")
     except RuntimeError as error:
         explain_memory(error)
-        if not dist.is_initialized():
-            raise
-        reason = str(error).splitlines()[0][:200]
-        sys.exit(f"pretrain.py: rank {dist.get_rank()} ends, because another one is gone "
-                 f"({reason}); {goes_on}")
+        raise

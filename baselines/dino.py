@@ -5,8 +5,7 @@ arXiv:2104.14294). One file; torch, torchvision, timm.
     views = method.augment(image)   # uint8 (3, H, W) -> 2 global (3, 224, 224), 8 local (3, 96, 96)
     loss = method(views)            # each view batched -> scalar; log(prototypes) knows nothing
 
-Algorithm 1 and section 3; reference: facebookresearch/dino. `method.encoder` is the teacher, whose
-weights the authors evaluate, a plain timm model (ViT-small patch 8 or ResNet-50).
+Reference: facebookresearch/dino. `method.encoder` is the teacher, a plain timm model.
 """
 
 import copy
@@ -17,27 +16,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ImageFilter
+from timm.optim import param_groups_weight_decay
 from torchvision.transforms import v2
 
 
 def blur(image):
     """A Pillow image, blurred with a sigma of .1 to 2 pixels."""
-    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
-    return image.filter(ImageFilter.GaussianBlur(sigma))
+    return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
 
 
 def augmentation(size, scale, blur_p, solarize_p):
     """uint8 (3, H, W) -> float (3, size, size), ImageNet-normalised: BYOL's recipe with multi-crop
-    (section 3.1).
-
-    On gray images saturation, hue and grayscale do nothing. Solarisation inverts what is bright, on
-    X-rays bones among it: the published recipe keeps it.
-    """
+    (section 3.1). On gray images saturation, hue and grayscale do nothing."""
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose([
         v2.ToPILImage(),
-        v2.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
+        v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([jitter], p=0.8),
         v2.RandomGrayscale(p=0.2),
@@ -49,23 +43,15 @@ def augmentation(size, scale, blur_p, solarize_p):
 
 
 class Head(nn.Module):
-    """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (section 3.2 and
-    appendix C).
-
-    The BatchNorm after both hidden layers is an option of the reference (use_bn_in_head), off
-    there. A fresh ViT gives a thousand gray images nearly one and the same feature: without it the
-    teacher of a short run never tells them apart.
-    """
+    """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (appendix C). The
+    BatchNorm is an option of the reference (use_bn_in_head), off there: without it the teacher of a
+    short run never tells gray images apart, of which a fresh ViT makes nearly one feature."""
 
     def __init__(self, features, prototypes, hidden=2048, bottleneck=256):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.GELU(),
+            nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
             nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
         for layer in self.mlp:
@@ -73,23 +59,14 @@ class Head(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def last_layer(self):
-        """Weight normalisation with its length fixed at 1: (prototypes, 256), unit rows."""
-        return F.normalize(self.prototypes.weight, dim=1)
-
     def forward(self, x):
-        return F.linear(F.normalize(self.mlp(x), dim=1), self.last_layer())
+        return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(self.prototypes.weight, dim=1))
 
 
-def dino_loss(student, teacher, center, student_temp, teacher_temp):
-    """Cross-entropy of every student view against every other of the two teacher views
-    (equation 3).
-
-    student: (V, B, K), teacher: (2, B, K) for the first two of those views, center: (1, K) ->
-    scalar.
-    """
-    log_p = F.log_softmax(student.float() / student_temp, dim=-1)
-    q = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
+def dino_loss(student, q):
+    """Cross-entropy of every student view against every other of the two teacher views (equation
+    3). student: logits (V, B, K), q: probabilities (2, B, K) of the first two -> scalar."""
+    log_p = F.log_softmax(student.float() / 0.1, dim=-1)
     with torch.autocast(student.device.type, enabled=False):
         pairs = -torch.einsum("tbk,vbk->tv", q, log_p) / student.shape[1]   # (2, V)
     is_other = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
@@ -98,26 +75,20 @@ def dino_loss(student, teacher, center, student_temp, teacher_temp):
 
 class DINO(nn.Module):
     """A student that predicts, from any crop, what its moving average, the teacher, makes of a
-    global crop.
-
-    ViT-small and ResNet-50 have recipes of their own, as in the authors' README.
-    """
+    global crop. ViT-small and ResNet-50 have recipes of their own, as in the authors' README."""
 
     backbones = ("vit_small", "resnet50")
     keep_best = False                             # the loss says nothing about quality
 
-    def __init__(self, backbone="vit_small", img_size=224, batch_size=16, prototypes=1024,
-                 local_crops=8):
+    def __init__(self, backbone="vit_small", img_size=224, batch_size=16, prototypes=1024):
         super().__init__()
         if backbone not in self.backbones or backbone == "vit_small" and img_size % 8:
-            raise ValueError("DINO takes resnet50, or vit_small, which cuts images into patches of "
-                             "8 pixels, at a side that is a multiple of 8, not "
-                             f"{backbone} at {img_size}")
+            raise ValueError("DINO takes resnet50, or vit_small (patches of 8 pixels) at multiples "
+                             f"of 8, not {backbone} at {img_size}")
         self.is_vit = backbone == "vit_small"
         if self.is_vit:
-            # It resamples its positions for the smaller local crops.
             encoder = timm.create_model("vit_small_patch8_224", img_size=img_size, num_classes=0,
-                                        dynamic_img_size=True)
+                                        dynamic_img_size=True)      # for the smaller local crops
             self.lr = 5e-4 * batch_size / 256       # 3.1e-5 at batch 16 (section 3.2)
             self.weight_decay = 0.4                 # at the end; a tenth of it at the beginning
             global_scale, local_scale = (0.4, 1.0), (0.05, 0.4)
@@ -130,53 +101,46 @@ class DINO(nn.Module):
         self.student = nn.Sequential(encoder, Head(encoder.num_features, prototypes))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, prototypes))
-        self.student_temp = 0.1
-        self.teacher_temp = 0.04                    # the authors' default: no warm-up
         self.is_frozen = False
         local = max(16, img_size * 96 // 224 // 8 * 8)      # 96 at 224; a multiple of the patch
         self.views = (augmentation(img_size, global_scale, 1.0, 0.0),
                       augmentation(img_size, global_scale, 0.1, 0.2),
-                      *[augmentation(local, local_scale, 0.5, 0.0)] * local_crops)
+                      *[augmentation(local, local_scale, 0.5, 0.0)] * 8)
 
     @property
     def encoder(self):
         return self.teacher[0]
 
     def augment(self, image):
-        """uint8 (3, H, W) -> two global and the local float views (3, S, S)."""
+        """uint8 (3, H, W) -> two global and eight local float views (3, S, S)."""
         return [view(image) for view in self.views]
 
     def forward(self, views):
         with torch.no_grad():
             teacher = torch.stack(self.teacher(torch.cat(views[:2])).chunk(2))      # (2, B, K)
         encoder, head = self.student
-        features = [encoder(torch.cat(views[:2]))]          # one pass a resolution
-        if len(views) > 2:
-            features.append(encoder(torch.cat(views[2:])))
+        features = [encoder(torch.cat(part)) for part in (views[:2], views[2:])]    # two sizes
         student = torch.stack(head(torch.cat(features)).chunk(len(views)))          # (V, B, K)
-        loss = dino_loss(student, teacher, self.center, self.student_temp, self.teacher_temp)
-        q = F.softmax((teacher.float() - self.center) / self.teacher_temp, dim=-1)
+        # temperature .04, without the warm-up: the authors' default
+        q = F.softmax((teacher.float() - self.center) / 0.04, dim=-1)
         self.q = q.flatten(0, 1)
-        if self.training:                           # equation 4
+        if self.training:                                   # equation 4
             mean = teacher.float().mean(dim=(0, 1))[None]
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(mean)  # over the batches of all ranks
                 mean /= torch.distributed.get_world_size()
             self.center = self.center.lerp(mean, 0.1)
-        return loss
+        return dino_loss(student, q)
 
     def optimizer(self):
         """ViT: AdamW, weight decay on matrices only (section 3.2). ResNet: SGD, momentum .9."""
-        matrices = [p for p in self.student.parameters() if p.ndim > 1]
-        vectors = [p for p in self.student.parameters() if p.ndim <= 1]
-        groups = [dict(params=matrices, decays=True), dict(params=vectors, decays=False)]
+        groups = param_groups_weight_decay(self.student, self.weight_decay)
         if self.is_vit:
             return torch.optim.AdamW(groups, self.lr, fused=True)
         return torch.optim.SGD(groups, self.lr, momentum=0.9)   # fused needs all gradients
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """Warm-up of the rate over 10 % of the run (10 of 100 epochs there), cosine to 1e-6; of a
-        ViT cosine of the weight decay, too; prototypes stay frozen in epoch 1."""
+        """Warm-up of the rate over 10 % of the run (10 of 100 epochs there), cosine to 1e-6."""
         warm = max(1, total_steps // 10)
         done = max(0, step - warm) / max(1, total_steps - warm)
         lr = 1e-6 + (self.lr - 1e-6) * (1 + math.cos(math.pi * done)) / 2
@@ -187,12 +151,12 @@ class DINO(nn.Module):
             decay *= 1 - 0.9 * (1 + math.cos(math.pi * step / total_steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-            group["weight_decay"] = decay * group["decays"]
+            if group["weight_decay"]:
+                group["weight_decay"] = decay
         self.is_frozen = step < epoch_steps
 
     def after_backward(self):
-        """The gradient of every parameter is cut at norm 3; none reaches the prototypes in
-        epoch 1."""
+        """Every gradient is cut at norm 3; none reaches the prototypes in epoch 1."""
         for p in self.student.parameters():
             if p.grad is not None:
                 nn.utils.clip_grad_norm_(p, 3.0)
@@ -200,9 +164,8 @@ class DINO(nn.Module):
             self.student[1].prototypes.weight.grad = None
 
     def momentum(self, step, total_steps):
-        """From .996 to 1 by a cosine (section 3.2); in a run of less than 2500 steps from
-        1 - 10 / steps, at least .8: at .996 the teacher, which is what is exported, would stay
-        near its random start."""
+        """From .996 to 1 by a cosine (section 3.2); in runs of less than 2500 steps from 1 - 10 /
+        steps, at least .8, or the teacher would stay near its random start."""
         start = 1 - min(0.2, max(0.004, 10 / total_steps))
         return 1 - (1 - start) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
@@ -216,8 +179,7 @@ class DINO(nn.Module):
 
     def health(self):
         """Entropies of the teacher's output over log K: of its mean (0: all images on one
-        prototype) and of single images (1: says nothing of any image). Healthy is mean high, single
-        lower."""
+        prototype) and of single images (1: says nothing of any image)."""
         def entropy(p):
             nats = -(p * p.clamp_min(1e-30).log()).sum(dim=-1)
             return (nats / math.log(p.shape[-1])).mean().item()
@@ -229,8 +191,7 @@ class DINO(nn.Module):
         if health["entropy_mean"] < 0.1:
             return "the teacher gives every image to one prototype: try a smaller --lr"
         if health["entropy_single"] > 0.99:
-            return ("the teacher spreads every image over all prototypes alike: train longer, or "
-                    "try a larger --lr")
+            return "the teacher spreads every image over all prototypes alike: train longer"
 
     def samples(self, views):
         """{title: pictures (B, 3, S, S)}: what the network sees."""

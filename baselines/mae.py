@@ -16,12 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
+from timm.optim import param_groups_weight_decay
 from torchvision.transforms import v2
 
 
 def augmentation(img_size):
-    """uint8 (3, H, W) -> float (3, S, S), ImageNet-normalised: random crop and flip alone (appendix
-    A.1)."""
+    """uint8 (3, H, W) -> float (3, S, S), normalised: crop and flip alone (appendix A.1)."""
     bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose([
         v2.ToPILImage(),
@@ -34,8 +34,7 @@ def augmentation(img_size):
 
 def sincos_positions(dim, side):
     """Fixed 2-D positions with a zero row for the class token: (1, 1 + side^2, dim). Half of the
-    channels encode the column, half the row; each is sin and cos of position / 10000^(2i /
-    (dim/2))."""
+    channels encode the column, half the row, as sin and cos of position / 10000^(2i / (dim/2))."""
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     places = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(places, places, indexing="ij")
@@ -43,7 +42,7 @@ def sincos_positions(dim, side):
     for axis in (column, row):
         angle = axis.flatten()[:, None] * omega
         parts += [angle.sin(), angle.cos()]
-    return torch.cat([torch.zeros(1, dim), torch.cat(parts, dim=1).float()])[None]
+    return F.pad(torch.cat(parts, dim=1).float(), (0, 0, 1, 0))[None]
 
 
 class MAE(nn.Module):
@@ -52,27 +51,24 @@ class MAE(nn.Module):
     backbones = ("vit_small",)
     keep_best = True                      # the loss is an error: the best is worth keeping
 
-    def __init__(self, backbone="vit_small", img_size=224, batch_size=16, mask_ratio=0.75,
-                 width=512, depth=8, heads=16):
+    def __init__(self, backbone="vit_small", img_size=224, batch_size=16):
         super().__init__()
         if backbone not in self.backbones or img_size % 8:
             raise ValueError("MAE drops patches of 8 pixels, which only a ViT can do: take "
-                             "vit_small and a side that is a multiple of 8, not "
-                             f"{backbone} at {img_size}")
-        self.mask_ratio = mask_ratio
+                             f"vit_small at a multiple of 8, not {backbone} at {img_size}")
         self.view = augmentation(img_size)
         vit = timm.create_model("vit_small_patch8_224", img_size=img_size, num_classes=0)
         self.encoder = vit
         positions = sincos_positions(vit.embed_dim, img_size // 8)
         vit.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_embed = nn.Linear(vit.embed_dim, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.register_buffer("decoder_positions", sincos_positions(width, img_size // 8))
+        self.decoder_embed = nn.Linear(vit.embed_dim, 512)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, 512).normal_(std=0.02))
+        self.register_buffer("decoder_positions", sincos_positions(512, img_size // 8))
         # timm's LayerNorm has the eps of the reference, 1e-6; torch's is 1e-5.
-        blocks = [Block(width, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)]
+        blocks = [Block(512, 16, qkv_bias=True, norm_layer=LayerNorm) for _ in range(8)]
         self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = LayerNorm(width)
-        self.head = nn.Linear(width, 3 * 8 * 8)
+        self.decoder_norm = LayerNorm(512)
+        self.head = nn.Linear(512, 3 * 8 * 8)
         # 9.4e-6 at batch 16 (appendix A.1); 1.5e-4, by the square root, did worse (RESULTS.md)
         self.lr = 1.5e-4 * batch_size / 256
         self.weight_decay = 0.05
@@ -80,7 +76,7 @@ class MAE(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.detach().view(vit.embed_dim, -1))
+        nn.init.xavier_uniform_(vit.patch_embed.proj.weight.detach().flatten(1))
         nn.init.normal_(vit.cls_token, std=0.02)
 
     def augment(self, image):
@@ -97,13 +93,13 @@ class MAE(nn.Module):
         return F.fold(patches.transpose(1, 2), side, 8, stride=8)
 
     def random_masking(self, tokens):
-        """(B, N, D) -> the kept quarter (B, N/4, D), mask (B, N) with 1 = hidden, and the order
+        """(B, N, D) -> the kept quarter (B, N/4, D), bool (B, N), True = hidden, and the order
         that restores."""
         shuffle = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
         restore = shuffle.argsort(dim=1)
-        keep = int(tokens.shape[1] * (1 - self.mask_ratio))
-        index = shuffle[:, :keep, None].expand(-1, -1, tokens.shape[2])
-        return torch.gather(tokens, 1, index), (restore >= keep).float(), restore
+        keep = tokens.shape[1] // 4
+        kept = torch.take_along_dim(tokens, shuffle[:, :keep, None], dim=1)
+        return kept, restore >= keep, restore
 
     def encode(self, images):
         """The encoder on visible patches only: (B, 1 + N/4, 384), mask, restore."""
@@ -114,12 +110,11 @@ class MAE(nn.Module):
         return vit.norm(vit.blocks(torch.cat([cls, kept], dim=1))), mask, restore
 
     def decode(self, latent, restore):
-        """Mask tokens are put in, the order restored, every patch is predicted:
-        (B, N, 3 * 8 * 8)."""
+        """Mask tokens put in, the order restored, every patch predicted: (B, N, 3 * 8 * 8)."""
         x = self.decoder_embed(latent)
         hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], hidden], dim=1)
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, x.shape[2]))
+        patches = torch.take_along_dim(patches, restore[..., None], dim=1)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions
         return self.head(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
 
@@ -133,25 +128,21 @@ class MAE(nn.Module):
         latent, mask, restore = self.encode(views[0])
         target = self.target(views[0])
         error = ((self.decode(latent, restore) - target) ** 2).mean(dim=-1)     # (B, N)
-        self.error = error[mask == 1].mean()                # of hidden patches only
-        hidden = target[mask == 1].unflatten(1, (3, 64))                        # (patches, 3, 64)
+        self.error = error[mask].mean()                     # of hidden patches only
+        hidden = target[mask].unflatten(1, (3, 64))                             # (patches, 3, 64)
         self.constant_error = hidden.var(dim=(0, 2), correction=0).mean()
         return self.error
 
     def optimizer(self):
         """AdamW (.9, .95), weight decay on matrices only (appendix A.1)."""
-        matrices = [p for p in self.parameters() if p.ndim > 1]
-        vectors = [p for p in self.parameters() if p.ndim <= 1]
-        groups = [dict(params=matrices, weight_decay=self.weight_decay),
-                  dict(params=vectors, weight_decay=0.0)]
+        groups = param_groups_weight_decay(self, self.weight_decay)
         return torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95), fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         """Linear warm-up over 5 % of the run (40 of 800 epochs there), then cosine to 0."""
         warm = max(1, total_steps // 20)
-        if step < warm:
-            lr = self.lr * (step + 1) / warm
-        else:
+        lr = self.lr * (step + 1) / warm
+        if step >= warm:
             done = (step - warm) / (total_steps - warm)
             lr = self.lr * (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
@@ -164,8 +155,8 @@ class MAE(nn.Module):
         """There is no moving average."""
 
     def health(self):
-        """{"error": mean squared error on hidden patches, over that of the best constant, one a
-        channel}: 1 = no structure learnt."""
+        """{"error": mean squared error on hidden patches, over that of the best constant colour}:
+        1 = no structure learnt."""
         return {"error": (self.error / self.constant_error).item()}
 
     def collapsed(self, health):
@@ -173,11 +164,10 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def samples(self, views):
-        """{title: pictures (B, 3, S, S)}: image, what the encoder sees of it, what the decoder
-        draws of the rest."""
+        """{title: pictures (B, 3, S, S)}: image, what the encoder sees, what the decoder draws."""
         latent, mask, restore = self.encode(views[0])
         patches = self.patchify(views[0])
-        hidden = mask[..., None] == 1
+        hidden = mask[..., None]
         std, mean = torch.std_mean(patches, dim=-1, keepdim=True)
         drawn = self.decode(latent, restore) * std + mean   # each patch's own, as in the target
         return {"image": views[0], "masked": self.unpatchify(patches * ~hidden),
