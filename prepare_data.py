@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -543,7 +544,7 @@ def find_files(raw):
     for place, folders, files in os.walk(raw, followlinks=True):
         place = Path(place)
         if "train_images.npy" in files or place.resolve() in seen:      # links may go in circles
-            print(f"{place}: prepared already, or taken already, and not taken")
+            print(f"{place}: not taken: prepared arrays, or a link to what is taken elsewhere")
             folders.clear()
             continue
         seen.add(place.resolve())
@@ -675,6 +676,10 @@ def find_folder(raw, args, bad):
     test/ say, groups and labels."""
     files = find_files(raw)
     bad += files.bad
+    above = raw.resolve().parent
+    if IMAGE_FOLDER.fullmatch(raw.resolve().name):
+        say([path for path in sorted(above.iterdir()) if MASK_FOLDER.fullmatch(path.name)],
+            f"folders of masks are beside {raw}, and not taken: give --raw {above} for them")
     pairs = []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, path, files.masks.get(name, []))
@@ -739,7 +744,9 @@ def set_labels(path, pairs):
     its file's. Ends the program where none does."""
     labels = {}
     for row in read_table(path, ("name", "label")):
-        labels[name_of(Path(row["name"] or "?"))] = row["label"]
+        name = name_of(Path(row["name"] or "?"))
+        if labels.setdefault(name, row["label"]) != row["label"]:
+            sys.exit(f"{path}: {name} has two labels, {labels[name]} and {row['label']}")
     used = set()
     for pair in pairs:
         file = name_of(pair.image.relative_to(path.parent))
@@ -1381,6 +1388,9 @@ def divide(pairs, args):
         stratify(pairs, args.seed)
     elif not any(pair.part for pair in pairs):
         split(pairs, args.seed)
+    part_of = {}
+    say([pair.image for pair in pairs if part_of.setdefault(pair.unit, pair.part) != pair.part],
+        "images have their group, patient, or an equal picture in another part, too")
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
@@ -1429,6 +1439,8 @@ def prepare(args, final):
         parts = divide(pairs, args)
         counts = {part: len(pairs) for part, pairs in parts.items()}
         share = measure_masks(parts, args.size)
+        if share == 0 and args.mask_foreground != "auto":
+            sys.exit(f"{raw}: no mask holds foreground by --mask-foreground {args.mask_foreground}")
         areas = [pair.areas for pair in parts["train"]]
         foreground, evidence = decide_foreground(args.foreground, areas)
         print(f"foreground: {foreground} ({evidence})")
@@ -1514,6 +1526,8 @@ def parse_args(argv):
         args.name = Path(args.raw or "folder").resolve().name
     args.size = args.size or facts.size
     args.foreground = args.foreground or facts.foreground
+    given = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "prepare_data.py", *given])
     if args.size < 16 or args.page < 0 or args.seed < 0:
         sys.exit("--size is at least 16; --page and --seed count from 0")
     if not re.fullmatch(r"auto|half|nonzero|zero|\d+(,\d+)*", args.mask_foreground):

@@ -533,9 +533,9 @@ def start_worker(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers():
-    """Those that a traceback still holds: Python would wait for them for ever."""
+    """At the end of the program, kill the workers that a traceback still holds: Python would wait
+    for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would report each
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -543,6 +543,7 @@ def end_workers():
 
 def make_loader(dataset, batches, workers):
     """Loads `batches` (their .epoch may change between passes); the workers stay alive."""
+    atexit.register(end_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
@@ -670,7 +671,7 @@ class Trainer:
 
     def state_dict(self):
         """What last.pt holds; of a finished run the position alone: its weights are in best.pt."""
-        state = {name: getattr(self, name) for name in self.POSITION}
+        state = {name: getattr(self, name) for name in self.POSITION} | dict(ranks=ranks()[1])
         if not self.finished():
             state |= {name: getattr(self, name).state_dict() for name in self.LEARNT}
         return state
@@ -681,6 +682,7 @@ class Trainer:
                 getattr(self, name).load_state_dict(value)
             else:
                 setattr(self, name, value)
+        self.done = self.done * state["ranks"] // ranks()[1]    # after about as many images
 
 
 def network_of(method):
