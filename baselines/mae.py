@@ -35,14 +35,16 @@ def augmentation(img_size):
 def sincos_positions(dim, side):
     """Fixed 2-D positions with a zero row for the class token: (1, 1 + side^2, dim). Half of the
     channels encode the column, half the row, as sin and cos of position / 10000^(2i / (dim/2))."""
-    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    exponent = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
+    omega = 1 / 10000 ** exponent
     places = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(places, places, indexing="ij")
     parts = []
     for axis in (column, row):
         angle = axis.flatten()[:, None] * omega
         parts += [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(parts, dim=1).float(), (0, 0, 1, 0))[None]
+    positions = torch.cat(parts, dim=1).float()
+    return F.pad(positions, (0, 0, 1, 0))[None]
 
 
 class MAE(nn.Module):
@@ -95,7 +97,8 @@ class MAE(nn.Module):
     def random_masking(self, tokens):
         """(B, N, D) -> the kept quarter (B, N/4, D), bool (B, N), True = hidden, and the order
         that restores."""
-        shuffle = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
+        noise = torch.rand(tokens.shape[:2], device=tokens.device)
+        shuffle = noise.argsort(dim=1)
         restore = shuffle.argsort(dim=1)
         keep = tokens.shape[1] // 4
         kept = torch.take_along_dim(tokens, shuffle[:, :keep, None], dim=1)
@@ -107,7 +110,8 @@ class MAE(nn.Module):
         tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         kept, mask, restore = self.random_masking(tokens)
         cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([cls, kept], dim=1))), mask, restore
+        tokens = torch.cat([cls, kept], dim=1)
+        return vit.norm(vit.blocks(tokens)), mask, restore
 
     def decode(self, latent, restore):
         """Mask tokens put in, the order restored, every patch predicted: (B, N, 3 * 8 * 8)."""
@@ -116,7 +120,8 @@ class MAE(nn.Module):
         patches = torch.cat([x[:, 1:], hidden], dim=1)
         patches = torch.take_along_dim(patches, restore[..., None], dim=1)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions
-        return self.head(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        x = self.decoder_norm(self.decoder_blocks(x))
+        return self.head(x)[:, 1:]
 
     def target(self, images):
         """Pixels, normalised patch by patch (section 4, "reconstruction target")."""
@@ -127,9 +132,10 @@ class MAE(nn.Module):
     def forward(self, views):
         latent, mask, restore = self.encode(views[0])
         target = self.target(views[0])
-        error = ((self.decode(latent, restore) - target) ** 2).mean(dim=-1)     # (B, N)
+        drawn = self.decode(latent, restore)
+        error = ((drawn - target) ** 2).mean(dim=-1)        # (B, N)
         self.error = error[mask].mean()                     # of hidden patches only
-        hidden = target[mask].unflatten(1, (3, 64))                             # (patches, 3, 64)
+        hidden = target[mask].unflatten(1, (3, 64))         # (patches, 3, 64)
         self.constant_error = hidden.var(dim=(0, 2), correction=0).mean()
         return self.error
 
