@@ -491,9 +491,9 @@ def wait_for_ranks():
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
     stored without seed. An epoch has max(n, draws) items, in several passes if need be; a last
-    batch of one image joins the one before it. share = (rank, ranks): shuffled, a batch is `ranks`
-    times as large and a rank takes every ranks-th item of it; as stored, every ranks-th batch. The
-    first `done` batches are left out."""
+    batch of one image, or of less than half the size, joins the one before it. share = (rank,
+    ranks): shuffled, a batch is `ranks` times as large and a rank takes every ranks-th item of it;
+    as stored, every ranks-th batch. The first `done` batches are left out."""
 
     def __init__(self, n, batch_size, seed=None, draws=0, share=(0, 1)):
         self.n, self.seed = n, seed
@@ -502,7 +502,8 @@ class Batches:
         self.draws = max(n, draws)
         together = 1 if seed is None else self.ranks    # that share a batch
         self.starts = list(range(0, self.draws, batch_size * together))
-        least = min(batch_size, 2) * together           # BatchNorm needs two
+        # BatchNorm: a last batch of 2 in each epoch cost SimSiam .05 IoU (RESULTS.md).
+        least = max(min(batch_size, 2), batch_size / 2) * together
         if len(self.starts) > 1 and self.draws - self.starts[-1] < least:
             self.starts.pop()
 

@@ -448,10 +448,11 @@ def test_pseudo_mask_is_of_the_very_view():
 
 
 @pytest.mark.parametrize("n, size, seed, lengths", [            # lengths: of each rank's batches
-    (33, 16, 3, [[16, 17]]), (34, 16, 3, [[16, 16, 2]]), (1, 16, 3, [[1]]), (5, 1, 3, [[1] * 5]),
+    (33, 16, 3, [[16, 17]]), (39, 16, 3, [[16, 23]]), (40, 16, 3, [[16, 16, 8]]),
+    (1, 16, 3, [[1]]), (5, 1, 3, [[1] * 5]), (5, 2, 3, [[2, 3]]),
     (33, 8, 3, [[8, 9], [8, 8]]), (33, 8, None, [[8, 8], [8, 9]]), (7, 2, None, [[2, 3], [2]]),
     (10, 1, 3, [[1, 2], [1, 2], [1, 1], [1, 1]])])
-def test_batches_cover_an_epoch_once_and_none_is_of_one_image(n, size, seed, lengths):
+def test_batches_cover_an_epoch_once_and_none_is_small(n, size, seed, lengths):
     indices = []
     for rank, expected in enumerate(lengths):
         share = list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
