@@ -91,21 +91,19 @@ def contents(folder, names=("best.pt", "last.pt", "encoder.pth")):
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-def write_folder(folder, n=12, size=40, masks=True, value=255):
+def write_folder(folder, n=12, size=40, masks=True):
     """A raw folder of n random colour images with square objects and their masks, the same in
     whatever order tests run."""
     rng = np.random.default_rng(n)
-    for sub in ("images", "masks") if masks else ("images",):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
     for i in range(n):
         image = rng.integers(0, 90, (size, size, 3), np.uint8)
         mask = np.zeros((size, size), np.uint8)
-        mask[5 + i:15 + i, 8:20] = value
+        mask[5 + i:15 + i, 8:20] = 255
         image[mask > 0] += 120
         name = f"p{i // 3}_{i:02d}.png"
-        Image.fromarray(image).save(folder / "images" / name)
+        save_image(folder / "images" / name, image)
         if masks:
-            Image.fromarray(mask).save(folder / "masks" / name)
+            save_image(folder / "masks" / name, mask)
     return folder
 
 
@@ -120,10 +118,11 @@ def refused(call, *words):
     the message."""
     with pytest.raises(SystemExit) as end:
         call()
-    assert end.value.code not in (0, None)
+    message = str(end.value.code)
+    assert message not in ("0", "None")
     for word in words:
-        assert str(word) in str(end.value.code), (word, end.value.code)
-    return str(end.value.code)
+        assert str(word) in message
+    return message
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -217,13 +216,6 @@ def test_every_weight_of_the_vit_unet_learns():
     unet = models.build_unet("vit_small", img_size=64)
     loss = unet(torch.randn(2, 3, 64, 64)).mean()
     torch.autograd.grad(loss, list(unet.parameters()))          # raises where one has no part in it
-
-
-@pytest.mark.parametrize("backbone, size, words", [
-    ("vit_small", 72, "multiple of 16"), ("resnet18", 64, "unknown backbone")])
-def test_networks_that_there_are_not_are_refused(backbone, size, words):
-    with pytest.raises(ValueError, match=words):
-        models.build_unet(backbone, size)
 
 
 @pytest.mark.parametrize("backbone, lacking, elsewhere", [
@@ -862,18 +854,6 @@ def test_losses_are_taken_in_float32_under_autocast(name, backbone):
         assert loss.dtype == torch.float32
         values.append(loss.item())
     assert values[1] == pytest.approx(values[0], abs=.03) and values[1] != values[0]
-
-
-@pytest.mark.parametrize("name, flags, words", [
-    ("byol", ["--backbone", "vit_small"], "vit_small"),
-    ("simsiam", ["--backbone", "vit_small"], "vit_small"),
-    ("mae", ["--backbone", "resnet50"], "resnet50"),
-    ("simmim", ["--backbone", "resnet50"], "resnet50"),
-    ("byol", ["--batch-size", "1"], "at least 2"),
-    ("simsiam", ["--batch-size", "1"], "at least 2")])
-def test_baselines_refuse_other_pairings_in_one_line(name, flags, words, data, tmp_path):
-    message = refused(lambda: train(data, tmp_path, "--method", name, *flags), words)
-    assert "\n" not in message and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["dino", "mae", "simmim"])
@@ -1996,11 +1976,11 @@ def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
     assert contents(out, names) == contents(again, names)
     assert os.listdir(out.parent) == ["raw"]
     found = prepared(out)
-    for _, row, *pictures in found:
-        for kind, picture in zip(("images", "masks"), pictures, strict=True):
+    for _, row, image, mask in found:
+        for kind, small in (("images", image), ("masks", mask * 255)):
             source = np.asarray(Image.open(raw / kind / f"{row['name']}.png"))
             expected = cv2.resize(source, (32, 32), interpolation=cv2.INTER_AREA)
-            assert np.array_equal(picture, expected > 127 if kind == "masks" else expected)
+            assert np.array_equal(small, expected if kind == "images" else (expected > 127) * 255)
     parts = [part for part, *_ in found]
     assert parts == ["train"] * 8 + ["val"] + ["test"] * 3      # cut at int(8.4) and int(9.6)
     refused(lambda: prepare(raw, tmp_path), again, "--overwrite")
@@ -2023,14 +2003,6 @@ def test_given_parts_are_kept(tmp_path):
     prepare_data.check(out)                                     # equal names are usual there
     has_masks = [mask is not None for *_, mask in prepared(out)]
     assert has_masks == [False] * 7 + [True] * 3
-
-
-def test_images_without_masks_train_but_cannot_be_scored(tmp_path, run):
-    prepare(write_folder(tmp_path / "raw/bare", masks=False), tmp_path)
-    pretrain.main(["--dataset", "bare", "--data", str(tmp_path), "--out", str(tmp_path / "runs"),
-                   "--epochs", "1", "--workers", "0", "--device", "cpu"])
-    refused(lambda: score(tmp_path, tmp_path, "--run", str(run), "--dataset", "bare"),
-            "no test masks")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -2059,21 +2031,18 @@ def test_decompression_bombs_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["minisblack", "rgb"])
-def test_every_orientation_is_undone(orientation, kind, tmp_path):
-    image = Image.effect_noise((40, 28), 60).convert("L" if kind == "minisblack" else "RGB")
+@pytest.mark.parametrize("mode, photometric", [("L", "minisblack"), ("RGB", "rgb")])
+def test_every_orientation_is_undone(orientation, mode, photometric, tmp_path):
+    image = Image.effect_noise((40, 28), 90).convert(mode)      # fills 0 to 255: not stretched
     exif = image.getexif()
     exif[274] = orientation
-    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    expected = ImageOps.exif_transpose(image).convert("RGB")
     image.save(tmp_path / "a.png", exif=exif)
     image.save(tmp_path / "a.webp", exif=exif, lossless=True)
-    for dtype in (np.uint8, np.uint16):                         # of which others read other kinds
-        stored = np.asarray(image).astype(dtype)
-        tifffile.imwrite(tmp_path / f"{dtype.__name__}.tif", stored, photometric=kind,
-                         metadata=None, extratags=[(274, "H", 1, orientation, True)])
+    for dtype in ("u1", "u2"):                                  # of which others read other kinds
+        tifffile.imwrite(tmp_path / f"{dtype}.tif", np.asarray(image).astype(dtype), metadata=None,
+                         photometric=photometric, extratags=[(274, "H", 1, orientation, True)])
     for path in tmp_path.iterdir():
-        if path.name == "uint16.tif":
-            expected = prepare_data.to_eight_bits(expected)
         assert np.array_equal(prepare_data.read_image(path), expected), path
 
 
@@ -2132,27 +2101,14 @@ def dicom(name="MR_small.dcm"):
     return Path(pydicom.data.get_testdata_file(name))
 
 
-def assert_windowed(path, values, ds, is_inverted=False):
-    """A file is shown through the window of PS3.3, C.11.2.1.2.1."""
-    centre, width = float(ds.WindowCenter), float(ds.WindowWidth)
-    expected = (((values - (centre - .5)) / (width - 1) + .5) * 255).clip(0, 255)
-    if is_inverted:
-        expected = 255 - expected
-    assert np.abs(prepare_data.read_image(path)[..., 0] - expected).max() <= .5 + 1e-6
-
-
-@pytest.mark.parametrize("name", ["MR_small_bigendian.dcm", "MR_small_RLE.dcm"])
-def test_dicom_windows(name):
-    ds = pydicom.dcmread(dicom())
-    assert_windowed(dicom(name), ds.pixel_array, ds)
-
-
 @pytest.mark.parametrize("photometric, slope, is_enhanced", [
     ("MONOCHROME1", 2, False), ("MONOCHROME2", -1, True)])
-def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
+def test_dicom_is_shown_through_its_window(photometric, slope, is_enhanced, tmp_path):
+    """That of PS3.3, C.11.2.1.2.1."""
     ds, item, group = pydicom.dcmread(dicom()), pydicom.Dataset(), pydicom.Dataset()
+    centre, width = 600 * slope - 100, 1600 * abs(slope)
     item.RescaleSlope, item.RescaleIntercept = slope, -100
-    item.WindowCenter, item.WindowWidth = 600 * slope - 100, 1600 * abs(slope)
+    item.WindowCenter, item.WindowWidth = centre, width
     if is_enhanced:
         group.PixelValueTransformationSequence = group.FrameVOILUTSequence = [item]
         ds.SharedFunctionalGroupsSequence = [group]
@@ -2161,7 +2117,11 @@ def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
     ds.PhotometricInterpretation = photometric
     ds.save_as(tmp_path / "plain")                              # no suffix
     values = ds.pixel_array * float(slope) - 100
-    assert_windowed(tmp_path / "plain", values, item, photometric == "MONOCHROME1")
+    expected = (((values - (centre - .5)) / (width - 1) + .5) * 255).clip(0, 255)
+    if photometric == "MONOCHROME1":
+        expected = 255 - expected
+    found = prepare_data.read_image(tmp_path / "plain")[..., 0]
+    assert np.abs(found - expected).max() <= .5 + 1e-6
 
 
 def test_dicom_frames_and_palettes(monkeypatch):
@@ -2203,6 +2163,8 @@ MASKS = {                                                       # {case: (files,
     "two values": ([disc > 0, disc, disc * 255, disc * np.uint16(65535), disc * np.float32(1)],
                    disc),
     "probabilities": ([soft / np.float32(255)], disc),
+    "alpha channel": ([np.dstack([white, disc * 255])], disc),
+    "empty alpha channel": ([np.dstack([white, disc * 0])], disc * 0),
     "gray classes": ([halves * 85], disc),
     "class colours": ([np.dstack([halves * 40, halves * 0, halves * 80])], disc),
     "classes, some files with one": ([halves, disc, disc * 1.0], disc),
@@ -2236,12 +2198,6 @@ def test_masks_mean_what_each_file_means(case, tmp_path):
     files, expected = MASKS[case]
     for found in foregrounds(files, tmp_path):
         assert np.array_equal(found, expected > 0)
-
-
-def test_masks_in_the_alpha_channel_may_be_empty(tmp_path):
-    files = [np.dstack([white, disc * 255]), np.dstack([white, disc * 0])]
-    found, empty = foregrounds(files, tmp_path)
-    assert np.array_equal(found, disc) and not empty.any()
 
 
 @pytest.mark.parametrize("reason", UNCLEAR_MASKS)
@@ -2675,12 +2631,14 @@ def test_download_goes_on_where_it_stopped_if_the_server_can(tmp_path):
 
 @pytest.fixture(scope="session")
 def mistakes(tmp_path_factory):
-    """A folder of raw folders that cannot be prepared, and of a data set that ViT cannot take."""
+    """A folder of raw folders that cannot be prepared, and of data sets that ViT cannot take and
+    that have no masks."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
     write_folder(folder / "few", n=2)
     write_folder(folder / "half/train")
     prepare_data.main(["--dataset", "demo", "--size", "40", "--out", str(folder / "odd")])
+    prepare(write_folder(folder / "bare", masks=False), folder / "prepared")
     return folder
 
 
@@ -2699,9 +2657,15 @@ TRAIN = "--data {data} --dataset "
     (pretrain, TRAIN + "demo --sync-batchnorm", "several GPUs"),
     (pretrain, TRAIN + "demo --encoder {bad}/absent", "{bad}/absent: no such file"),
     (pretrain, TRAIN + "demo --method byol --batch-size 1", "at least 2 images"),
+    (pretrain, TRAIN + "demo --method simsiam --batch-size 1", "at least 2 images"),
+    (pretrain, TRAIN + "demo --method byol --backbone vit_small", "not for vit_small"),
+    (pretrain, TRAIN + "demo --method simsiam --backbone vit_small", "not for vit_small"),
+    (pretrain, TRAIN + "demo --method mae", "not resnet50"),
+    (pretrain, TRAIN + "demo --method simmim", "not resnet50"),
     (pretrain, TRAIN + "demo --method dino --amp fp16", "not for dino, whose loss becomes nan"),
     (pretrain, TRAIN + "demo --refine --threshold ght", "2"),
     (pretrain, "--data {bad}/odd --dataset demo --backbone vit_small", "multiple of 16, not 40"),
+    (finetune_eval, "--run {run} --data {bad}/prepared --dataset bare", "no test masks"),
     (finetune_eval, "--run {bad}/absent", "{bad}/absent is not a run folder"),
     (finetune_eval, "--run {run} --predict {bad}/absent", "{bad}/absent"),
     (finetune_eval, TRAIN + "demo --backbone resnet50 --encoder {bad}/absent", "{bad}/absent"),
@@ -2716,11 +2680,8 @@ def test_a_mistake_is_said_in_one_line_and_leaves_nothing(stage, flags, message,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("pretrain.py", ["--dataset", "demo", "--backbone", "wrong"]),
-    ("finetune_eval.py", ["--run", "wrong"])])
-def test_a_mistake_on_the_command_line_has_no_traceback(script, flags, tmp_path):
-    [line] = fails(HERE / script, *flags, cwd=tmp_path)
+def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    [line] = fails(HERE / "finetune_eval.py", "--run", "wrong", cwd=tmp_path)
     assert "wrong" in line and not any(tmp_path.iterdir())
 
 
@@ -2731,13 +2692,6 @@ def test_a_mistake_on_the_command_line_has_no_traceback(script, flags, tmp_path)
     (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size")])
 def test_too_little_memory_is_said_in_one_line(error, flag):
     refused(lambda: pretrain.explain_memory(error), flag)
-
-
-def test_one_training_image_is_too_few_for_byol(data):
-    meta = prepare_data.read_meta(data / "demo")
-    meta["counts"]["train"] = 1
-    args = pretrain.parse_args(["--dataset", "demo", "--method", "byol"])
-    refused(lambda: pretrain.build_method(args, meta), "at least 2 images")
 
 
 @pytest.mark.parametrize("stage", [prepare_data, pretrain, finetune_eval])
