@@ -7,7 +7,6 @@ import argparse
 import copy
 import csv
 import functools
-import http.server
 import itertools
 import json
 import math
@@ -19,11 +18,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import tracemalloc
 import unicodedata
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -92,18 +89,9 @@ def contents(folder, names=("best.pt", "last.pt", "encoder.pth")):
 
 
 def write_folder(folder, n=12, size=40, masks=True):
-    """A raw folder of n random colour images with square objects and their masks, the same in
-    whatever order tests run."""
-    rng = np.random.default_rng(n)
-    for i in range(n):
-        image = rng.integers(0, 90, (size, size, 3), np.uint8)
-        mask = np.zeros((size, size), np.uint8)
-        mask[5 + i:15 + i, 8:20] = 255
-        image[mask > 0] += 120
-        name = f"p{i // 3}_{i:02d}.png"
-        save_image(folder / "images" / name, image)
-        if masks:
-            save_image(folder / "masks" / name, mask)
+    """A raw folder of n pictures, three a patient, and their masks; the same each time."""
+    names = ["images/{patient}_{i:02d}.png", "masks/{patient}_{i:02d}.png"]
+    write_layout(folder, *names[:1 + masks], n=n, shape=(size, size))
     return folder
 
 
@@ -146,17 +134,14 @@ def test_losses_equal_segmentation_models_pytorch(name, flags, theirs):
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_losses_and_gradients_are_finite_at_the_extremes(name, dtype):
     half = (torch.arange(300) % 2).expand(2, 1, 300, 300)
-    for value in (-1e4, -30, 0, 30, 1e4):
-        for target in (half, half < 0, half >= 0):              # half, nothing, everything
-            logits = torch.full(half.shape, value, dtype=dtype, requires_grad=True)
-            loss = losses.LOSSES[name](logits, target)
-            loss.backward()
-            assert torch.isfinite(logits.grad + loss).all()
-    perfect = torch.where(half > 0, 1e4, -1e4).to(dtype)
-    assert losses.LOSSES[name](perfect, half).item() == 0
+    for value, target in itertools.product((-1e4, 0, 1e4), (half, half < 0, half >= 0)):
+        logits = torch.full(half.shape, value, dtype=dtype, requires_grad=True)
+        loss = losses.LOSSES[name](logits, target)
+        loss.backward()
+        assert torch.isfinite(logits.grad + loss).all()
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -191,25 +176,23 @@ def unets():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("height, width", [(64, 64), (70, 93)])
-def test_resnet50_unet_equals_segmentation_models_pytorch(unets, training, height, width):
-    ours, theirs = unets
+def test_resnet50_unet_and_its_gradients_are_those_of_segmentation_models_pytorch(
+        unets, training, height, width):
     x = torch.randn(2, 3, height, width).double()
-    with torch.set_grad_enabled(training):                      # other code without gradients
-        assert torch.allclose(ours.train(training)(x), theirs.train(training)(x), atol=1e-10)
-    assert weights(ours).numel() == 4_536_047
-
-
-def test_resnet50_unet_s_gradients_are_those_of_the_plain_network(unets):
-    """Gate, upsampled_conv and recomputation go round full-size maps."""
-    x, target = torch.randn(2, 3, 64, 64).double(), torch.rand(2, 1, 64, 64) < .3
-    ours, theirs = unets
     for network in unets:
-        network.train().zero_grad()
-        losses.focal_tversky_loss(network(x), target).backward()
-    for name, parameter in ours.named_parameters():
-        expected = theirs.get_parameter(smp_name(name)).grad
-        if expected is not parameter.grad:                      # both None where there is no skip
-            assert torch.allclose(parameter.grad, expected, atol=1e-10), name
+        network.train(training).zero_grad()
+    with torch.set_grad_enabled(training):                      # other code without gradients
+        out, expected = [network(x) for network in unets]
+    assert torch.allclose(out, expected, atol=1e-10)
+    ours, theirs = unets
+    assert weights(ours).numel() == 4_536_047
+    if training:
+        out.sin().sum().backward()
+        expected.sin().sum().backward()
+        for name, parameter in ours.named_parameters():
+            other = theirs.get_parameter(smp_name(name)).grad
+            if other is not parameter.grad:                     # both None where there is no skip
+                assert torch.allclose(parameter.grad, other, atol=1e-9), name
 
 
 def test_every_weight_of_the_vit_unet_learns():
@@ -255,23 +238,21 @@ def test_position_embeddings_are_resampled(tmp_path):
 
 
 def test_wrong_encoder_files_are_refused(tmp_path):
-    unet, path = models.build_unet("resnet50"), tmp_path / "f.pth"
-    complete = unet.encoder.state_dict()
+    path = tmp_path / "f.pth"
+    complete = models.build_unet("resnet50").encoder.state_dict()
     cut = complete.copy()
     del cut["bn1.weight"]
-    vit = timm.create_model("vit_small_patch8_224").state_dict()
     for words, content in (
-            ("0 resnet50", vit), ("0 resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
+            ("0 resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
             ("2 resnet50", prefixed("online.", complete) | prefixed("target.", complete)),
             ("conv1.weight is", complete | {"conv1.weight": torch.zeros(64, 1, 7, 7)}),
-            ("bn1.weight .*not finite", complete | {"bn1.weight": torch.full((64,), math.nan)})):
+            ("bn1.weight .*not finite", complete | {"bn1.weight": torch.full((64,), math.nan)}),
+            ("", None)):
         torch.save(content, path)
+        if content is None:
+            path.write_bytes(b"no checkpoint")
         with pytest.raises(ValueError, match=f"{path}.*{words}"):
-            models.load_encoder(unet, path)
-    path.write_bytes(b"no checkpoint")
-    for bad in (path, tmp_path / "absent.pth"):
-        with pytest.raises(ValueError, match=str(bad)):
-            models.load_encoder(unet, bad)
+            models.load_encoder(models.build_unet("resnet50"), path)
 
 
 # ------------------------------------------------------------------------------------- pseudo-masks
@@ -297,7 +278,7 @@ def test_ght_is_the_maximum_of_barrons_score(constants):
     assert ght_score(gray, t, *constants) == pytest.approx(best, rel=1e-9)
 
 
-def test_pseudo_masks_follow_their_definitions():
+def test_pseudo_masks_follow_their_definitions_and_a_flat_picture_has_no_foreground():
     images = np.random.default_rng(0).integers(0, 256, (1, 24, 20, 3), np.uint8)
     gray = cv2.cvtColor(images[0], cv2.COLOR_RGB2GRAY)
     scale = 24 * 20 / 2 ** 20
@@ -312,15 +293,10 @@ def test_pseudo_masks_follow_their_definitions():
         bright = pretrain.pseudo_mask(images, method)
         assert bright.dtype == np.uint8 and np.array_equal(bright[0], gray > threshold), method
         assert np.array_equal(pretrain.pseudo_mask(images, method, "dark"), 1 - bright)
+        for foreground in ("bright", "dark"):
+            assert not pretrain.pseudo_mask(images * 0 + 200, method, foreground).any()
     with pytest.raises(ValueError, match="otzu"):
         pretrain.pseudo_mask(images, "otzu")
-
-
-@pytest.mark.parametrize("method", pretrain.THRESHOLDS)
-@pytest.mark.parametrize("foreground", ["bright", "dark"])
-def test_a_flat_picture_has_no_foreground(method, foreground):
-    flat = np.full((1, 24, 24, 3), 200, np.uint8)
-    assert not pretrain.pseudo_mask(flat, method, foreground).any()
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -344,14 +320,10 @@ def test_warps_are_torchvisions_inside_and_mirror_outside(warp):
     assert (warp.transform(white, params) == 255).all()
 
 
-def test_channel_is_the_most_separable_dark_where_the_foreground_is():
+def test_channel_is_the_most_separable():
     images = rng.integers(0, 256, (5, 40, 50, 3), np.uint8)
-    for image in images:
-        image[..., 1] = spot(40, 50)[0]
+    images[..., 1] = spot(40, 50)[0]
     assert pretrain.choose_channel(images)[0] == "green"
-    green = pretrain.one_channel(image, "green", "dark")
-    assert np.array_equal(green, image[..., 1])
-    assert np.array_equal(pretrain.one_channel(image, "green", "bright"), 255 - green)
     images[:] = images[..., 1:2]
     assert pretrain.choose_channel(images)[0] == "gray"         # of equals
 
@@ -379,25 +351,6 @@ def test_frame_equals_a_flood_from_border_and_corners(seed):
     assert np.array_equal(pretrain.dark_mask(values, frame), dark & ~frame)
 
 
-def test_position_map_equals_its_definition():
-    masks = np.random.default_rng(1).random((13, 24, 30)) < np.linspace(0, .8, 30)
-
-    def smooth(rows):
-        return cv2.GaussianBlur(masks[rows].mean(axis=0), (0, 0), 30 / 24)
-
-    generator = np.random.default_rng(0)
-    correlations = []
-    for _ in range(8):
-        order = generator.permutation(13)
-        halves = smooth(order[:6]).ravel(), smooth(order[6:]).ravel()
-        correlations.append(np.corrcoef(*halves)[0, 1])
-    c = np.mean(correlations) - 2 * np.std(correlations)
-    position, reliability = pretrain.position_map(masks, len(masks))
-    assert reliability == pytest.approx(2 * c / (1 + c), rel=1e-4)
-    p = smooth(range(13))
-    assert np.allclose(position, p.mean() + reliability * (p - p.mean()), atol=1e-4)
-
-
 def draw_discs(centres, radius):
     """int (N, discs, 2) -> masks uint8 {0, 1} (N, 64, 64)."""
     masks = np.zeros((len(centres), 64, 64), np.uint8)
@@ -407,27 +360,20 @@ def draw_discs(centres, radius):
     return masks
 
 
-def position_masks(masks, foreground="dark"):
-    """What --refine position makes of pictures with these objects, uint8 {0, 1} (N, 64, 64)."""
-    images = np.repeat(200 - 120 * masks[..., None], 3, axis=3)
-    if foreground == "bright":
-        images = 255 - images
-    return pretrain.refined_masks(images, foreground, ["position"])[0]
-
-
-@pytest.mark.parametrize("n", [8, 9, 16, 40, 200])
-def test_position_drops_nothing_where_objects_lie_anywhere(n):
-    discs = draw_discs(np.random.default_rng(n).integers(0, 64, (n, 12, 2)), 3)
-    assert np.array_equal(position_masks(discs), discs)
-
-
 @pytest.mark.parametrize("n", [8, 9, 16, 40, 200])
 @pytest.mark.parametrize("foreground", ["dark", "bright"])
-def test_position_drops_blobs_in_a_corner_where_objects_lie_in_the_middle(n, foreground):
-    discs = draw_discs(np.random.default_rng(n).integers(26, 39, (n, 1, 2)), 10)
-    with_blobs = discs.copy()
+def test_position_drops_blobs_in_a_corner_unless_objects_lie_anywhere(n, foreground):
+    generator = np.random.default_rng(n)
+    anywhere = draw_discs(generator.integers(0, 64, (n, 12, 2)), 3)
+    middle = draw_discs(generator.integers(26, 39, (n, 1, 2)), 10)
+    with_blobs = middle.copy()
     with_blobs[::3, :7, :7] = 1
-    assert np.array_equal(position_masks(with_blobs, foreground), discs)
+    for drawn, expected in ((anywhere, anywhere), (with_blobs, middle)):
+        images = np.repeat(200 - 120 * drawn[..., None], 3, axis=3)
+        if foreground == "bright":
+            images = 255 - images
+        masks, _ = pretrain.refined_masks(images, foreground, ["position"])
+        assert np.array_equal(masks, expected)
 
 
 def test_pseudo_mask_is_of_the_very_view():
@@ -444,11 +390,10 @@ def test_pseudo_mask_is_of_the_very_view():
     (33, 8, 3, [[8, 9], [8, 8]]), (33, 8, None, [[8, 8], [8, 9]]), (7, 2, None, [[2, 3], [2]]),
     (10, 1, 3, [[1, 2], [1, 2], [1, 1], [1, 1]])])
 def test_batches_cover_an_epoch_once_and_none_is_of_one_image(n, size, seed, lengths):
-    indices = []
-    for rank, expected in enumerate(lengths):
-        share = list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
-        assert [len(batch) for batch in share] == expected
-        indices += [index for batch in share for _, index in batch]
+    shares = [list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
+              for rank in range(len(lengths))]
+    assert [[len(batch) for batch in share] for share in shares] == lengths
+    indices = [index for share in shares for batch in share for _, index in batch]
     assert sorted(indices) == list(range(n))
 
 
@@ -458,15 +403,11 @@ def test_batches_of_two_ranks_or_after_a_stop_are_those_of_one_run():
     cut = pretrain.Batches(33, 16, seed=3)
     cut.done = 1
     assert list(cut) == whole[1:]
+    several = sum(pretrain.Batches(5, 4, seed=3, draws=10), [])         # of (pass, image)
+    assert sorted(several) == [*itertools.product((0, 1), range(5))]
     shares = [pretrain.Batches(33, 8, seed=3, share=(rank, 2)) for rank in range(2)]
     for both, one, two in zip(whole, *shares, strict=True):
-        assert sorted(one + two) == sorted(both)
-
-
-def test_more_draws_than_images_are_several_whole_passes():
-    numbers, drawn = zip(*sum(pretrain.Batches(5, 4, seed=3, draws=12), []), strict=True)
-    assert numbers == (0,) * 5 + (1,) * 5 + (2,) * 2
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == [0, 1, 2, 3, 4]
+        assert {*one, *two} == {*both}
 
 
 # ----------------------------------------------------------------------------------------- pretrain
@@ -526,6 +467,15 @@ def test_no_true_mask_is_read_and_workers_do_not_matter(data, run, tmp_path):
     assert contents(blind) == contents(run)
 
 
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    np.save(tmp_path / "train_images.npy", np.zeros((2000, 64, 64, 3), np.uint8))
+    tracemalloc.start()
+    images = pretrain.Images(tmp_path, "train", torchvision.transforms.v2.Identity(), 0)
+    assert images[0, 1999][1].shape == (3, 64, 64)
+    assert tracemalloc.get_traced_memory()[1] < 10 ** 6
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("whole, flags", [
     ("run", ["--workers", "1"]),
     ("run", ["--save-minutes", "0"]),                           # saved after every step
@@ -544,8 +494,8 @@ def test_finished_run_is_left_alone_or_completed(data, run, tmp_path):
     assert before.st_size < 10_000                              # its weights are in best.pt alone
     train(data, tmp_path)
     assert (folder / "last.pt").stat() == before
-    (folder / "samples.png").unlink()                           # as if killed before the last files
-    (folder / "encoder.pth").unlink()
+    for name in ("samples.png", "encoder.pth"):                 # as if killed before the last files
+        (folder / name).unlink()
     train(data, tmp_path)
     assert contents(folder) == contents(run) and (folder / "samples.png").exists()
 
@@ -572,18 +522,19 @@ def test_both_encoders_of_byol_start_from_timms(tmp_path, monkeypatch):
     torch.save(source, tmp_path / "timm.pth")
     method = byol.BYOL("resnet50", 32)
     pretrain.start_from(method, tmp_path / "timm.pth", "resnet50")
-    for net in (method.encoder, method.target[0]):
-        assert not differing(net.state_dict(), source)
+    assert not differing(method.encoder.state_dict(), source)
+    assert not differing(method.target[0].state_dict(), source)
     monkeypatch.delattr(timm, "create_model")                   # as without a network
     refused(lambda: pretrain.start_from(method, "imagenet", "resnet50"), "imagenet", "network")
 
 
-def test_patience_stops_and_exports_the_best(data, tmp_path):
-    """Nothing learns, so that epoch 1 stays the best."""
+def test_patience_stops_and_exports_the_best(data, tmp_path, monkeypatch, capfd):
+    """Nothing learns, so that epoch 1 stays the best; what collapses is said aloud."""
+    monkeypatch.setattr(pretrain.MedSASS, "collapsed", lambda self, health: "one class")
     folder = train(data, tmp_path, "--lr", "0", "--patience", "2", epochs=30)
     assert len(pretrain.read_log(folder)) == 3
     best = load(folder / "best.pt")
-    assert best["epoch"] == 1
+    assert best["epoch"] == 1 and "one class" in "".join(capfd.readouterr())
     assert not differing(prefixed("encoder.", encoder_of(folder)), best["model"])
 
 
@@ -615,14 +566,14 @@ def test_variants_name_their_folder(flags, name, data):
 def lens_data(tmp_path_factory):
     """A folder with a data set "demo" of dark discs seen through a lens, clearest in blue."""
     raw = tmp_path_factory.mktemp("raw")
-    rng = np.random.default_rng(0)
     lens = cv2.circle(np.zeros((48, 48), np.uint8), (24, 24), 28, 1, -1)
-    for k, centre in enumerate(rng.integers(16, 32, (20, 2)).tolist()):
-        disc = cv2.circle(np.zeros((48, 48), np.uint8), centre, 9, 1, -1)
-        image = rng.normal(180, (40, 40, 8), (48, 48, 3)) - 60 * disc[..., None]
+    for k in range(20):
+        gray, disc = spot(48, 48, k)
+        image = np.dstack([255 - gray] * 3)
+        image[..., :2] += rng.integers(0, 60, (48, 48, 2), np.uint8)
         image[lens == 0] = 3
-        Image.fromarray(np.uint8(image.clip(0, 255))).save(raw / f"{k}.png")
-        Image.fromarray(disc * 255).save(raw / f"{k}_mask.png")
+        save_image(raw / f"{k}.png", image)
+        save_image(raw / f"{k}_mask.png", disc * 255)
     folder = tmp_path_factory.mktemp("lens")
     prepare(raw, folder, "--name", "demo", "--foreground", "dark", "--size", "48")
     return folder
@@ -633,60 +584,35 @@ def refined_run(lens_data, tmp_path_factory):
     return train(lens_data, tmp_path_factory.mktemp("refined"), "--refine")
 
 
-@pytest.mark.parametrize("threshold, loss", list(
-    zip(pretrain.THRESHOLDS, losses.LOSSES, strict=True)))
-def test_every_threshold_and_loss_trains(threshold, loss, small_data, tmp_path):
-    folder = train(small_data, tmp_path, "--threshold", threshold, "--loss", loss, epochs=1)
+@pytest.mark.parametrize("flags", [
+    *map("--threshold {} --loss {}".format, pretrain.THRESHOLDS, losses.LOSSES),
+    "--amp fp16 --batch-size 2", "--amp bf16"])
+def test_every_threshold_loss_and_precision_trains(flags, small_data, tmp_path):
+    folder = train(small_data, tmp_path, *flags.split(), epochs=1)
     assert math.isfinite(float(pretrain.read_log(folder)[0]["train_loss"]))
 
 
 def test_refined_run_learns_its_masks_and_resumes(lens_data, refined_run, tmp_path):
     evidence = config_of(refined_run)["refinement"]
     assert evidence["channel"] == "blue" and evidence["common_frame"] > 0
-    train_images, _ = prepare_data.open_part(lens_data / "demo", "train")
-    refinement, _ = pretrain.decide_refinement(train_images, "dark")
     for part in ("train", "val"):
         images, truth = prepare_data.open_part(lens_data / "demo", part)
         masks = np.load(refined_run / f"{part}_masks.npy")
-        assert np.array_equal(masks, list(refinement.draw_all(images)))
         otsu = pretrain.pseudo_mask(images, foreground="dark")
         assert (masks == truth).mean() > .98 > (otsu == truth).mean()
     assert contents(resumed(lens_data, tmp_path, "--refine")) == contents(refined_run)
 
 
 def test_the_papers_rows_are_without_refinement(lens_data, refined_run, tmp_path):
-    results = []
-    for run in (refined_run, train(lens_data, tmp_path / "runs")):
-        path, result = score(lens_data, tmp_path / "results", "--run", str(run))
-        path.write_text(path.read_text().replace('"demo"', '"isic"'))
-        results.append(result)
-    refined, plain = results
-    assert refined["variant"] == "medsass+-e2" and refined["refine"] == "channel frame position"
-    finetune_eval.main(["--report", "--out", str(tmp_path / "results")])
-    report = (tmp_path / "results/README.md").read_text()
-    iou = float(re.search(r"\| Otsu \| ([\d.]+)", report)[1])
-    assert iou == pytest.approx(plain["iou_global"], abs=1e-3)
-    assert iou != pytest.approx(refined["iou_global"], abs=1e-3)
-
-
-REFERENCE = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "reference"]
-
-
-def test_refined_masks_have_their_reference_row(lens_data, tmp_path):
-    _, result = score(lens_data, tmp_path, *REFERENCE)
-    train_images, _ = prepare_data.open_part(lens_data / "demo", "train")
-    evidence = pretrain.decide_refinement(train_images, "dark")[1]
-    refined = result["refined_threshold"]
-    assert refined.items() >= evidence.items()
-    assert refined["iou_global"] > .95 > result["raw_threshold"]["iou_global"]
-
-
-def test_fp16_trains_and_is_scored(small_data, tmp_path):
-    folder = train(small_data, tmp_path, "--amp", "fp16", "--batch-size", "2", epochs=1)
-    [row] = pretrain.read_log(folder)
-    assert config_of(folder)["settings"]["amp"] == "fp16" and 0 <= int(row["skipped"]) < 4
-    _, result = score(small_data, tmp_path / "results", "--run", str(folder))
-    assert math.isfinite(result["iou_global"])
+    path, result = score(lens_data, tmp_path, "--run", str(refined_run))
+    assert result["variant"] == "medsass+-e2"
+    refine = result.pop("refine")
+    rows = []
+    for more in (dict(refine=refine), {}):
+        path.write_text(json.dumps(result | more | dict(dataset="isic")))
+        finetune_eval.main(["--report", "--out", str(tmp_path)])
+        rows += re.findall(r"\| Otsu \| ([\d.]+)", (tmp_path / "README.md").read_text())
+    assert rows == [f"{result['iou_global']:.4f}"]
 
 
 STOPPED_BY_ITS_GROUP = """import os, subprocess, sys, pretrain
@@ -746,14 +672,12 @@ pretrain.main(sys.argv[1:])
 def start_ranks(folder, n, *flags):
     """pretrain.py on folder/set in n gloo ranks, into folder/out<n>; a Popen."""
     (folder / "ranks.py").write_text(RANK_SCRIPT)
-    python = [sys.executable]
-    if n > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    flags = command(folder, folder / f"out{n}", "--workers", "1", *flags, dataset="set")
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] * (n > 1)
+    flags = command(folder, folder / f"out{n}", "--workers", "1", "--batch-size", str(16 // n),
+                    *flags, dataset="set")
     return subprocess.Popen(
-        [*python, folder / "ranks.py", *flags], cwd=HERE, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        [sys.executable, *ranks, folder / "ranks.py", *flags], cwd=HERE, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE)
 
 
 # MedSASS' loss is of the whole batch, whatever a rank's part of it: 33 images to train on make
@@ -765,12 +689,11 @@ def start_ranks(folder, n, *flags):
 def test_two_ranks_follow_one_process(method, backbone, n_images, flags, tmp_path):
     prepare(write_folder(tmp_path / "raw", n=n_images), tmp_path, "--name", "set")
     flags = ["--method", method, "--backbone", backbone, *flags]
-    runs = [start_ranks(tmp_path, n, "--batch-size", str(16 // n), *flags) for n in (1, 2)]
+    runs = [start_ranks(tmp_path, n, *flags) for n in (1, 2)]
     for run in runs:
-        output = run.communicate(timeout=200)[0]
-        assert run.returncode == 0, output
-    one, two = [next(tmp_path.glob(f"out{n}/set/*/*/seed0")) for n in (1, 2)]
-    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+        words = run.communicate(timeout=200)[1]
+        assert run.returncode == 0, words
+    one, two = sorted(tmp_path.glob("out*/set/*/*/seed0"))
     for row, other in zip(pretrain.read_log(one), pretrain.read_log(two), strict=True):
         for key in row.keys() & {"train_loss", "val_loss", "pseudo_foreground"}:
             assert float(row[key]) == pytest.approx(float(other[key]), rel=2e-3), key
@@ -792,17 +715,6 @@ def test_a_run_with_other_settings_is_refused(data, run, tmp_path):
 def test_losses_that_are_not_finite_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "bce", lambda logits, target: logits.sum() * math.nan)
     refused(lambda: train(data, tmp_path, "--loss", "bce"), "no loss was finite", "--lr")
-
-
-def test_a_one_class_network_is_said_aloud(data, tmp_path, monkeypatch, capfd):
-    def one_class(*args):
-        unet = models.build_unet(*args)
-        torch.nn.init.constant_(unet.head.bias, -1e4)
-        return unet
-
-    monkeypatch.setattr(pretrain, "build_unet", one_class)
-    train(data, tmp_path, epochs=1)
-    assert "calls every pixel background" in "".join(capfd.readouterr())
 
 
 # ---------------------------------------------------------------------------------------- baselines
@@ -833,27 +745,15 @@ def one_step(method, views, step=0, total_steps=10, epoch_steps=5):
 @pytest.mark.parametrize("name, backbone", PAIRINGS)
 def test_baseline_encoder_is_plain_timm_and_learns_in_a_run_of_one_step(name, backbone):
     method, views = build(name, backbone)
+    plain = timm.create_model(models.BACKBONES[backbone], num_classes=0)
+    assert method.encoder.state_dict().keys() == plain.state_dict().keys()
     before = weights(method.encoder)
     one_step(method, views, total_steps=1, epoch_steps=1)
     assert torch.isfinite(weights(method)).all()
     assert not torch.equal(weights(method.encoder), before)
-    size = {"img_size": 32} if backbone == "vit_small" else {}
-    plain = timm.create_model(models.BACKBONES[backbone], num_classes=0, **size)
-    plain.load_state_dict(method.encoder.state_dict(), strict=True)
-
-
-@pytest.mark.parametrize("name, backbone",
-                         [*PAIRINGS, ("medsass", "resnet50"), ("medsass", "vit_small")])
-def test_losses_are_taken_in_float32_under_autocast(name, backbone):
-    method, views = build(name, backbone)
-    values = []
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = copy.deepcopy(method)(views)
-        assert loss.dtype == torch.float32
-        values.append(loss.item())
-    assert values[1] == pytest.approx(values[0], abs=.03) and values[1] != values[0]
+    state = copy.deepcopy(method.state_dict())
+    method.eval()(views)                                        # as validation does
+    assert not differing(method.state_dict(), state)
 
 
 @pytest.mark.parametrize("name", ["dino", "mae", "simmim"])
@@ -870,7 +770,9 @@ def lightlys_loss(name, method, views):
         student = head(torch.cat([encoder(large), encoder(small)])).chunk(10)
         criterion = lightly_loss.DINOLoss(output_dim=1024, warmup_teacher_temp=.04,
                                           teacher_temp=.04, student_temp=.1)
-        return criterion(method.teacher(large).chunk(2), student, epoch=0)
+        loss = criterion(method.teacher(large).chunk(2), student, epoch=0)
+        method.center = criterion.center.view(1, -1)
+        return loss
     cosine = lightly_loss.NegativeCosineSimilarity()
     z = [method.projector(method.encoder(view)) for view in views]
     p = [method.predictor(projection) for projection in z]
@@ -891,6 +793,8 @@ def test_loss_and_gradients_are_those_of_lightlys_criteria(name, backbone):
     for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
         if our.grad is not their.grad:                          # both None in target and teacher
             assert (our.grad - their.grad).norm() <= 1e-3 * their.grad.norm() + 1e-6
+    if name == "dino":
+        assert torch.allclose(ours.center, theirs.center)
 
 
 @pytest.mark.parametrize("name, share", [("byol", .03), ("dino", .2)])
@@ -904,41 +808,51 @@ def test_target_and_teacher_are_the_exact_moving_average(name, share):
     before = weights(average)
     one_step(method, views, step=3, total_steps=10)
     share *= (1 + math.cos(.3 * math.pi)) / 2
-    expected = (1 - share) * before + share * weights(source)
-    assert torch.allclose(weights(average), expected, atol=1e-7)
-    own, others = average[0].bn1, source[0].bn1                 # BatchNorm's statistics are its own
-    assert own.num_batches_tracked > 0 and not torch.equal(own.running_mean, others.running_mean)
+    assert torch.allclose(weights(average), before.lerp(weights(source), share), atol=1e-7)
+    assert not torch.equal(average[0].bn1.running_mean, source[0].bn1.running_mean)
 
 
-@pytest.mark.parametrize("name, backbone, expected", [
-    ("byol", "resnet50", {0: 3e-5, 9: 3e-4, 505: 1.5e-4, 999: 0}),
-    ("simsiam", "resnet50", {0: .003125, 500: .0015625, 999: 0}),
-    ("dino", "resnet50", {99: .001875, 999: 1e-6}),
-    ("dino", "vit_small", {0: 3.125e-7, 99: 3.125e-5, 999: 1e-6}),
-    ("mae", "vit_small", {49: 9.375e-6, 525: 4.6875e-6, 999: 0}),
-    ("simmim", "vit_small", {99: 7.0710678e-5, 550: 3.5355339e-5, 999: 0})])
-def test_learning_rate_in_a_run_of_1000_steps(name, backbone, expected):
+@pytest.mark.parametrize("name, backbone, kind, rates, decays", [
+    ("byol", "resnet50", "Adam", {0: 3e-5, 9: 3e-4, 505: 1.5e-4, 999: 0}, [1.5e-6] * 2),
+    ("simsiam", "resnet50", "SGD", {0: .003125, 500: .0015625, 999: 0}, [1e-4] * 2),
+    ("dino", "resnet50", "SGD", {99: .001875, 999: 1e-6}, [1e-4] * 2),
+    ("dino", "vit_small", "AdamW", {0: 3.125e-7, 99: 3.125e-5, 999: 1e-6}, [.04, .4]),
+    ("mae", "vit_small", "AdamW", {49: 9.375e-6, 525: 4.6875e-6, 999: 0}, [.05] * 2),
+    ("simmim", "vit_small", "AdamW", {99: 7.0710678e-5, 550: 3.5355339e-5, 999: 0}, [.05] * 2)])
+def test_optimizer_in_a_run_of_1000_steps(name, backbone, kind, rates, decays):
     method = pretrain.METHODS[name](backbone, 32)
     optimizer = method.optimizer()
-    for step, lr in expected.items():
+    assert type(optimizer).__name__ == kind
+    assert len(optimizer.param_groups) == 1 + (name != "byol")   # biases do not decay
+    for step, lr in rates.items():
         method.before_step(optimizer, step, 1000, 10)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6, abs=1e-8)
+    for step, decay in zip((0, 1000), decays, strict=True):
+        method.before_step(optimizer, step, 1000, 10)
+        found = max(group["weight_decay"] for group in optimizer.param_groups)
+        assert found == pytest.approx(decay)
 
 
-@pytest.mark.parametrize("name, outputs, healthy, words", [
-    ("byol", dict(z=torch.eye(64)), dict(std=1), "None"),
-    ("simsiam", dict(z=torch.eye(64)), dict(std=1), "None"),
-    ("byol", dict(z=torch.ones(64, 64)), dict(std=0), "collapsed"),
-    ("simsiam", dict(z=torch.ones(64, 64)), dict(std=0), "collapsed"),
-    ("dino", dict(q=torch.eye(64)), dict(entropy_mean=1, entropy_single=0), "None"),
-    ("dino", dict(q=torch.eye(64)[[3] * 32]), dict(entropy_mean=0, entropy_single=0), "one proto"),
-    ("dino", dict(q=torch.full((32, 64), 1 / 64)), dict(entropy_mean=1, entropy_single=1),
-     "alike")])
-def test_health_shows_a_collapse(name, outputs, healthy, words):
+def test_simmim_s_class_token_and_positions_do_not_decay():
+    method = simmim.SimMIM("vit_small", 32)
+    [free] = [group["params"] for group in method.optimizer().param_groups
+              if not group["weight_decay"]]
+    assert {method.encoder.cls_token, method.encoder.pos_embed} < {*free}
+
+
+@pytest.mark.parametrize("name, outputs, healthy, is_collapsed", [
+    ("byol", torch.eye(64), [1], False), ("byol", torch.ones(64, 64), [0], True),
+    ("simsiam", torch.eye(64), [1], False), ("simsiam", torch.ones(64, 64), [0], True),
+    ("dino", torch.eye(64), [1, 0], False), ("dino", torch.eye(64)[[3] * 32], [0, 0], True),
+    ("dino", torch.full((32, 64), 1 / 64), [1, 1], True),
+    ("medsass", torch.tensor([.3, .1]), [.3, .1], False),
+    ("medsass", torch.tensor([.3, 0]), [.3, 0], True)])
+def test_health_shows_a_collapse(name, outputs, healthy, is_collapsed):
     method = pretrain.METHODS[name]
-    health = method.health(argparse.Namespace(**outputs))       # after a forward that left these
-    assert health == pytest.approx(healthy, abs=.01)
-    assert words in str(method.collapsed(None, health))
+    after_forward = argparse.Namespace(z=outputs, q=outputs, shares=outputs)
+    health = method.health(after_forward)
+    assert [*health.values()] == pytest.approx(healthy, abs=.01)
+    assert bool(method.collapsed(None, health)) == is_collapsed
 
 
 @pytest.fixture(scope="module")
@@ -953,18 +867,6 @@ def test_dino_views_and_head(dino_vit):
     assert method.student(views[0]).abs().max() <= 1 + 1e-6
 
 
-def test_dino_s_center_follows_the_teacher_in_training_alone(dino_vit):
-    method, views = copy.deepcopy(dino_vit)
-    center = torch.zeros(1, 50)
-    for _ in range(2):
-        with torch.no_grad():
-            out = method.teacher(torch.cat(views[:2]))          # its BatchNorm sees both views
-        center = .9 * center + .1 * out.mean(dim=0, keepdim=True)
-        method(views)
-    method.eval()(views)
-    assert torch.allclose(method.center, center, atol=1e-6)
-
-
 def test_dino_s_prototypes_are_frozen_in_the_first_epoch(dino_vit):
     method, views = copy.deepcopy(dino_vit)
     prototypes = method.student[1].prototypes.weight
@@ -973,19 +875,6 @@ def test_dino_s_prototypes_are_frozen_in_the_first_epoch(dino_vit):
     assert torch.equal(prototypes, start)
     one_step(method, views, step=5, epoch_steps=5)
     assert not torch.equal(prototypes, start)
-
-
-@pytest.mark.parametrize("backbone, optimizer, decays", [
-    ("vit_small", torch.optim.AdamW, {0: .04, 500: .22, 1000: .4}),
-    ("resnet50", torch.optim.SGD, {0: 1e-4, 1000: 1e-4})])
-def test_dino_s_weight_decay_is_of_matrices_alone(backbone, optimizer, decays):
-    method, _ = build("dino", backbone, prototypes=50)
-    of_dino = method.optimizer()
-    assert isinstance(of_dino, optimizer)
-    for step, decay in decays.items():
-        method.before_step(of_dino, step, 1000, 10)
-        vectors, matrices = of_dino.param_groups
-        assert matrices["weight_decay"] == pytest.approx(decay) and vectors["weight_decay"] == 0
 
 
 def test_dino_s_momentum(dino_vit):
@@ -1000,12 +889,11 @@ def mae_64():
 
 def test_mae_patches_and_their_target(mae_64):
     method, (images,) = mae_64
-    patches = method.patchify(images)
-    assert torch.equal(patches[1, 9], images[1, :, 8:16, 8:16].flatten())
-    assert torch.equal(method.unpatchify(patches), images)
-    p = patches[2, 5].double().numpy()
-    expected = (p - p.mean()) / np.sqrt(p.var(ddof=1) + 1e-6)
-    assert np.allclose(method.target(images)[2, 5], expected, atol=1e-4)
+    p = images[1, :, 8:16, 8:16].flatten()
+    assert torch.equal(method.patchify(images)[1, 9], p)
+    expected = (p - p.mean()) / (p.var() + 1e-6).sqrt()
+    assert torch.allclose(method.target(images)[1, 9], expected, atol=1e-4)
+    assert torch.equal(method.unpatchify(method.patchify(images)), images)
 
 
 def test_mae_loss_and_error_are_of_hidden_patches_alone(mae_64):
@@ -1014,8 +902,8 @@ def test_mae_loss_and_error_are_of_hidden_patches_alone(mae_64):
     loss = method([images]).item()
     torch.manual_seed(1)
     latent, mask, restore = method.encode(images)
-    hidden = method.target(images)[mask == 1]
-    error = (method.decode(latent, restore)[mask == 1] - hidden).square().mean().item()
+    hidden = method.target(images)[mask]
+    error = (method.decode(latent, restore)[mask] - hidden).square().mean().item()
     assert loss == pytest.approx(error, rel=1e-5)
     of_a_constant = hidden.view(-1, 3, 64).numpy().var(axis=(0, 2)).mean()      # one a channel
     assert method.health()["error"] == pytest.approx(error / of_a_constant, rel=1e-4)
@@ -1058,11 +946,11 @@ def test_simmim_loss_and_error_are_of_hidden_pixels_alone(simmim_64):
     torch.manual_seed(2)
     mask = method.draw_mask(4)
     hidden = method.pixels_of(mask)[:, 0]
-    drawn = method.reconstruct(images, mask).movedim(1, 3)[hidden].detach()
-    pixels = images.movedim(1, 3)[hidden].numpy()
-    error = np.abs(drawn.numpy() - pixels).mean()
+    drawn = method.reconstruct(images, mask)
+    pixels, drawn = [part.detach().movedim(1, 3)[hidden] for part in (images, drawn)]
+    error = F.l1_loss(drawn, pixels).item()
     assert loss == pytest.approx(error, rel=1e-5)
-    of_a_constant = np.abs(pixels - np.median(pixels, axis=0)).mean()           # one a channel
+    of_a_constant = F.l1_loss(pixels, pixels.median(dim=0).values.expand_as(pixels)).item()
     assert method.health()["error"] == pytest.approx(error / of_a_constant, rel=1e-4)
 
 
@@ -1079,13 +967,6 @@ def test_simmim_is_timm_s_forward_where_nothing_is_hidden(simmim_64):
     expected = method.head(tokens.transpose(1, 2).reshape(4, 384, 8, 8))
     drawn = method.reconstruct(images, torch.zeros(4, 8, 8, dtype=torch.bool))
     assert torch.allclose(drawn, expected, atol=1e-5)
-
-
-def test_simmim_decays_matrices_but_not_class_token_and_positions(simmim_64):
-    method, _ = simmim_64
-    decayed, others = method.optimizer().param_groups
-    assert others["weight_decay"] == 0 and method.mask_token in set(decayed["params"])
-    assert {method.encoder.cls_token, method.encoder.pos_embed} < set(others["params"])
 
 
 DIE_BEFORE_THE_SECOND_SAVE = """
@@ -1121,9 +1002,7 @@ def test_killed_baselines_resume_to_the_bit_and_are_scored(name, backbone, logge
     flags = ["--method", name, "--backbone", backbone, "--batch-size", "4"]
     whole = train(small_data, tmp_path / "whole", *flags)
     cut = resumed(small_data, tmp_path / "cut", *flags, "--workers", "1")
-    assert contents(cut) == contents(whole)
-    assert config_of(cut)["settings"]["train"] == "encoder"
-    assert logged in pretrain.read_log(cut)[0] and not (cut / "best.pt").exists()
+    assert contents(cut) == contents(whole) and logged in pretrain.read_log(cut)[0]
     assert sum(path.stat().st_size for path in cut.iterdir()) < 100e6       # no heads, no copies
     assert score(small_data, tmp_path, "--run", str(cut))[1]["method"] == name
 
@@ -1914,8 +1793,9 @@ def test_flags_that_are_not_used_are_named_and_ignored(data, run, tmp_path, caps
 
 # ------------------------------------------------------------------------------------- prepare_data
 
-def spot(height, width):
+def spot(height, width, *seed):
     """A picture with one bright disc on noise, gray uint8 (H, W), and its mask {0, 1}."""
+    rng = np.random.default_rng(seed)
     centre = (rng.uniform(.3, .7, 2) * (width, height)).astype(int)
     mask = np.zeros((height, width), np.uint8)
     cv2.circle(mask, centre.tolist(), min(height, width) // 5, 1, -1)
@@ -1935,9 +1815,9 @@ def prepared(out):
     for part in prepare_data.PARTS:
         images, masks = prepare_data.open_part(out, part)
         rows = prepare_data.read_names(out, part)
-        if masks is None:
-            masks = [None] * len(rows)
-        found += zip([part] * len(rows), rows, images, masks, strict=True)
+        assert len(rows) == len(images)
+        for k, row in enumerate(rows):
+            found.append((part, row, images[k], masks if masks is None else masks[k]))
     return found
 
 
@@ -1977,7 +1857,7 @@ def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
     assert os.listdir(out.parent) == ["raw"]
     found = prepared(out)
     for _, row, image, mask in found:
-        for kind, small in (("images", image), ("masks", mask * 255)):
+        for kind, small in (("images", image[..., 1]), ("masks", mask * 255)):
             source = np.asarray(Image.open(raw / kind / f"{row['name']}.png"))
             expected = cv2.resize(source, (32, 32), interpolation=cv2.INTER_AREA)
             assert np.array_equal(small, expected if kind == "images" else (expected > 127) * 255)
@@ -1996,15 +1876,6 @@ def test_groups_stay_whole_and_labels_are_taken(raw):
     assert (labels["p0_00"], labels["p0_01"], labels["p0_02"]) == ("sick", "well", "")
 
 
-def test_given_parts_are_kept(tmp_path):
-    for part, n in (("train", 5), ("val", 2), ("test", 3)):
-        write_folder(tmp_path / "raw" / part, n=n, masks=part == "test")
-    out = prepare_beside(tmp_path / "raw")
-    prepare_data.check(out)                                     # equal names are usual there
-    has_masks = [mask is not None for *_, mask in prepared(out)]
-    assert has_masks == [False] * 7 + [True] * 3
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_other_modes_become_colour(mode, tmp_path):
     colour = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8))
@@ -2020,8 +1891,7 @@ def test_other_modes_become_colour(mode, tmp_path):
 def test_wide_numbers_are_stretched_between_their_percentiles(channels, tmp_path):
     wide = (np.linspace(1000, 3000, 54).reshape(6, 9, 1) * channels).astype(np.uint16)
     cv2.imwrite(str(tmp_path / "a.png"), wide[..., ::-1])
-    low, high = np.percentile(wide, (.1, 99.9))
-    expected = ((wide - low) / (high - low) * 255).round().clip(0, 255)
+    expected = np.interp(wide, np.percentile(wide, (.1, 99.9)), (0, 255)).round()
     assert (prepare_data.read_image(tmp_path / "a.png") == expected).all()
 
 
@@ -2056,7 +1926,6 @@ FORMS = {                                                       # {form: how it 
     "gray": dict(photometric="minisblack"),
     "white is zero": dict(photometric="miniswhite"),
     "alpha": dict(photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]),
-    "stack": dict(photometric="minisblack"),
     "rgb": dict(photometric="rgb", planarconfig="contig"),
     "planes": dict(photometric="rgb", planarconfig="separate"),
     "three grays": dict(photometric="minisblack", planarconfig="contig")}
@@ -2071,19 +1940,16 @@ def test_tiffs_are_read_rightly_or_refused(dtype, how, form, tmp_path, monkeypat
     shown = gray
     if form in ("rgb", "planes", "three grays"):
         shown = np.dstack([gray, gray // 2, gray[::-1]])
-    stored = {"alpha": np.dstack([gray, gray]), "stack": np.stack([gray[::-1], gray]),
-              "white is zero": 99 - gray if dtype[0] == "f" else ~gray,
-              "planes": np.moveaxis(shown, -1, 0)}.get(form, shown)
-    page = int(form == "stack")
+    stored = {"alpha": np.dstack([gray, gray]), "planes": np.moveaxis(shown, -1, 0),
+              "white is zero": 99 - gray if dtype[0] == "f" else ~gray}.get(form, shown)
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, stored, metadata=None, **how, **FORMS[form])
-    found = prepare_data.read_image(path, page)
+    found = prepare_data.read_image(path)
     expected = prepare_data.to_rgb(prepare_data.Picture(shown)).astype(int)
     assert np.abs(found - expected).max() <= (form == "white is zero")
-    unreadable(path, f"no page {page + 1}", page + 1)
     monkeypatch.setitem(sys.modules, "tifffile", None)          # as if it were not installed
     try:
-        assert np.array_equal(prepare_data.read_image(path, page), found)
+        assert np.array_equal(prepare_data.read_image(path), found)
     except ValueError as error:
         assert "pip install tifffile" in str(error)
 
@@ -2138,9 +2004,9 @@ def test_dicom_frames_and_palettes(monkeypatch):
 
 def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
     raw, ds = tmp_path / "raw", pydicom.dcmread(dicom())
+    ds.WindowWidth = None                                       # as some files have it: no window
     for k in range(18):                                         # of one patient in several studies
         ds.PatientID = f"Mustermann{k // 3}"
-        ds.WindowWidth = None                                   # as some files have it: no window
         ds.PixelData = np.roll(ds.pixel_array, k + 1).tobytes()
         (raw / f"study{k // 2}").mkdir(parents=True, exist_ok=True)
         ds.save_as(raw / f"study{k // 2}/{k}.dcm")
@@ -2148,7 +2014,7 @@ def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
     assert len(kept_together(out)) == 6
     assert not [file for file in out.iterdir() if b"Mustermann" in file.read_bytes()]
     prepare_beside(raw, "--group-regex", "[0-9]+$")
-    assert kept_together(out) == {str(k) for k in range(18)}    # the regex, not the id
+    assert len(kept_together(out)) == 18                        # the regex, not the id
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -2248,13 +2114,13 @@ LAYOUTS = {                                                     # {case: names o
     "several masks": ("benign ({k}).png", "benign ({k})_mask.png", "benign ({k})_mask_1.png")}
 UNCLEAR_LAYOUTS = {                                             # {reason: (names, more of it)}
     "has two masks": (("images/{k}.png", "masks/{k}.png", "labels/{k}.png"),
-                      "labels/s", "masks/s"),
+                      "labels/t", "masks/t"),
     "masks: no mask there has the name": (("images/{k}.png", "masks/other{k}.png"),),
     "mask: no mask there": (("images/{k}.png", "masks/{k}.png", "mask/view_{k}.png"),),
-    "seg_s00.png: by its name a mask": (("images/{k}.png", "images/seg_{k}.png"),),
+    "seg_test_00000.png: by its name a mask": (("images/{k}.png", "images/seg_{k}.png"),),
     "mask.png: by its name a mask": (("{k}/image.png", "{k}/mask.png"),),
     "class0, class1": (("class{c}/{k}.png",), "'^([^/]+)/'", "'.+'"),
-    "masks/s00.gif: a mask of a kind that is not read": (("images/{k}.png", "masks/{k}.gif"),),
+    "masks/test_00000.gif: a mask of a kind": (("images/{k}.png", "masks/{k}.gif"),),
     "NAME_xyz": (("images/{k}.png", "images/{k}_xyz.png"), "NAME_mask")}
 LUNGS = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 SKIN = {"melanoma": "1.0,0.0", "seborrheic_keratosis": "0.0,1.0", "nevus": "0.0,0.0"}
@@ -2266,10 +2132,12 @@ def write_layout(raw, image_name, *mask_names, n=12, shape=(32, 32), pixel=((255
     written = {}
     for i in range(n):
         part = i * 3 // n
-        fields = dict(k=f"s{i:02d}", p=f"p{i % 6}", c=i % 2, t=prepare_data.PARTS[part],
-                      T=("Training", "valid", "Test")[part], lungs=LUNGS[i % 4],
-                      skin=[*SKIN][i % 3], isic=("Training", "Validation", "Test_v2")[part])
-        gray, mask = spot(*shape)
+        t = prepare_data.PARTS[part]
+        fields = dict(i=i, k=f"{t}_{i - math.ceil(part * n / 3):05d}", t=t, p=f"p{i % 6}",
+                      patient=f"p{i // 3}", c=i % 2, T=("Training", "valid", "Test")[part],
+                      isic=("Training", "Validation", "Test_v2")[part], lungs=LUNGS[i % 4],
+                      skin=[*SKIN][i % 3])
+        gray, mask = spot(*shape, n, i)
         save_image(raw / unicodedata.normalize("NFD", image_name.format(**fields)), gray)
         for j, mask_name in enumerate(mask_names):
             rows = np.arange(shape[0])[:, None] % len(mask_names) == j
@@ -2340,6 +2208,7 @@ def test_of_several_pages_one_is_taken_and_it_is_said(tmp_path, capsys):
     make_stacks((tmp_path / "raw").glob("*.tif"))
     assert [*as_written(prepare_beside(tmp_path / "raw", "--page", "1"), written)]
     assert "12 images are of several pages" in capsys.readouterr().out
+    unreadable(tmp_path / "raw/val_00000.tif", "no page 2", 2)
 
 
 @pytest.mark.parametrize("table", [
@@ -2361,7 +2230,8 @@ def test_the_same_picture_is_never_in_two_parts(raw, capsys):
 
 
 def test_thin_and_empty_masks(raw, capsys):
-    line = np.eye(1, 40, 20, dtype=np.uint8).repeat(40, 0) * 255        # .8 wide at 32 px
+    line = np.zeros((40, 40), np.uint8)
+    line[:, 20] = 255                                           # .8 wide at 32 px
     for i, path in enumerate((raw / "masks").iterdir()):
         save_image(path, line if i % 4 else line * 0)
     masks = [mask for *_, mask in prepared(prepare_beside(raw))]
@@ -2405,7 +2275,7 @@ def test_images_outside_of_all_groups_are_bad(raw):
 
 # ----------------------------------------------------------------------------------- published data
 
-PUBLISHED = {               # {data set: (foreground, a pixel of the mask, names of image and masks)}
+PUBLISHED = {                # {data set: (foreground, a pixel of the mask, names of the files)}
     "isic": ("dark", [[255]], "ISIC-2017_{isic}_Data/{k}.jpg",
              "ISIC-2017_{isic}_Part1_GroundTruth/{k}_segmentation.png"),
     "xray": ("dark", [[255] * 2] * 2, "COVID-19_Radiography_Dataset/{lungs}/images/{k}.png",
@@ -2415,7 +2285,7 @@ PUBLISHED = {               # {data set: (foreground, a pixel of the mask, names
                 "stage1_train/{k}/masks/1.png", "stage1_train/{k}/masks/2.png"),
     "dm": ("bright", [[7]], "CD27_Panel_Component/{p}_Myo_{k}_component_data.tif",
            "Labels/{p}_Myo_{k}_component_mask_labels.tiff"),
-    "tissuenet": ("bright", [[1]], "{t}/{k}.png", "{t}/{k}_mask.png")}
+    "tissuenet": ("bright", [[7]], "{k}.png", "{k}_mask.png")}
 
 
 def write_published(dataset, raw):
@@ -2431,13 +2301,12 @@ def write_published(dataset, raw):
         shutil.copy(path, path.with_name(f"{path.stem}_superpixels.png"))
         Path(str(path.parent).replace("Data", "Part3_GroundTruth.csv")).write_text(table)
     if dataset == "tissuenet":
-        images, masks, fields = map(np.array, zip(*written.values(), strict=True))
-        x = np.stack([images, 255 - images], axis=-1)           # nuclei, membranes
-        y = np.stack([masks * 7, 1 - masks], axis=-1)           # cells, nuclei
-        for part, four in zip(prepare_data.PARTS, np.arange(12).reshape(3, 4), strict=True):
-            np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz", X=x[four], y=y[four])
-        names = [f"{of['t']}_{i % 4:05d}" for i, of in enumerate(fields)]
-        return dict(zip(names, written.values(), strict=True))
+        for part in prepare_data.PARTS:
+            pairs = [pair[:2] for key, pair in written.items() if key.startswith(part)]
+            x, y = np.stack(pairs, axis=1)
+            np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz",
+                                X=np.stack([x, 255 - x], axis=-1),      # nuclei, membranes
+                                y=np.stack([y * 7, 1 - y], axis=-1))    # cells, nuclei
     return written
 
 
@@ -2491,19 +2360,16 @@ def test_published_layouts_become_right_arrays(dataset, published):
 def test_tiles_of_a_slide_or_patient_stay_together(published, tmp_path):
     raw, written, out = published("dm")
     other = prepare_published("dm", raw, tmp_path, "--page", "1", "--split-by", "patient")
-    assert kept_together(out) == {path.stem[:-15] for path in raw.glob("CD27*/*")}
+    assert len(kept_together(out)) == 12
     assert kept_together(other) == {f"p{k}_Myo" for k in range(6)}
-    for folder, is_bright in ((out, False), (other, True)):
-        tiles = {k: {} for k in written}
+    for folder, is_bright in ((out, False), (other, True)):     # stain 0 is the inverse
         for _, row, image, mask in prepared(folder):
-            _, _, k, y, x = row["name"].split("_")
-            tiles[k][y + x] = mask
+            key, y, x = re.search(r"Myo_(.*)_(.)_(.)$", row["name"]).groups()
+            y, x = 480 * int(y), 480 * int(x)
+            tile = written[key][1][y:y + 480, x:x + 480]
+            assert mask.mean() == pytest.approx(tile.sum() / 480 ** 2, abs=.01)
             if mask.mean() > .05:
                 assert (image[mask == 1].mean() > image[mask == 0].mean()) == is_bright
-        for k, (_, mask, _) in written.items():
-            whole = np.block([[tiles[k][f"{y}{x}"] for x in range(3)] for y in range(2)])
-            padded = np.pad(mask, ((0, 260), (0, 340)))
-            assert (whole == cv2.resize(padded, (96, 64), interpolation=cv2.INTER_AREA)).mean() > .99
 
 
 @pytest.mark.parametrize("dataset, moves, given", [
@@ -2525,36 +2391,33 @@ def test_published_layouts_by_their_other_names(dataset, moves, given, copied):
     assert_same_set(raw / given, out)
 
 
-def part_sizes(pairs, split, seed=0):
+def part_sizes(pairs, split):
     """The sizes of the parts into which `split` divides them."""
     prepare_data.join_duplicates(pairs)
-    split(pairs, seed)
+    split(pairs, seed=3)
     parts = [pair.part for pair in pairs]
     return [parts.count(part) for part in prepare_data.PARTS]
 
 
 def test_published_splits_at_their_full_size():
-    sizes = (3616, 6012, 10192, 1345)
-    pairs, tiles = [], []
-    for label, n in zip(LUNGS, sizes, strict=True):             # the first picture is in each class
+    pairs = []
+    for label, n in zip(LUNGS, (3616, 6012, 10192, 1345), strict=True):
         pairs += [prepare_data.Pair(f"{label}{i}", "", label=label) for i in range(n)]
-        pairs[-n].digest = "equal"
+        pairs[-n].digest = "the same picture in each class"
     assert part_sizes(pairs, prepare_data.stratify) == [14730, 2202, 4233]
-    tested = [pair.label for pair in pairs if pair.part == "test"]
-    for label, n in zip(LUNGS, sizes, strict=True):
-        assert abs(tested.count(label) - .2 * n) <= 4
     assert len({pair.part for pair in pairs if pair.digest}) == 1
-    for i in range(198 * 12):
-        slide = f"{i // 12}"
-        tiles.append(prepare_data.Pair(f"{slide}_{i % 12}", slide, group=slide))
-    assert part_sizes(tiles, prepare_data.split, seed=3) == [1656, 240, 480]
+    tested = [pair.label for pair in pairs if pair.part == "test"]
+    assert abs(tested.count("COVID") - .2 * 3616) < 4
+    tiles = [prepare_data.Pair(f"{i}", f"{i // 12}", group=f"{i // 12}") for i in range(198 * 12)]
+    assert part_sizes(tiles, prepare_data.split) == [1656, 240, 480]
 
 
 def test_archives_are_unpacked_once(copied):
     raw, out = copied("isic")
-    for path in [*raw.glob("*_Data"), *raw.glob("*_GroundTruth")]:
-        shutil.make_archive(path, "zip" if "Data" in path.name else "gztar", raw, path.name)
-        shutil.rmtree(path)
+    for kind, pattern in (("zip", "*_Data"), ("gztar", "*_Part1_GroundTruth")):
+        for path in [*raw.glob(pattern)]:
+            shutil.make_archive(path, kind, raw, path.name)
+            shutil.rmtree(path)
     assert_same_set(raw, out)
     for path in [*raw.glob("*.zip"), *raw.glob("*.gz")]:
         path.write_bytes(b"never read again")
@@ -2566,18 +2429,16 @@ def test_archives_are_unpacked_once(copied):
     prepare_data.check(raw.parent / "again/isic")               # what was there stays
 
 
-@pytest.mark.parametrize("name", ["../evil", "link"])
-def test_archives_never_write_outside(name, tmp_path):
-    raw, taped = tmp_path / "raw", tarfile.TarInfo(name)
+@pytest.mark.parametrize("name, link", [("../evil", ""), ("link", "/etc")])
+def test_archives_never_write_outside(name, link, tmp_path):
+    raw, member = tmp_path / "raw", tarfile.TarInfo(name)
     raw.mkdir()
-    if name == "link":
-        taped.type, taped.linkname = tarfile.SYMTYPE, "/etc"
-    with zipfile.ZipFile(raw / "a.zip", "w") as file:
-        file.writestr("../evil", "")
+    if link:
+        member.type, member.linkname = tarfile.SYMTYPE, link
     with tarfile.open(raw / "b.tar", "w") as file:
-        file.addfile(taped)
+        file.addfile(member)
     refused(lambda: prepare_published("isic", raw, tmp_path / "out"), "b.tar: cannot be extracted")
-    assert os.listdir(tmp_path) == ["raw"] and {*os.listdir(raw)} == {"a", "a.zip", "b.tar"}
+    assert os.listdir(tmp_path) == ["raw"] and os.listdir(raw) == ["b.tar"]
 
 
 def test_where_a_data_set_is_to_be_had_is_said(tmp_path):
@@ -2612,18 +2473,13 @@ def test_check_finds_the_same_picture_or_group_in_two_parts_and_wrong_tables(dat
         "same group in two parts: train_007 of train and test_007 of test", "val.csv has 0 rows")
 
 
-def test_download_goes_on_where_it_stopped_if_the_server_can(tmp_path):
+def test_download_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "source").write_bytes(b"0123456789")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        cannot = f"http://127.0.0.1:{server.server_port}/source"
-        for url, got in ((f"file://{tmp_path}/source", b"cut3456789"), (cannot, b"0123456789")):
-            (tmp_path / "file.part").write_bytes(b"cut")
-            prepare_data.download(url, tmp_path / "file")
-            assert (tmp_path / "file").read_bytes() == got
-        refused(lambda: prepare_data.download(f"{cannot}s", tmp_path / "other"), f"{cannot}s")
-        server.shutdown()
+    (tmp_path / "file.part").write_bytes(b"cut")
+    prepare_data.download(f"file://{tmp_path}/source", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"cut3456789"
+    gone = f"file://{tmp_path}/gone"
+    refused(lambda: prepare_data.download(gone, tmp_path / "other"), gone)
     assert {*os.listdir(tmp_path)} == {"source", "file"}
 
 
@@ -2732,18 +2588,6 @@ def test_readme_snippet_of_byol_trains_each_baseline(name, tmp_path, monkeypatch
     code = code.replace("resnet50", method.backbones[0]).replace("64", "32")
     exec(code.replace("(32, 3", "(4, 3").replace("(16)", "(2)"), {})
     assert Path("encoder.pth").exists()
-
-
-@pytest.mark.parametrize("name, backbone", PAIRINGS)
-def test_three_epochs_on_the_demo_learn_and_do_not_collapse(name, backbone, data, tmp_path):
-    flags = ["--method", name, "--backbone", backbone, "--workers", "1"]
-    log = pretrain.read_log(train(data, tmp_path, *flags, epochs=3))
-    last = {key: float(value) for key, value in log[-1].items()}
-    assert not pretrain.METHODS[name](backbone, 32).collapsed(last)
-    if name == "dino":                  # twelve steps of its rate change the loss little
-        assert last["entropy_mean"] > last["entropy_single"]
-    else:
-        assert last["train_loss"] < float(log[0]["train_loss"])
 
 
 # ------------------------------------------------------- benchmarks (pytest -m bench test_smoke.py)
@@ -2863,23 +2707,3 @@ def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, record):
     mine, other = interleaved(lambda: subprocess.run(script, check=True), plain_loop)
     record("preparing jpgs, images/s", "a plain loop", 2000 / mine, 2000 / other,
            other / mine >= 1.8)
-
-
-PREPARE_AND_SAY_MEMORY = r"""import re, sys, prepare_data
-prepare_data.main(sys.argv[1:])
-print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
-"""
-
-
-@pytest.mark.bench
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path, record):
-    """Peak memory of the main process for 20000 and for 200 images with masks."""
-    peaks = []
-    for n in (20000, 200):
-        flags = ["--dataset", "folder", "--size", "64", "--out", tmp_path / "out",
-                 "--raw", write_folder(tmp_path / str(n), n, size=80)]
-        out = subprocess.check_output([sys.executable, "-c", PREPARE_AND_SAY_MEMORY, *flags],
-                                      cwd=HERE, text=True)
-        peaks.append(int(out.split()[-1]) / 1024)
-    high, low = peaks
-    record("preparing 20000 images, MB", "200", high, low, high - low <= 50)
