@@ -7,7 +7,6 @@ import argparse
 import copy
 import csv
 import functools
-import http.server
 import itertools
 import json
 import math
@@ -19,11 +18,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import tracemalloc
 import unicodedata
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -67,10 +64,15 @@ def data(tmp_path_factory):
     return folder
 
 
+def command(data, out, *flags, epochs=2, dataset="demo"):
+    """The flags of a run on the CPU."""
+    return ["--dataset", dataset, "--data", str(data), "--out", str(out), "--epochs", str(epochs),
+            "--workers", "0", "--device", "cpu", *flags]
+
+
 def train(data, out, *flags, epochs=2):
     """Run pretrain.py in this process on the demo; returns the run folder."""
-    pretrain.main(["--dataset", "demo", "--data", str(data), "--out", str(out), "--epochs",
-                   str(epochs), "--workers", "0", "--device", "cpu", *flags])
+    pretrain.main(command(data, out, *flags, epochs=epochs))
     return max(out.glob("demo/*/*/seed*"), key=lambda f: f.stat().st_mtime)
 
 
@@ -91,21 +93,10 @@ def contents(folder, names=("best.pt", "last.pt", "encoder.pth")):
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-def write_folder(folder, n=12, size=40, masks=True, value=255):
-    """A raw folder of n random colour images with square objects and their masks, the same in
-    whatever order tests run."""
-    rng = np.random.default_rng(n)
-    for sub in ("images", "masks") if masks else ("images",):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    for i in range(n):
-        image = rng.integers(0, 90, (size, size, 3), np.uint8)
-        mask = np.zeros((size, size), np.uint8)
-        mask[5 + i:15 + i, 8:20] = value
-        image[mask > 0] += 120
-        name = f"p{i // 3}_{i:02d}.png"
-        Image.fromarray(image).save(folder / "images" / name)
-        if masks:
-            Image.fromarray(mask).save(folder / "masks" / name)
+def write_folder(folder, n=12, size=40, masks=True):
+    """A raw folder of n pictures, three a patient, and their masks; the same each time."""
+    names = ["images/{patient}_{i:02d}.png", "masks/{patient}_{i:02d}.png"]
+    write_layout(folder, *names[:1 + masks], n=n, shape=(size, size))
     return folder
 
 
@@ -120,10 +111,11 @@ def refused(call, *words):
     the message."""
     with pytest.raises(SystemExit) as end:
         call()
-    assert end.value.code not in (0, None)
+    message = str(end.value.code)
+    assert message not in ("0", "None")
     for word in words:
-        assert str(word) in str(end.value.code), (word, end.value.code)
-    return str(end.value.code)
+        assert str(word) in message
+    return message
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -147,17 +139,14 @@ def test_losses_equal_segmentation_models_pytorch(name, flags, theirs):
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_losses_and_gradients_are_finite_at_the_extremes(name, dtype):
     half = (torch.arange(300) % 2).expand(2, 1, 300, 300)
-    for value in (-1e4, -30, 0, 30, 1e4):
-        for target in (half, half < 0, half >= 0):              # half, nothing, everything
-            logits = torch.full(half.shape, value, dtype=dtype, requires_grad=True)
-            loss = losses.LOSSES[name](logits, target)
-            loss.backward()
-            assert torch.isfinite(logits.grad + loss).all()
-    perfect = torch.where(half > 0, 1e4, -1e4).to(dtype)
-    assert losses.LOSSES[name](perfect, half).item() == 0
+    for value, target in itertools.product((-1e4, 0, 1e4), (half, half < 0, half >= 0)):
+        logits = torch.full(half.shape, value, dtype=dtype, requires_grad=True)
+        loss = losses.LOSSES[name](logits, target)
+        loss.backward()
+        assert torch.isfinite(logits.grad + loss).all()
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -192,38 +181,29 @@ def unets():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("height, width", [(64, 64), (70, 93)])
-def test_resnet50_unet_equals_segmentation_models_pytorch(unets, training, height, width):
-    ours, theirs = unets
+def test_resnet50_unet_and_its_gradients_are_those_of_segmentation_models_pytorch(
+        unets, training, height, width):
     x = torch.randn(2, 3, height, width).double()
-    with torch.set_grad_enabled(training):                      # other code without gradients
-        assert torch.allclose(ours.train(training)(x), theirs.train(training)(x), atol=1e-10)
-    assert weights(ours).numel() == 4_536_047
-
-
-def test_resnet50_unet_s_gradients_are_those_of_the_plain_network(unets):
-    """Gate, upsampled_conv and recomputation go round full-size maps."""
-    x, target = torch.randn(2, 3, 64, 64).double(), torch.rand(2, 1, 64, 64) < .3
-    ours, theirs = unets
     for network in unets:
-        network.train().zero_grad()
-        losses.focal_tversky_loss(network(x), target).backward()
-    for name, parameter in ours.named_parameters():
-        expected = theirs.get_parameter(smp_name(name)).grad
-        if expected is not parameter.grad:                      # both None where there is no skip
-            assert torch.allclose(parameter.grad, expected, atol=1e-10), name
+        network.train(training).zero_grad()
+    with torch.set_grad_enabled(training):                      # other code without gradients
+        out, expected = [network(x) for network in unets]
+    assert torch.allclose(out, expected, atol=1e-10)
+    ours, theirs = unets
+    assert weights(ours).numel() == 4_536_047
+    if training:
+        out.sin().sum().backward()
+        expected.sin().sum().backward()
+        for name, parameter in ours.named_parameters():
+            other = theirs.get_parameter(smp_name(name)).grad
+            if other is not parameter.grad:                     # both None where there is no skip
+                assert torch.allclose(parameter.grad, other, atol=1e-9), name
 
 
 def test_every_weight_of_the_vit_unet_learns():
     unet = models.build_unet("vit_small", img_size=64)
     loss = unet(torch.randn(2, 3, 64, 64)).mean()
     torch.autograd.grad(loss, list(unet.parameters()))          # raises where one has no part in it
-
-
-@pytest.mark.parametrize("backbone, size, words", [
-    ("vit_small", 72, "multiple of 16"), ("resnet18", 64, "unknown backbone")])
-def test_networks_that_there_are_not_are_refused(backbone, size, words):
-    with pytest.raises(ValueError, match=words):
-        models.build_unet(backbone, size)
 
 
 @pytest.mark.parametrize("backbone, lacking, elsewhere", [
@@ -245,7 +225,7 @@ def prefixed(prefix, state):
 def test_encoders_from_elsewhere_load(backbone, tmp_path):
     state = timm.create_model(models.BACKBONES[backbone], num_classes=10).state_dict()
     of_dino = {"teacher": prefixed("backbone.", state), "args": argparse.Namespace(arch="vit")}
-    for content in (state, {"state_dict": state, "epoch": 3}, prefixed("module.", state),
+    for content in (state, {"state_dict": state, "epoch": 3},
                     {"model": prefixed("module.backbone.", state)}, of_dino):
         torch.save(content, tmp_path / "f.pth")
         unet = models.build_unet(backbone)
@@ -263,23 +243,21 @@ def test_position_embeddings_are_resampled(tmp_path):
 
 
 def test_wrong_encoder_files_are_refused(tmp_path):
-    unet, path = models.build_unet("resnet50"), tmp_path / "f.pth"
-    complete = unet.encoder.state_dict()
+    path = tmp_path / "f.pth"
+    complete = models.build_unet("resnet50").encoder.state_dict()
     cut = complete.copy()
     del cut["bn1.weight"]
-    vit = timm.create_model("vit_small_patch8_224").state_dict()
     for words, content in (
-            ("0 resnet50", vit), ("0 resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
+            ("0 resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
             ("2 resnet50", prefixed("online.", complete) | prefixed("target.", complete)),
             ("conv1.weight is", complete | {"conv1.weight": torch.zeros(64, 1, 7, 7)}),
-            ("bn1.weight .*not finite", complete | {"bn1.weight": torch.full((64,), math.nan)})):
+            ("bn1.weight .*not finite", complete | {"bn1.weight": torch.full((64,), math.nan)}),
+            ("", None)):
         torch.save(content, path)
+        if content is None:
+            path.write_bytes(b"no checkpoint")
         with pytest.raises(ValueError, match=f"{path}.*{words}"):
-            models.load_encoder(unet, path)
-    path.write_bytes(b"no checkpoint")
-    for bad in (path, tmp_path / "absent.pth"):
-        with pytest.raises(ValueError, match=str(bad)):
-            models.load_encoder(unet, bad)
+            models.load_encoder(models.build_unet("resnet50"), path)
 
 
 # ------------------------------------------------------------------------------------- pseudo-masks
@@ -305,7 +283,7 @@ def test_ght_is_the_maximum_of_barrons_score(constants):
     assert ght_score(gray, t, *constants) == pytest.approx(best, rel=1e-9)
 
 
-def test_pseudo_masks_follow_their_definitions():
+def test_pseudo_masks_follow_their_definitions_and_a_flat_picture_has_no_foreground():
     images = np.random.default_rng(0).integers(0, 256, (1, 24, 20, 3), np.uint8)
     gray = cv2.cvtColor(images[0], cv2.COLOR_RGB2GRAY)
     scale = 24 * 20 / 2 ** 20
@@ -320,15 +298,10 @@ def test_pseudo_masks_follow_their_definitions():
         bright = pretrain.pseudo_mask(images, method)
         assert bright.dtype == np.uint8 and np.array_equal(bright[0], gray > threshold), method
         assert np.array_equal(pretrain.pseudo_mask(images, method, "dark"), 1 - bright)
+        for foreground in ("bright", "dark"):
+            assert not pretrain.pseudo_mask(images * 0 + 200, method, foreground).any()
     with pytest.raises(ValueError, match="otzu"):
         pretrain.pseudo_mask(images, "otzu")
-
-
-@pytest.mark.parametrize("method", pretrain.THRESHOLDS)
-@pytest.mark.parametrize("foreground", ["bright", "dark"])
-def test_a_flat_picture_has_no_foreground(method, foreground):
-    flat = np.full((1, 24, 24, 3), 200, np.uint8)
-    assert not pretrain.pseudo_mask(flat, method, foreground).any()
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -347,19 +320,14 @@ def test_warps_are_torchvisions_inside_and_mirror_outside(warp):
     inside = torchvisions(white, params) == 255                 # black outside
     # Pillow takes (x, y) for a pixel's centre, torchvision's perspective grid (x + .5, y + .5).
     difference = warp.transform(image, params).int() - torchvisions(image, params).int()
-    assert .5 < inside.float().mean() < 1
     assert difference[inside].abs().float().mean() < 2.5
     assert (warp.transform(white, params) == 255).all()
 
 
-def test_channel_is_the_most_separable_dark_where_the_foreground_is():
+def test_channel_is_the_most_separable():
     images = rng.integers(0, 256, (5, 40, 50, 3), np.uint8)
-    for image in images:
-        image[..., 1] = spot(40, 50)[0]
+    images[..., 1] = spot(40, 50)[0]
     assert pretrain.choose_channel(images)[0] == "green"
-    green = pretrain.one_channel(image, "green", "dark")
-    assert np.array_equal(green, image[..., 1])
-    assert np.array_equal(pretrain.one_channel(image, "green", "bright"), 255 - green)
     images[:] = images[..., 1:2]
     assert pretrain.choose_channel(images)[0] == "gray"         # of equals
 
@@ -383,27 +351,8 @@ def test_frame_equals_a_flood_from_border_and_corners(seed):
     frame = common | connected(values <= .55 * np.median(values), corners)
     frame = skimage.morphology.dilation(frame, np.ones((5, 5)))
     assert np.array_equal(pretrain.frame_of(values, common), frame)
-    dark = values <= skimage.filters.threshold_otsu(values[~frame])
-    assert np.array_equal(pretrain.dark_mask(values, frame), dark & ~frame)
-
-
-def test_position_map_equals_its_definition():
-    masks = np.random.default_rng(1).random((13, 24, 30)) < np.linspace(0, .8, 30)
-
-    def smooth(rows):
-        return cv2.GaussianBlur(masks[rows].mean(axis=0), (0, 0), 30 / 24)
-
-    generator = np.random.default_rng(0)
-    correlations = []
-    for _ in range(8):
-        order = generator.permutation(13)
-        halves = smooth(order[:6]).ravel(), smooth(order[6:]).ravel()
-        correlations.append(np.corrcoef(*halves)[0, 1])
-    c = np.mean(correlations) - 2 * np.std(correlations)
-    position, reliability = pretrain.position_map(masks, len(masks))
-    assert reliability == pytest.approx(2 * c / (1 + c), rel=1e-4)
-    p = smooth(range(13))
-    assert np.allclose(position, p.mean() + reliability * (p - p.mean()), atol=1e-4)
+    counted = pretrain.otsu_threshold(values[~frame][:, None])
+    assert np.array_equal(pretrain.dark_mask(values, frame), (values <= counted) & ~frame)
 
 
 def draw_discs(centres, radius):
@@ -415,36 +364,29 @@ def draw_discs(centres, radius):
     return masks
 
 
-def position_masks(masks, foreground="dark"):
-    """What --refine position makes of pictures with these objects, uint8 {0, 1} (N, 64, 64)."""
-    images = np.repeat(200 - 120 * masks[..., None], 3, axis=3)
-    if foreground == "bright":
-        images = 255 - images
-    return pretrain.refined_masks(images, foreground, ["position"])[0]
-
-
-@pytest.mark.parametrize("n", [8, 9, 16, 40, 200])
-def test_position_drops_nothing_where_objects_lie_anywhere(n):
-    discs = draw_discs(np.random.default_rng(n).integers(0, 64, (n, 12, 2)), 3)
-    assert np.array_equal(position_masks(discs), discs)
-
-
 @pytest.mark.parametrize("n", [8, 9, 16, 40, 200])
 @pytest.mark.parametrize("foreground", ["dark", "bright"])
-def test_position_drops_blobs_in_a_corner_where_objects_lie_in_the_middle(n, foreground):
-    discs = draw_discs(np.random.default_rng(n).integers(26, 39, (n, 1, 2)), 10)
-    with_blobs = discs.copy()
+def test_position_drops_blobs_in_a_corner_unless_objects_lie_anywhere(n, foreground):
+    generator = np.random.default_rng(n)
+    anywhere = draw_discs(generator.integers(0, 64, (n, 12, 2)), 3)
+    middle = draw_discs(generator.integers(26, 39, (n, 1, 2)), 10)
+    with_blobs = middle.copy()
     with_blobs[::3, :7, :7] = 1
-    assert np.array_equal(position_masks(with_blobs, foreground), discs)
+    for drawn, expected in ((anywhere, anywhere), (with_blobs, middle)):
+        images = np.repeat(200 - 120 * drawn[..., None], 3, axis=3)
+        if foreground == "bright":
+            images = 255 - images
+        masks, _ = pretrain.refined_masks(images, foreground, ["position"])
+        assert np.array_equal(masks, expected)
 
 
 def test_pseudo_mask_is_of_the_very_view():
     method = pretrain.MedSASS("resnet50", foreground="dark")
     image = torch.from_numpy(rng.integers(0, 256, (3, 48, 48), np.uint8))
-    view, mask = method.augment(image)
-    expected = pretrain.pseudo_mask(view.permute(1, 2, 0).numpy()[None], "otsu", "dark")
-    assert view.dtype == torch.uint8 and np.array_equal(mask.numpy(), expected)
-    assert torch.equal(method.plain(image)[0], image)
+    for view, mask in (method.augment(image), method.plain(image)):
+        expected = pretrain.pseudo_mask(view.permute(1, 2, 0).numpy()[None], "otsu", "dark")
+        assert view.dtype == torch.uint8 and np.array_equal(mask, expected)
+    assert torch.equal(view, image)
 
 
 @pytest.mark.parametrize("n, size, seed, lengths", [            # lengths: of each rank's batches
@@ -453,11 +395,10 @@ def test_pseudo_mask_is_of_the_very_view():
     (33, 8, 3, [[8, 9], [8, 8]]), (33, 8, None, [[8, 8], [8, 9]]), (7, 2, None, [[2, 3], [2]]),
     (10, 1, 3, [[1, 2], [1, 2], [1, 1], [1, 1]])])
 def test_batches_cover_an_epoch_once_and_none_is_small(n, size, seed, lengths):
-    indices = []
-    for rank, expected in enumerate(lengths):
-        share = list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
-        assert [len(batch) for batch in share] == expected
-        indices += [index for batch in share for _, index in batch]
+    shares = [list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
+              for rank in range(len(lengths))]
+    assert [[len(batch) for batch in share] for share in shares] == lengths
+    indices = [index for share in shares for batch in share for _, index in batch]
     assert sorted(indices) == list(range(n))
 
 
@@ -467,24 +408,14 @@ def test_batches_of_two_ranks_or_after_a_stop_are_those_of_one_run():
     cut = pretrain.Batches(33, 16, seed=3)
     cut.done = 1
     assert list(cut) == whole[1:]
+    several = sum(pretrain.Batches(5, 4, seed=3, draws=10), [])         # of (pass, image)
+    assert sorted(several) == [*itertools.product((0, 1), range(5))]
     shares = [pretrain.Batches(33, 8, seed=3, share=(rank, 2)) for rank in range(2)]
     for both, one, two in zip(whole, *shares, strict=True):
-        assert sorted(one + two) == sorted(both)
-
-
-def test_more_draws_than_images_are_several_whole_passes():
-    numbers, drawn = zip(*sum(pretrain.Batches(5, 4, seed=3, draws=12), []), strict=True)
-    assert numbers == (0,) * 5 + (1,) * 5 + (2,) * 2
-    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == [0, 1, 2, 3, 4]
+        assert {*one, *two} == {*both}
 
 
 # ----------------------------------------------------------------------------------------- pretrain
-
-def command(data, out, *flags, dataset="demo"):
-    """The flags of a run of two epochs on the CPU."""
-    return ["--dataset", dataset, "--data", str(data), "--out", str(out), "--epochs", "2",
-            "--device", "cpu", *flags]
-
 
 def resumed(data, out, *flags):
     """The folder of a run that was killed before its second last.pt, and went on."""
@@ -525,14 +456,19 @@ def test_run_folder_is_complete(run):
     assert {"train_loss", "val_loss", "pseudo_foreground", "seconds", "waited"} < set(rows[0])
 
 
-def without_masks(data, folder):
-    """A copy of the data."""
-    return shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*_masks.npy"))
-
-
 def test_no_true_mask_is_read_and_workers_do_not_matter(data, run, tmp_path):
-    blind = train(without_masks(data, tmp_path / "data"), tmp_path, "--workers", "2")
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*_masks.npy"))
+    blind = train(tmp_path / "data", tmp_path, "--workers", "2")
     assert contents(blind) == contents(run)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    np.save(tmp_path / "train_images.npy", np.zeros((2000, 64, 64, 3), np.uint8))
+    tracemalloc.start()
+    images = pretrain.Images(tmp_path, "train", torchvision.transforms.v2.Identity(), 0)
+    assert images[0, 1999][1].shape == (3, 64, 64)
+    assert tracemalloc.get_traced_memory()[1] < 10 ** 6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("whole, flags", [
@@ -546,15 +482,20 @@ def test_killed_run_resumes_to_the_bit(whole, flags, data, tmp_path, request):
     assert len(pretrain.read_log(folder)) == len(pretrain.read_log(whole))
 
 
-def test_finished_run_is_left_alone_or_completed(data, run, tmp_path):
-    shutil.copytree(run.parents[2], tmp_path / "demo")
-    folder = tmp_path / run.relative_to(run.parents[3])
+@pytest.fixture
+def copied_run(run, tmp_path):
+    """A copy of the run where train(data, tmp_path) has its folder."""
+    return Path(shutil.copytree(run, tmp_path / run.relative_to(run.parents[3])))
+
+
+def test_finished_run_is_left_alone_or_completed(data, run, copied_run, tmp_path):
+    folder = copied_run
     before = (folder / "last.pt").stat()
     assert before.st_size < 10_000                              # its weights are in best.pt alone
     train(data, tmp_path)
     assert (folder / "last.pt").stat() == before
-    (folder / "samples.png").unlink()                           # as if killed before the last files
-    (folder / "encoder.pth").unlink()
+    for name in ("samples.png", "encoder.pth"):                 # as if killed before the last files
+        (folder / name).unlink()
     train(data, tmp_path)
     assert contents(folder) == contents(run) and (folder / "samples.png").exists()
 
@@ -581,18 +522,19 @@ def test_both_encoders_of_byol_start_from_timms(tmp_path, monkeypatch):
     torch.save(source, tmp_path / "timm.pth")
     method = byol.BYOL("resnet50", 32)
     pretrain.start_from(method, tmp_path / "timm.pth", "resnet50")
-    for net in (method.encoder, method.target[0]):
-        assert not differing(net.state_dict(), source)
+    assert not differing(method.encoder.state_dict(), source)
+    assert not differing(method.target[0].state_dict(), source)
     monkeypatch.delattr(timm, "create_model")                   # as without a network
     refused(lambda: pretrain.start_from(method, "imagenet", "resnet50"), "imagenet", "network")
 
 
-def test_patience_stops_and_exports_the_best(data, tmp_path):
-    """Nothing learns, so that epoch 1 stays the best."""
+def test_patience_stops_and_exports_the_best(data, tmp_path, monkeypatch, capfd):
+    """Nothing learns, so that epoch 1 stays the best; what collapses is said aloud."""
+    monkeypatch.setattr(pretrain.MedSASS, "collapsed", lambda self, health: "one class")
     folder = train(data, tmp_path, "--lr", "0", "--patience", "2", epochs=30)
     assert len(pretrain.read_log(folder)) == 3
     best = load(folder / "best.pt")
-    assert best["epoch"] == 1
+    assert best["epoch"] == 1 and "one class" in "".join(capfd.readouterr())
     assert not differing(prefixed("encoder.", encoder_of(folder)), best["model"])
 
 
@@ -624,14 +566,14 @@ def test_variants_name_their_folder(flags, name, data):
 def lens_data(tmp_path_factory):
     """A folder with a data set "demo" of dark discs seen through a lens, clearest in blue."""
     raw = tmp_path_factory.mktemp("raw")
-    rng = np.random.default_rng(0)
     lens = cv2.circle(np.zeros((48, 48), np.uint8), (24, 24), 28, 1, -1)
-    for k, centre in enumerate(rng.integers(16, 32, (20, 2)).tolist()):
-        disc = cv2.circle(np.zeros((48, 48), np.uint8), centre, 9, 1, -1)
-        image = rng.normal(180, (40, 40, 8), (48, 48, 3)) - 60 * disc[..., None]
+    for k in range(20):
+        gray, disc = spot(48, 48, k)
+        image = np.dstack([255 - gray] * 3)
+        image[..., :2] += rng.integers(0, 60, (48, 48, 2), np.uint8)
         image[lens == 0] = 3
-        Image.fromarray(np.uint8(image.clip(0, 255))).save(raw / f"{k}.png")
-        Image.fromarray(disc * 255).save(raw / f"{k}_mask.png")
+        save_image(raw / f"{k}.png", image)
+        save_image(raw / f"{k}_mask.png", disc * 255)
     folder = tmp_path_factory.mktemp("lens")
     prepare(raw, folder, "--name", "demo", "--foreground", "dark", "--size", "48")
     return folder
@@ -642,60 +584,35 @@ def refined_run(lens_data, tmp_path_factory):
     return train(lens_data, tmp_path_factory.mktemp("refined"), "--refine")
 
 
-@pytest.mark.parametrize("threshold, loss", list(
-    zip(pretrain.THRESHOLDS, losses.LOSSES, strict=True)))
-def test_every_threshold_and_loss_trains(threshold, loss, small_data, tmp_path):
-    folder = train(small_data, tmp_path, "--threshold", threshold, "--loss", loss, epochs=1)
+@pytest.mark.parametrize("flags", [
+    *map("--threshold {} --loss {}".format, pretrain.THRESHOLDS, losses.LOSSES),
+    "--amp fp16 --batch-size 2", "--amp bf16"])
+def test_every_threshold_loss_and_precision_trains(flags, small_data, tmp_path):
+    folder = train(small_data, tmp_path, *flags.split(), epochs=1)
     assert math.isfinite(float(pretrain.read_log(folder)[0]["train_loss"]))
 
 
 def test_refined_run_learns_its_masks_and_resumes(lens_data, refined_run, tmp_path):
     evidence = config_of(refined_run)["refinement"]
     assert evidence["channel"] == "blue" and evidence["common_frame"] > 0
-    train_images, _ = prepare_data.open_part(lens_data / "demo", "train")
-    refinement, _ = pretrain.decide_refinement(train_images, "dark")
     for part in ("train", "val"):
         images, truth = prepare_data.open_part(lens_data / "demo", part)
         masks = np.load(refined_run / f"{part}_masks.npy")
-        assert np.array_equal(masks, list(refinement.draw_all(images)))
         otsu = pretrain.pseudo_mask(images, foreground="dark")
         assert (masks == truth).mean() > .98 > (otsu == truth).mean()
     assert contents(resumed(lens_data, tmp_path, "--refine")) == contents(refined_run)
 
 
 def test_the_papers_rows_are_without_refinement(lens_data, refined_run, tmp_path):
-    results = []
-    for run in (refined_run, train(lens_data, tmp_path / "runs")):
-        path, result = score(lens_data, tmp_path / "results", "--run", str(run))
-        path.write_text(path.read_text().replace('"demo"', '"isic"'))
-        results.append(result)
-    refined, plain = results
-    assert refined["variant"] == "medsass+-e2" and refined["refine"] == "channel frame position"
-    finetune_eval.main(["--report", "--out", str(tmp_path / "results")])
-    report = (tmp_path / "results/README.md").read_text()
-    iou = float(re.search(r"\| Otsu \| ([\d.]+)", report)[1])
-    assert iou == pytest.approx(plain["iou_global"], abs=1e-3)
-    assert iou != pytest.approx(refined["iou_global"], abs=1e-3)
-
-
-REFERENCE = ["--dataset", "demo", "--backbone", "resnet50", "--protocol", "reference"]
-
-
-def test_refined_masks_have_their_reference_row(lens_data, tmp_path):
-    _, result = score(lens_data, tmp_path, *REFERENCE)
-    train_images, _ = prepare_data.open_part(lens_data / "demo", "train")
-    evidence = pretrain.decide_refinement(train_images, "dark")[1]
-    refined = result["refined_threshold"]
-    assert refined.items() >= evidence.items()
-    assert refined["iou_global"] > .95 > result["raw_threshold"]["iou_global"]
-
-
-def test_fp16_trains_and_is_scored(small_data, tmp_path):
-    folder = train(small_data, tmp_path, "--amp", "fp16", "--batch-size", "2", epochs=1)
-    [row] = pretrain.read_log(folder)
-    assert config_of(folder)["settings"]["amp"] == "fp16" and 0 <= int(row["skipped"]) < 4
-    _, result = score(small_data, tmp_path / "results", "--run", str(folder))
-    assert math.isfinite(result["iou_global"])
+    path, result = score(lens_data, tmp_path, "--run", str(refined_run))
+    assert result["variant"] == "medsass+-e2"
+    refine = result.pop("refine")
+    rows = []
+    for more in (dict(refine=refine), {}):
+        path.write_text(json.dumps(result | more | dict(dataset="isic")))
+        finetune_eval.main(["--report", "--out", str(tmp_path)])
+        rows += re.findall(r"\| Otsu \| ([\d.]+)", (tmp_path / "README.md").read_text())
+    assert rows == [f"{result['iou_global']:.4f}"]
 
 
 STOPPED_BY_ITS_GROUP = """import os, subprocess, sys, pretrain
@@ -752,19 +669,6 @@ pretrain.main(sys.argv[1:])
 """
 
 
-def start_ranks(folder, n, *flags):
-    """pretrain.py on folder/set in n gloo ranks, into folder/out<n>; a Popen."""
-    (folder / "ranks.py").write_text(RANK_SCRIPT)
-    python = [sys.executable]
-    if n > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    flags = command(folder, folder / f"out{n}", "--workers", "1", *flags, dataset="set")
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    return subprocess.Popen(
-        [*python, folder / "ranks.py", *flags], cwd=HERE, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-
-
 # MedSASS' loss is of the whole batch, whatever a rank's part of it: 33 images to train on make
 # batches of 16 and 17. A baseline's is a mean, here of 32 images, over parts of equal size.
 @pytest.mark.parametrize("method, backbone, n_images, flags", [
@@ -773,13 +677,15 @@ def start_ranks(folder, n, *flags):
     ("dino", "vit_small", 46, [])])
 def test_two_ranks_follow_one_process(method, backbone, n_images, flags, tmp_path):
     prepare(write_folder(tmp_path / "raw", n=n_images), tmp_path, "--name", "set")
-    flags = ["--method", method, "--backbone", backbone, *flags]
-    runs = [start_ranks(tmp_path, n, "--batch-size", str(16 // n), *flags) for n in (1, 2)]
-    for run in runs:
-        output = run.communicate(timeout=200)[0]
-        assert run.returncode == 0, output
-    one, two = [next(tmp_path.glob(f"out{n}/set/*/*/seed0")) for n in (1, 2)]
-    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
+    runs = []
+    for n in (1, 2):
+        script = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (n - 1)
+        script += [tmp_path / "ranks.py", *command(tmp_path, tmp_path / f"out{n}", dataset="set")]
+        more = ["--method", method, "--backbone", backbone, "--batch-size", str(16 // n), *flags]
+        runs.append(subprocess.Popen([sys.executable, *script, *more], cwd=HERE))
+    assert [run.wait(timeout=200) for run in runs] == [0, 0]
+    one, two = sorted(tmp_path.glob("out*/set/*/*/seed0"))
     for row, other in zip(pretrain.read_log(one), pretrain.read_log(two), strict=True):
         for key in row.keys() & {"train_loss", "val_loss", "pseudo_foreground"}:
             assert float(row[key]) == pytest.approx(float(other[key]), rel=2e-3), key
@@ -788,30 +694,18 @@ def test_two_ranks_follow_one_process(method, backbone, n_images, flags, tmp_pat
         assert (weight.float() - others[name].float()).abs().mean() < 2e-5, name
 
 
-def test_a_run_with_other_settings_is_refused(data, run, tmp_path):
-    folder = tmp_path / run.relative_to(run.parents[3])
-    folder.mkdir(parents=True)
-    config = config_of(run)
+def test_a_run_with_other_settings_is_refused(data, copied_run, tmp_path):
+    config = config_of(copied_run)
     config["settings"]["lr"] = .5
-    (folder / "config.json").write_text(json.dumps(config))
-    refused(lambda: train(data, tmp_path), folder, "lr (0.5 there, 0.00036 asked)")
-    refused(lambda: score(data, tmp_path, "--run", str(folder)), folder, "not finished")
+    (copied_run / "config.json").write_text(json.dumps(config))
+    refused(lambda: train(data, tmp_path), copied_run, "lr (0.5 there, 0.00036 asked)")
+    (copied_run / "samples.png").unlink()
+    refused(lambda: score(data, tmp_path, "--run", str(copied_run)), copied_run, "not finished")
 
 
 def test_losses_that_are_not_finite_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "bce", lambda logits, target: logits.sum() * math.nan)
     refused(lambda: train(data, tmp_path, "--loss", "bce"), "no loss was finite", "--lr")
-
-
-def test_a_one_class_network_is_said_aloud(data, tmp_path, monkeypatch, capfd):
-    def one_class(*args):
-        unet = models.build_unet(*args)
-        torch.nn.init.constant_(unet.head.bias, -1e4)
-        return unet
-
-    monkeypatch.setattr(pretrain, "build_unet", one_class)
-    train(data, tmp_path, epochs=1)
-    assert "calls every pixel background" in "".join(capfd.readouterr())
 
 
 # ---------------------------------------------------------------------------------------- baselines
@@ -842,39 +736,15 @@ def one_step(method, views, step=0, total_steps=10, epoch_steps=5):
 @pytest.mark.parametrize("name, backbone", PAIRINGS)
 def test_baseline_encoder_is_plain_timm_and_learns_in_a_run_of_one_step(name, backbone):
     method, views = build(name, backbone)
+    plain = timm.create_model(models.BACKBONES[backbone], num_classes=0)
+    assert method.encoder.state_dict().keys() == plain.state_dict().keys()
     before = weights(method.encoder)
     one_step(method, views, total_steps=1, epoch_steps=1)
     assert torch.isfinite(weights(method)).all()
     assert not torch.equal(weights(method.encoder), before)
-    size = {"img_size": 32} if backbone == "vit_small" else {}
-    plain = timm.create_model(models.BACKBONES[backbone], num_classes=0, **size)
-    plain.load_state_dict(method.encoder.state_dict(), strict=True)
-
-
-@pytest.mark.parametrize("name, backbone",
-                         [*PAIRINGS, ("medsass", "resnet50"), ("medsass", "vit_small")])
-def test_losses_are_taken_in_float32_under_autocast(name, backbone):
-    method, views = build(name, backbone)
-    values = []
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = copy.deepcopy(method)(views)
-        assert loss.dtype == torch.float32
-        values.append(loss.item())
-    assert values[1] == pytest.approx(values[0], abs=.03) and values[1] != values[0]
-
-
-@pytest.mark.parametrize("name, flags, words", [
-    ("byol", ["--backbone", "vit_small"], "vit_small"),
-    ("simsiam", ["--backbone", "vit_small"], "vit_small"),
-    ("mae", ["--backbone", "resnet50"], "resnet50"),
-    ("simmim", ["--backbone", "resnet50"], "resnet50"),
-    ("byol", ["--batch-size", "1"], "at least 2"),
-    ("simsiam", ["--batch-size", "1"], "at least 2")])
-def test_baselines_refuse_other_pairings_in_one_line(name, flags, words, data, tmp_path):
-    message = refused(lambda: train(data, tmp_path, "--method", name, *flags), words)
-    assert "\n" not in message and not any(tmp_path.iterdir())
+    state = copy.deepcopy(method.state_dict())
+    method.eval()(views)                                        # as validation does
+    assert not differing(method.state_dict(), state)
 
 
 @pytest.mark.parametrize("name", ["dino", "mae", "simmim"])
@@ -891,7 +761,9 @@ def lightlys_loss(name, method, views):
         student = head(torch.cat([encoder(large), encoder(small)])).chunk(10)
         criterion = lightly_loss.DINOLoss(output_dim=1024, warmup_teacher_temp=.04,
                                           teacher_temp=.04, student_temp=.1)
-        return criterion(method.teacher(large).chunk(2), student, epoch=0)
+        loss = criterion(method.teacher(large).chunk(2), student, epoch=0)
+        method.center = criterion.center.view(1, -1)
+        return loss
     cosine = lightly_loss.NegativeCosineSimilarity()
     z = [method.projector(method.encoder(view)) for view in views]
     p = [method.predictor(projection) for projection in z]
@@ -912,6 +784,8 @@ def test_loss_and_gradients_are_those_of_lightlys_criteria(name, backbone):
     for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
         if our.grad is not their.grad:                          # both None in target and teacher
             assert (our.grad - their.grad).norm() <= 1e-3 * their.grad.norm() + 1e-6
+    if name == "dino":
+        assert torch.allclose(ours.center, theirs.center)
 
 
 @pytest.mark.parametrize("name, share", [("byol", .03), ("dino", .2)])
@@ -925,41 +799,51 @@ def test_target_and_teacher_are_the_exact_moving_average(name, share):
     before = weights(average)
     one_step(method, views, step=3, total_steps=10)
     share *= (1 + math.cos(.3 * math.pi)) / 2
-    expected = (1 - share) * before + share * weights(source)
-    assert torch.allclose(weights(average), expected, atol=1e-7)
-    own, others = average[0].bn1, source[0].bn1                 # BatchNorm's statistics are its own
-    assert own.num_batches_tracked > 0 and not torch.equal(own.running_mean, others.running_mean)
+    assert torch.allclose(weights(average), before.lerp(weights(source), share), atol=1e-7)
+    assert not torch.equal(average[0].bn1.running_mean, source[0].bn1.running_mean)
 
 
-@pytest.mark.parametrize("name, backbone, expected", [
-    ("byol", "resnet50", {0: 3e-5, 9: 3e-4, 505: 1.5e-4, 999: 0}),
-    ("simsiam", "resnet50", {0: .003125, 500: .0015625, 999: 0}),
-    ("dino", "resnet50", {99: .001875, 999: 1e-6}),
-    ("dino", "vit_small", {0: 3.125e-7, 99: 3.125e-5, 999: 1e-6}),
-    ("mae", "vit_small", {49: 9.375e-6, 525: 4.6875e-6, 999: 0}),
-    ("simmim", "vit_small", {99: 7.0710678e-5, 550: 3.5355339e-5, 999: 0})])
-def test_learning_rate_in_a_run_of_1000_steps(name, backbone, expected):
+@pytest.mark.parametrize("name, backbone, kind, rates, decays", [
+    ("byol", "resnet50", "Adam", {0: 3e-5, 9: 3e-4, 505: 1.5e-4, 999: 0}, 1.5e-6),
+    ("simsiam", "resnet50", "SGD", {0: .003125, 500: .0015625, 999: 0}, 1e-4),
+    ("dino", "resnet50", "SGD", {99: .001875, 999: 1e-6}, 1e-4),
+    ("dino", "vit_small", "AdamW", {0: 3.125e-7, 99: 3.125e-5, 999: 1e-6}, [.04, .4]),
+    ("mae", "vit_small", "AdamW", {49: 9.375e-6, 525: 4.6875e-6, 999: 0}, .05),
+    ("simmim", "vit_small", "AdamW", {99: 7.0710678e-5, 550: 3.5355339e-5, 999: 0}, .05)])
+def test_optimizer_in_a_run_of_1000_steps(name, backbone, kind, rates, decays):
     method = pretrain.METHODS[name](backbone, 32)
     optimizer = method.optimizer()
-    for step, lr in expected.items():
+    assert type(optimizer).__name__ == kind
+    assert len(optimizer.param_groups) == 1 + (name != "byol")   # biases do not decay
+    for step, lr in rates.items():
         method.before_step(optimizer, step, 1000, 10)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-6, abs=1e-8)
+    for step, decay in zip((0, 1000), np.broadcast_to(decays, 2), strict=True):
+        method.before_step(optimizer, step, 1000, 10)
+        found = max(group["weight_decay"] for group in optimizer.param_groups)
+        assert found == pytest.approx(decay)
 
 
-@pytest.mark.parametrize("name, outputs, healthy, words", [
-    ("byol", dict(z=torch.eye(64)), dict(std=1), "None"),
-    ("simsiam", dict(z=torch.eye(64)), dict(std=1), "None"),
-    ("byol", dict(z=torch.ones(64, 64)), dict(std=0), "collapsed"),
-    ("simsiam", dict(z=torch.ones(64, 64)), dict(std=0), "collapsed"),
-    ("dino", dict(q=torch.eye(64)), dict(entropy_mean=1, entropy_single=0), "None"),
-    ("dino", dict(q=torch.eye(64)[[3] * 32]), dict(entropy_mean=0, entropy_single=0), "one proto"),
-    ("dino", dict(q=torch.full((32, 64), 1 / 64)), dict(entropy_mean=1, entropy_single=1),
-     "alike")])
-def test_health_shows_a_collapse(name, outputs, healthy, words):
+def test_simmim_s_class_token_and_positions_do_not_decay():
+    method = simmim.SimMIM("vit_small", 32)
+    [free] = [group["params"] for group in method.optimizer().param_groups
+              if not group["weight_decay"]]
+    assert {method.encoder.cls_token, method.encoder.pos_embed} < {*free}
+
+
+@pytest.mark.parametrize("name, outputs, healthy, is_collapsed", [
+    ("byol", torch.eye(64), [1], False), ("byol", torch.ones(64, 64), [0], True),
+    ("simsiam", torch.eye(64), [1], False), ("simsiam", torch.ones(64, 64), [0], True),
+    ("dino", torch.eye(64), [1, 0], False), ("dino", torch.eye(64)[[3] * 32], [0, 0], True),
+    ("dino", torch.full((32, 64), 1 / 64), [1, 1], True),
+    ("medsass", torch.tensor([.3, .1]), [.3, .1], False),
+    ("medsass", torch.tensor([.3, 0]), [.3, 0], True)])
+def test_health_shows_a_collapse(name, outputs, healthy, is_collapsed):
     method = pretrain.METHODS[name]
-    health = method.health(argparse.Namespace(**outputs))       # after a forward that left these
-    assert health == pytest.approx(healthy, abs=.01)
-    assert words in str(method.collapsed(None, health))
+    after_forward = argparse.Namespace(z=outputs, q=outputs, shares=outputs)
+    health = method.health(after_forward)
+    assert [*health.values()] == pytest.approx(healthy, abs=.01)
+    assert bool(method.collapsed(None, health)) == is_collapsed
 
 
 @pytest.fixture(scope="module")
@@ -974,18 +858,6 @@ def test_dino_views_and_head(dino_vit):
     assert method.student(views[0]).abs().max() <= 1 + 1e-6
 
 
-def test_dino_s_center_follows_the_teacher_in_training_alone(dino_vit):
-    method, views = copy.deepcopy(dino_vit)
-    center = torch.zeros(1, 50)
-    for _ in range(2):
-        with torch.no_grad():
-            out = method.teacher(torch.cat(views[:2]))          # its BatchNorm sees both views
-        center = .9 * center + .1 * out.mean(dim=0, keepdim=True)
-        method(views)
-    method.eval()(views)
-    assert torch.allclose(method.center, center, atol=1e-6)
-
-
 def test_dino_s_prototypes_are_frozen_in_the_first_epoch(dino_vit):
     method, views = copy.deepcopy(dino_vit)
     prototypes = method.student[1].prototypes.weight
@@ -994,19 +866,6 @@ def test_dino_s_prototypes_are_frozen_in_the_first_epoch(dino_vit):
     assert torch.equal(prototypes, start)
     one_step(method, views, step=5, epoch_steps=5)
     assert not torch.equal(prototypes, start)
-
-
-@pytest.mark.parametrize("backbone, optimizer, decays", [
-    ("vit_small", torch.optim.AdamW, {0: .04, 500: .22, 1000: .4}),
-    ("resnet50", torch.optim.SGD, {0: 1e-4, 1000: 1e-4})])
-def test_dino_s_weight_decay_is_of_matrices_alone(backbone, optimizer, decays):
-    method, _ = build("dino", backbone, prototypes=50)
-    of_dino = method.optimizer()
-    assert isinstance(of_dino, optimizer)
-    for step, decay in decays.items():
-        method.before_step(of_dino, step, 1000, 10)
-        vectors, matrices = of_dino.param_groups
-        assert matrices["weight_decay"] == pytest.approx(decay) and vectors["weight_decay"] == 0
 
 
 def test_dino_s_momentum(dino_vit):
@@ -1021,12 +880,11 @@ def mae_64():
 
 def test_mae_patches_and_their_target(mae_64):
     method, (images,) = mae_64
-    patches = method.patchify(images)
-    assert torch.equal(patches[1, 9], images[1, :, 8:16, 8:16].flatten())
-    assert torch.equal(method.unpatchify(patches), images)
-    p = patches[2, 5].double().numpy()
-    expected = (p - p.mean()) / np.sqrt(p.var(ddof=1) + 1e-6)
-    assert np.allclose(method.target(images)[2, 5], expected, atol=1e-4)
+    p = images[1, :, 8:16, 8:16].flatten()
+    assert torch.equal(method.patchify(images)[1, 9], p)
+    expected = (p - p.mean()) / (p.var() + 1e-6).sqrt()
+    assert torch.allclose(method.target(images)[1, 9], expected, atol=1e-4)
+    assert torch.equal(method.unpatchify(method.patchify(images)), images)
 
 
 def test_mae_loss_and_error_are_of_hidden_patches_alone(mae_64):
@@ -1035,8 +893,8 @@ def test_mae_loss_and_error_are_of_hidden_patches_alone(mae_64):
     loss = method([images]).item()
     torch.manual_seed(1)
     latent, mask, restore = method.encode(images)
-    hidden = method.target(images)[mask == 1]
-    error = (method.decode(latent, restore)[mask == 1] - hidden).square().mean().item()
+    hidden = method.target(images)[mask]
+    error = (method.decode(latent, restore)[mask] - hidden).square().mean().item()
     assert loss == pytest.approx(error, rel=1e-5)
     of_a_constant = hidden.view(-1, 3, 64).numpy().var(axis=(0, 2)).mean()      # one a channel
     assert method.health()["error"] == pytest.approx(error / of_a_constant, rel=1e-4)
@@ -1079,11 +937,11 @@ def test_simmim_loss_and_error_are_of_hidden_pixels_alone(simmim_64):
     torch.manual_seed(2)
     mask = method.draw_mask(4)
     hidden = method.pixels_of(mask)[:, 0]
-    drawn = method.reconstruct(images, mask).movedim(1, 3)[hidden].detach()
-    pixels = images.movedim(1, 3)[hidden].numpy()
-    error = np.abs(drawn.numpy() - pixels).mean()
+    drawn = method.reconstruct(images, mask)
+    pixels, drawn = [part.detach().movedim(1, 3)[hidden] for part in (images, drawn)]
+    error = F.l1_loss(drawn, pixels).item()
     assert loss == pytest.approx(error, rel=1e-5)
-    of_a_constant = np.abs(pixels - np.median(pixels, axis=0)).mean()           # one a channel
+    of_a_constant = F.l1_loss(pixels, pixels.median(dim=0).values.expand_as(pixels)).item()
     assert method.health()["error"] == pytest.approx(error / of_a_constant, rel=1e-4)
 
 
@@ -1100,13 +958,6 @@ def test_simmim_is_timm_s_forward_where_nothing_is_hidden(simmim_64):
     expected = method.head(tokens.transpose(1, 2).reshape(4, 384, 8, 8))
     drawn = method.reconstruct(images, torch.zeros(4, 8, 8, dtype=torch.bool))
     assert torch.allclose(drawn, expected, atol=1e-5)
-
-
-def test_simmim_decays_matrices_but_not_class_token_and_positions(simmim_64):
-    method, _ = simmim_64
-    decayed, others = method.optimizer().param_groups
-    assert others["weight_decay"] == 0 and method.mask_token in set(decayed["params"])
-    assert {method.encoder.cls_token, method.encoder.pos_embed} < set(others["params"])
 
 
 DIE_BEFORE_THE_SECOND_SAVE = """
@@ -1142,9 +993,7 @@ def test_killed_baselines_resume_to_the_bit_and_are_scored(name, backbone, logge
     flags = ["--method", name, "--backbone", backbone, "--batch-size", "4"]
     whole = train(small_data, tmp_path / "whole", *flags)
     cut = resumed(small_data, tmp_path / "cut", *flags, "--workers", "1")
-    assert contents(cut) == contents(whole)
-    assert config_of(cut)["settings"]["train"] == "encoder"
-    assert logged in pretrain.read_log(cut)[0] and not (cut / "best.pt").exists()
+    assert contents(cut) == contents(whole) and logged in pretrain.read_log(cut)[0]
     assert sum(path.stat().st_size for path in cut.iterdir()) < 100e6       # no heads, no copies
     assert score(small_data, tmp_path, "--run", str(cut))[1]["method"] == name
 
@@ -1935,12 +1784,13 @@ def test_flags_that_are_not_used_are_named_and_ignored(data, run, tmp_path, caps
 
 # ------------------------------------------------------------------------------------- prepare_data
 
-def spot(height, width, bright=True):
-    """A picture with one disc on noise, gray uint8 (H, W), and its mask {0, 1}."""
+def spot(height, width, *seed):
+    """A picture with one bright disc on noise, gray uint8 (H, W), and its mask {0, 1}."""
+    rng = np.random.default_rng(seed)
     centre = (rng.uniform(.3, .7, 2) * (width, height)).astype(int)
     mask = np.zeros((height, width), np.uint8)
     cv2.circle(mask, centre.tolist(), min(height, width) // 5, 1, -1)
-    gray = rng.normal(100, 8, mask.shape) + mask * (90.0 if bright else -90.0)
+    gray = rng.normal(100, 8, mask.shape) + mask * 90
     return gray.clip(0, 255).astype(np.uint8), mask
 
 
@@ -1956,9 +1806,9 @@ def prepared(out):
     for part in prepare_data.PARTS:
         images, masks = prepare_data.open_part(out, part)
         rows = prepare_data.read_names(out, part)
-        if masks is None:
-            masks = [None] * len(rows)
-        found += zip([part] * len(rows), rows, images, masks, strict=True)
+        assert len(rows) == len(images)
+        for k, row in enumerate(rows):
+            found.append((part, row, images[k], masks if masks is None else masks[k]))
     return found
 
 
@@ -1997,11 +1847,11 @@ def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
     assert contents(out, names) == contents(again, names)
     assert os.listdir(out.parent) == ["raw"]
     found = prepared(out)
-    for _, row, *pictures in found:
-        for kind, picture in zip(("images", "masks"), pictures, strict=True):
+    for _, row, image, mask in found:
+        for kind, small in (("images", image[..., 1]), ("masks", mask * 255)):
             source = np.asarray(Image.open(raw / kind / f"{row['name']}.png"))
             expected = cv2.resize(source, (32, 32), interpolation=cv2.INTER_AREA)
-            assert np.array_equal(picture, expected > 127 if kind == "masks" else expected)
+            assert np.array_equal(small, expected if kind == "images" else (expected > 127) * 255)
     parts = [part for part, *_ in found]
     assert parts == ["train"] * 8 + ["val"] + ["test"] * 3      # cut at int(8.4) and int(9.6)
     refused(lambda: prepare(raw, tmp_path), again, "--overwrite")
@@ -2015,23 +1865,6 @@ def test_groups_stay_whole_and_labels_are_taken(raw):
     assert len(kept_together(out)) == 4
     labels = {row["name"]: row["label"] for _, row, _, _ in prepared(out)}
     assert (labels["p0_00"], labels["p0_01"], labels["p0_02"]) == ("sick", "well", "")
-
-
-def test_given_parts_are_kept(tmp_path):
-    for part, n in (("train", 5), ("val", 2), ("test", 3)):
-        write_folder(tmp_path / "raw" / part, n=n, masks=part == "test")
-    out = prepare_beside(tmp_path / "raw")
-    prepare_data.check(out)                                     # equal names are usual there
-    has_masks = [mask is not None for *_, mask in prepared(out)]
-    assert has_masks == [False] * 7 + [True] * 3
-
-
-def test_images_without_masks_train_but_cannot_be_scored(tmp_path, run):
-    prepare(write_folder(tmp_path / "raw/bare", masks=False), tmp_path)
-    pretrain.main(["--dataset", "bare", "--data", str(tmp_path), "--out", str(tmp_path / "runs"),
-                   "--epochs", "1", "--workers", "0", "--device", "cpu"])
-    refused(lambda: score(tmp_path, tmp_path, "--run", str(run), "--dataset", "bare"),
-            "no test masks")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -2049,8 +1882,7 @@ def test_other_modes_become_colour(mode, tmp_path):
 def test_wide_numbers_are_stretched_between_their_percentiles(channels, tmp_path):
     wide = (np.linspace(1000, 3000, 54).reshape(6, 9, 1) * channels).astype(np.uint16)
     cv2.imwrite(str(tmp_path / "a.png"), wide[..., ::-1])
-    low, high = np.percentile(wide, (.1, 99.9))
-    expected = ((wide - low) / (high - low) * 255).round().clip(0, 255)
+    expected = np.interp(wide, np.percentile(wide, (.1, 99.9)), (0, 255)).round()
     assert (prepare_data.read_image(tmp_path / "a.png") == expected).all()
 
 
@@ -2060,21 +1892,18 @@ def test_decompression_bombs_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["minisblack", "rgb"])
-def test_every_orientation_is_undone(orientation, kind, tmp_path):
-    image = Image.effect_noise((40, 28), 60).convert("L" if kind == "minisblack" else "RGB")
+@pytest.mark.parametrize("mode, photometric", [("L", "minisblack"), ("RGB", "rgb")])
+def test_every_orientation_is_undone(orientation, mode, photometric, tmp_path):
+    image = Image.effect_noise((40, 28), 90).convert(mode)      # fills 0 to 255: not stretched
     exif = image.getexif()
     exif[274] = orientation
-    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    expected = ImageOps.exif_transpose(image).convert("RGB")
     image.save(tmp_path / "a.png", exif=exif)
     image.save(tmp_path / "a.webp", exif=exif, lossless=True)
-    for dtype in (np.uint8, np.uint16):                         # of which others read other kinds
-        stored = np.asarray(image).astype(dtype)
-        tifffile.imwrite(tmp_path / f"{dtype.__name__}.tif", stored, photometric=kind,
-                         metadata=None, extratags=[(274, "H", 1, orientation, True)])
+    for dtype in ("u1", "u2"):                                  # of which others read other kinds
+        tifffile.imwrite(tmp_path / f"{dtype}.tif", np.asarray(image).astype(dtype), metadata=None,
+                         photometric=photometric, extratags=[(274, "H", 1, orientation, True)])
     for path in tmp_path.iterdir():
-        if path.name == "uint16.tif":
-            expected = prepare_data.to_eight_bits(expected)
         assert np.array_equal(prepare_data.read_image(path), expected), path
 
 
@@ -2088,7 +1917,6 @@ FORMS = {                                                       # {form: how it 
     "gray": dict(photometric="minisblack"),
     "white is zero": dict(photometric="miniswhite"),
     "alpha": dict(photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]),
-    "stack": dict(photometric="minisblack"),
     "rgb": dict(photometric="rgb", planarconfig="contig"),
     "planes": dict(photometric="rgb", planarconfig="separate"),
     "three grays": dict(photometric="minisblack", planarconfig="contig")}
@@ -2103,19 +1931,16 @@ def test_tiffs_are_read_rightly_or_refused(dtype, how, form, tmp_path, monkeypat
     shown = gray
     if form in ("rgb", "planes", "three grays"):
         shown = np.dstack([gray, gray // 2, gray[::-1]])
-    stored = {"alpha": np.dstack([gray, gray]), "stack": np.stack([gray[::-1], gray]),
-              "white is zero": 99 - gray if dtype[0] == "f" else ~gray,
-              "planes": np.moveaxis(shown, -1, 0)}.get(form, shown)
-    page = int(form == "stack")
+    stored = {"alpha": np.dstack([gray, gray]), "planes": np.moveaxis(shown, -1, 0),
+              "white is zero": 99 - gray if dtype[0] == "f" else ~gray}.get(form, shown)
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, stored, metadata=None, **how, **FORMS[form])
-    found = prepare_data.read_image(path, page)
+    found = prepare_data.read_image(path)
     expected = prepare_data.to_rgb(prepare_data.Picture(shown)).astype(int)
     assert np.abs(found - expected).max() <= (form == "white is zero")
-    unreadable(path, f"no page {page + 1}", page + 1)
     monkeypatch.setitem(sys.modules, "tifffile", None)          # as if it were not installed
     try:
-        assert np.array_equal(prepare_data.read_image(path, page), found)
+        assert np.array_equal(prepare_data.read_image(path), found)
     except ValueError as error:
         assert "pip install tifffile" in str(error)
 
@@ -2133,27 +1958,14 @@ def dicom(name="MR_small.dcm"):
     return Path(pydicom.data.get_testdata_file(name))
 
 
-def assert_windowed(path, values, ds, is_inverted=False):
-    """A file is shown through the window of PS3.3, C.11.2.1.2.1."""
-    centre, width = float(ds.WindowCenter), float(ds.WindowWidth)
-    expected = (((values - (centre - .5)) / (width - 1) + .5) * 255).clip(0, 255)
-    if is_inverted:
-        expected = 255 - expected
-    assert np.abs(prepare_data.read_image(path)[..., 0] - expected).max() <= .5 + 1e-6
-
-
-@pytest.mark.parametrize("name", ["MR_small_bigendian.dcm", "MR_small_RLE.dcm"])
-def test_dicom_windows(name):
-    ds = pydicom.dcmread(dicom())
-    assert_windowed(dicom(name), ds.pixel_array, ds)
-
-
 @pytest.mark.parametrize("photometric, slope, is_enhanced", [
     ("MONOCHROME1", 2, False), ("MONOCHROME2", -1, True)])
-def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
+def test_dicom_is_shown_through_its_window(photometric, slope, is_enhanced, tmp_path):
+    """That of PS3.3, C.11.2.1.2.1."""
     ds, item, group = pydicom.dcmread(dicom()), pydicom.Dataset(), pydicom.Dataset()
+    centre, width = 600 * slope - 100, 1600 * abs(slope)
     item.RescaleSlope, item.RescaleIntercept = slope, -100
-    item.WindowCenter, item.WindowWidth = 600 * slope - 100, 1600 * abs(slope)
+    item.WindowCenter, item.WindowWidth = centre, width
     if is_enhanced:
         group.PixelValueTransformationSequence = group.FrameVOILUTSequence = [item]
         ds.SharedFunctionalGroupsSequence = [group]
@@ -2162,7 +1974,11 @@ def test_dicom_slopes_and_inversion(photometric, slope, is_enhanced, tmp_path):
     ds.PhotometricInterpretation = photometric
     ds.save_as(tmp_path / "plain")                              # no suffix
     values = ds.pixel_array * float(slope) - 100
-    assert_windowed(tmp_path / "plain", values, item, photometric == "MONOCHROME1")
+    expected = (((values - (centre - .5)) / (width - 1) + .5) * 255).clip(0, 255)
+    if photometric == "MONOCHROME1":
+        expected = 255 - expected
+    found = prepare_data.read_image(tmp_path / "plain")[..., 0]
+    assert np.abs(found - expected).max() <= .5 + 1e-6
 
 
 def test_dicom_frames_and_palettes(monkeypatch):
@@ -2179,9 +1995,9 @@ def test_dicom_frames_and_palettes(monkeypatch):
 
 def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
     raw, ds = tmp_path / "raw", pydicom.dcmread(dicom())
+    ds.WindowWidth = None                                       # as some files have it: no window
     for k in range(18):                                         # of one patient in several studies
         ds.PatientID = f"Mustermann{k // 3}"
-        ds.WindowWidth = None                                   # as some files have it: no window
         ds.PixelData = np.roll(ds.pixel_array, k + 1).tobytes()
         (raw / f"study{k // 2}").mkdir(parents=True, exist_ok=True)
         ds.save_as(raw / f"study{k // 2}/{k}.dcm")
@@ -2189,7 +2005,7 @@ def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
     assert len(kept_together(out)) == 6
     assert not [file for file in out.iterdir() if b"Mustermann" in file.read_bytes()]
     prepare_beside(raw, "--group-regex", "[0-9]+$")
-    assert kept_together(out) == {str(k) for k in range(18)}    # the regex, not the id
+    assert len(kept_together(out)) == 18                        # the regex, not the id
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -2204,6 +2020,8 @@ MASKS = {                                                       # {case: (files,
     "two values": ([disc > 0, disc, disc * 255, disc * np.uint16(65535), disc * np.float32(1)],
                    disc),
     "probabilities": ([soft / np.float32(255)], disc),
+    "alpha channel": ([np.dstack([white, disc * 255])], disc),
+    "empty alpha channel": ([np.dstack([white, disc * 0])], disc * 0),
     "gray classes": ([halves * 85], disc),
     "class colours": ([np.dstack([halves * 40, halves * 0, halves * 80])], disc),
     "classes, some files with one": ([halves, disc, disc * 1.0], disc),
@@ -2221,11 +2039,10 @@ def foregrounds(files, folder, asked="auto"):
     """The foreground of each of these masks, bool (H, W), by the rule for all."""
     masks = []
     for k, values in enumerate(files):
-        path = folder / f"{k}.png"
-        if values.dtype in (bool, np.uint8, np.uint16):
+        path = folder / f"{k}.tif"
+        if values.dtype == bool:                                # which tifffile inverts
             save_image(path, values)
         else:
-            path = folder / f"{k}.tif"
             tifffile.imwrite(path, values)
         masks.append(prepare_data.read_mask(path))
     rule, _ = prepare_data.decide_mask_rule(asked, masks)
@@ -2237,12 +2054,6 @@ def test_masks_mean_what_each_file_means(case, tmp_path):
     files, expected = MASKS[case]
     for found in foregrounds(files, tmp_path):
         assert np.array_equal(found, expected > 0)
-
-
-def test_masks_in_the_alpha_channel_may_be_empty(tmp_path):
-    files = [np.dstack([white, disc * 255]), np.dstack([white, disc * 0])]
-    found, empty = foregrounds(files, tmp_path)
-    assert np.array_equal(found, disc) and not empty.any()
 
 
 @pytest.mark.parametrize("reason", UNCLEAR_MASKS)
@@ -2293,47 +2104,66 @@ LAYOUTS = {                                                     # {case: names o
     "several masks": ("benign ({k}).png", "benign ({k})_mask.png", "benign ({k})_mask_1.png")}
 UNCLEAR_LAYOUTS = {                                             # {reason: (names, more of it)}
     "has two masks": (("images/{k}.png", "masks/{k}.png", "labels/{k}.png"),
-                      "labels/s", "masks/s"),
+                      "labels/t", "masks/t"),
     "masks: no mask there has the name": (("images/{k}.png", "masks/other{k}.png"),),
     "mask: no mask there": (("images/{k}.png", "masks/{k}.png", "mask/view_{k}.png"),),
-    "seg_s00.png: by its name a mask": (("images/{k}.png", "images/seg_{k}.png"),),
+    "seg_test_00000.png: by its name a mask": (("images/{k}.png", "images/seg_{k}.png"),),
     "mask.png: by its name a mask": (("{k}/image.png", "{k}/mask.png"),),
     "class0, class1": (("class{c}/{k}.png",), "'^([^/]+)/'", "'.+'"),
-    "masks/s00.gif: a mask of a kind that is not read": (("images/{k}.png", "masks/{k}.gif"),),
+    "masks/test_00000.gif: a mask of a kind": (("images/{k}.png", "masks/{k}.gif"),),
     "NAME_xyz": (("images/{k}.png", "images/{k}_xyz.png"), "NAME_mask")}
+LUNGS = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
+SKIN = {"melanoma": "1.0,0.0", "seborrheic_keratosis": "0.0,1.0", "nevus": "0.0,0.0"}
 
 
-def write_layout(raw, image_name, *mask_names, n=12):
-    """Write n pairs under such names; each of several masks holds some rows of the object.
-    Returns {k: (image, mask, patient, part)}."""
+def write_layout(raw, image_name, *mask_names, n=12, shape=(32, 32), pixel=((255,),)):
+    """Write n pairs under such names; each of several masks holds some rows of the object, a pixel
+    of it as `pixel`. Returns {k: (image, mask, what else the names say)}."""
     written = {}
     for i in range(n):
         part = i * 3 // n
-        fields = dict(k=f"s{i:02d}", p=f"p{i % 6}", c=i % 2, t=prepare_data.PARTS[part],
-                      T=("Training", "valid", "Test")[part])
-        gray, mask = spot(32, 32)
+        t = prepare_data.PARTS[part]
+        fields = dict(i=i, k=f"{t}_{i - math.ceil(part * n / 3):05d}", t=t, p=f"p{i % 6}",
+                      patient=f"p{i // 3}", c=i % 2, T=("Training", "valid", "Test")[part],
+                      isic=("Training", "Validation", "Test_v2")[part], lungs=LUNGS[i % 4],
+                      skin=[*SKIN][i % 3])
+        gray, mask = spot(*shape, n, i)
         save_image(raw / unicodedata.normalize("NFD", image_name.format(**fields)), gray)
         for j, mask_name in enumerate(mask_names):
-            rows = np.arange(32)[:, None] % len(mask_names) == j
-            save_image(raw / mask_name.format(**fields), mask * rows * 255)
-        written[fields["k"]] = gray, mask if mask_names else None, fields["p"], fields["t"]
+            rows = np.arange(shape[0])[:, None] % len(mask_names) == j
+            save_image(raw / mask_name.format(**fields), np.kron(mask * rows, np.uint8(pixel)))
+        written[fields["k"]] = gray, mask if mask_names else None, fields
     return written
+
+
+def as_written(out, written):
+    """Yield (row, part, fields) of each image of a prepared data set, which is what was written, as
+    is its mask."""
+    found = prepared(out)
+    assert len(found) == len(written)
+    for part, row, image, mask in found:
+        [key] = [key for key in written if key in row["name"]]
+        gray, expected, fields = written[key]
+        assert np.corrcoef(image[..., 1].ravel(), gray.ravel())[0, 1] > .9
+        assert np.array_equal(mask, expected)
+        yield row, part, fields
+
+
+def make_stacks(paths):
+    """Turn gray TIFFs into stacks, which begin with the inverse."""
+    for path in paths:
+        gray = np.array(Image.open(path)).astype(np.float32)
+        tifffile.imwrite(path, np.stack([255 - gray, gray]), photometric="minisblack")
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_folders_as_people_have_them(case, tmp_path):
     written = write_layout(tmp_path / "raw", *LAYOUTS[case])
-    found = prepared(prepare_beside(tmp_path / "raw"))
-    assert len(found) == len(written)
-    part_of = {}
-    for part, row, image, mask in found:
-        gray, expected, patient, given = written[re.search(r"s\d\d", row["name"])[0]]
-        assert np.array_equal(image[..., 0], gray)
-        assert np.array_equal(mask, expected)
-        if "patients" in case:
-            assert row["group"] == patient and part_of.setdefault(patient, part) == part
-        elif "parts" in case:
-            assert part == given
+    out = prepare_beside(tmp_path / "raw")
+    for row, part, fields in as_written(out, written):
+        assert "patients" not in case or row["group"] == fields["p"]
+        assert "parts" not in case or part == fields["t"]
+    assert "patients" not in case or len(kept_together(out)) == 6
 
 
 @pytest.mark.parametrize("reason", UNCLEAR_LAYOUTS)
@@ -2358,20 +2188,17 @@ def test_nothing_is_left_out_silently(raw, capsys):
     (raw / "labels.csv").write_text("name,label\np0_00,a\nnobody,b\n")
     assert len(prepared(prepare_beside(raw))) == 12
     said = capsys.readouterr().out
-    for words in ("beside images/ and masks/, and not taken (the first: old.tif", "1 masks have no "
-                  "image", "extra.png", "['.gz'] (volumes: cut them into slices", "nobody",
+    for words in ("old.tif", "1 masks have no image", "extra.png", "volumes", "a.nii.gz", "nobody",
                   "11 of 12 images have no label", "images/demo: not taken", "images/again: "):
         assert words in said
 
 
 def test_of_several_pages_one_is_taken_and_it_is_said(tmp_path, capsys):
-    images = rng.integers(0, 256, (10, 3, 32, 32), np.uint8)
-    for k, pages in enumerate(images):
-        save_image(tmp_path / f"raw/{k}_mask.tif", np.eye(32) > 0)
-        tifffile.imwrite(tmp_path / f"raw/{k}.tif", pages, photometric="minisblack")
-    for _, row, image, _ in prepared(prepare_beside(tmp_path / "raw", "--page", "2")):
-        assert np.array_equal(image[..., 0], images[int(row["name"]), 2])
-    assert "10 images are of several pages" in capsys.readouterr().out
+    written = write_layout(tmp_path / "raw", "{k}.tif", "{k}_mask.png")
+    make_stacks((tmp_path / "raw").glob("*.tif"))
+    assert [*as_written(prepare_beside(tmp_path / "raw", "--page", "1"), written)]
+    assert "12 images are of several pages" in capsys.readouterr().out
+    unreadable(tmp_path / "raw/val_00000.tif", "no page 2", 2)
 
 
 @pytest.mark.parametrize("table", [
@@ -2392,31 +2219,13 @@ def test_the_same_picture_is_never_in_two_parts(raw, capsys):
     assert "12 pictures are there twice" in capsys.readouterr().out
 
 
-def part_sizes(pairs, split, seed=0):
-    """The sizes of the parts into which `split` divides them."""
-    prepare_data.join_duplicates(pairs)
-    split(pairs, seed)
-    parts = [pair.part for pair in pairs]
-    return [parts.count(part) for part in prepare_data.PARTS]
-
-
-def test_stratified_parts_keep_the_same_picture_together():
-    pairs = []
-    for k in range(100):                                        # every tenth is in both classes
-        for label in "ab":
-            digest = f"{k}" if k % 10 == 0 else f"{label}{k}"
-            pairs.append(prepare_data.Pair(f"{label}{k:03d}", "", label=label, digest=digest))
-    assert part_sizes(pairs, prepare_data.stratify) == [139, 21, 40]
-    for k in range(0, 200, 20):
-        assert pairs[k].part == pairs[k + 1].part
-
-
 def test_thin_and_empty_masks(raw, capsys):
-    line = np.eye(1, 40, 20, dtype=np.uint8).repeat(40, 0) * 255        # .8 wide at 32 px
+    line = np.zeros((40, 40), np.uint8)
+    line[:, 20] = 255                                           # .8 wide at 32 px
     for i, path in enumerate((raw / "masks").iterdir()):
         save_image(path, line if i % 4 else line * 0)
-    columns = [mask.any(axis=0).nonzero()[0] for *_, mask in prepared(prepare_beside(raw))]
-    assert np.concatenate(columns).tolist() == [16] * 9
+    masks = [mask for *_, mask in prepared(prepare_beside(raw))]
+    assert np.array_equal(np.sum(masks, axis=(0, 1)), np.eye(1, 32, 16)[0] * 9 * 32)
     assert "3 of 12 masks are empty" in capsys.readouterr().out
 
 
@@ -2429,19 +2238,18 @@ def test_foreground_auto_tells_bright_from_dark(name, tmp_path):
 
 
 def test_every_bad_file_is_found_in_one_pass(raw, capsys):
-    images, masks = raw / "images", raw / "masks"
+    images = raw / "images"
     cut = (images / "p0_01.png").read_bytes()[:-500]
     for name, data in {"p0_00": b"", "p0_01": cut, "p0_02": b"text", "._x": b"hidden"}.items():
         (images / f"{name}.png").write_bytes(data)
     shutil.copy(images / "p3_11.png", images / "p3_11.bmp")
-    (masks / "p1_03.png").unlink()
-    save_image(masks / "p1_04.png", np.zeros((9, 9), np.uint8))
+    (raw / "masks/p1_03.png").unlink()
+    save_image(raw / "masks/p1_04.png", np.zeros((9, 9), np.uint8))
     refuse(raw, "6 bad file(s)", "--skip-bad")
     lines = capsys.readouterr().err
-    for line in ("images/p0_00.png: .*empty", "images/p0_01.png: cannot be read",
-                 "images/p0_02.png: .*not an image", "images/p1_03.png: has no mask",
-                 "masks/p1_04.png: .*9, 9", "images/p3_11.png: .*twice"):
-        assert re.search(f"{raw}/{line}", lines), line
+    for line in ("images/p0_00.png: .*empty", "images/p0_01.png: ", "p0_02.png: .*not an image",
+                 "images/p1_03.png: has no mask", "masks/p1_04.png: .*9, 9", "p3_11.png: .*twice"):
+        assert re.search(line, lines), line
     out = prepare_beside(raw, "--skip-bad")
     assert len(prepared(out)) == 12 - 5
     assert len(prepare_data.read_meta(out)["skipped"]) == 6
@@ -2456,82 +2264,39 @@ def test_images_outside_of_all_groups_are_bad(raw):
 
 # ----------------------------------------------------------------------------------- published data
 
-# Some files of each data set, in its layout: yield (name, label) and the share of the mask.
-
-def draw_isic(raw):
-    labels = "melanoma", "seborrheic_keratosis", "nevus"
-    for part, n in (("Training", 6), ("Validation", 2), ("Test_v2", 3)):
-        stem = str(raw / f"ISIC-2017_{part}_")
-        table = "image_id,melanoma,seborrheic_keratosis\n"
-        for i in range(n):
-            gray, mask = spot(76, 102, False)
-            name = f"ISIC_{len(part):03d}{i:04d}"
-            for ending in (".jpg", "_superpixels.png"):
-                save_image(Path(f"{stem}Data/{name}{ending}"), gray)
-            save_image(Path(f"{stem}Part1_GroundTruth/{name}_segmentation.png"), mask * 255)
-            table += f"{name},{float(i == 0)},{float(i == 1)}\n"
-            yield (name, labels[min(i, 2)]), mask.mean()
-        Path(f"{stem}Part3_GroundTruth.csv").write_text(table)
+PUBLISHED = {                # {data set: (foreground, a pixel of the mask, names of the files)}
+    "isic": ("dark", [[255]], "ISIC-2017_{isic}_Data/{k}.jpg",
+             "ISIC-2017_{isic}_Part1_GroundTruth/{k}_segmentation.png"),
+    "xray": ("dark", [[255] * 2] * 2, "COVID-19_Radiography_Dataset/{lungs}/images/{k}.png",
+             "COVID-19_Radiography_Dataset/{lungs}/masks/{k}.png"),     # of another size
+    "drone": ("bright", [[7]], "original_images/{k}.jpg", "label_images_semantic/{k}.png"),
+    "dsb2018": ("bright", [[255]], "stage1_train/{k}/images/{k}.png",
+                "stage1_train/{k}/masks/1.png", "stage1_train/{k}/masks/2.png"),
+    "dm": ("bright", [[7]], "CD27_Panel_Component/{p}_Myo_{k}_component_data.tif",
+           "Labels/{p}_Myo_{k}_component_mask_labels.tiff"),
+    "tissuenet": ("bright", [[7]], "{k}.png", "{k}_mask.png")}
 
 
-def draw_xray(raw):
-    for label, n in (("COVID", 5), ("Lung_Opacity", 7), ("Normal", 12), ("Viral Pneumonia", 2)):
-        folder = raw / "COVID-19_Radiography_Dataset" / label
-        for i in range(n):
-            gray, mask = spot(299, 299, False)
-            name = f"{label}-{i + 1}"
-            save_image(folder / f"images/{name}.png", gray)
-            smaller = cv2.resize(mask * 255, (256, 256))
-            save_image(folder / f"masks/{name}.png", np.dstack([smaller] * 3))
-            yield (name, label), mask.mean()
-
-
-def draw_drone(raw):
-    for i in range(10):
-        gray, mask = spot(200, 300)
-        save_image(raw / f"original_images/{i:03d}.jpg", gray)
-        save_image(raw / f"label_images_semantic/{i:03d}.png", mask * (i + 1))
-        yield (f"{i:03d}", ""), mask.mean()
-
-
-def draw_dsb2018(raw):
-    for i in range(10):
-        gray, mask = spot(64, 80)
-        folder = raw / f"stage1_train/id{i}"
-        save_image(folder / f"images/id{i}.png", np.dstack([gray, gray, gray, gray * 0 + 255]))
-        for k in (0, 1):                                        # a file a nucleus
-            half = np.arange(64)[:, None] // 32 == k
-            save_image(folder / f"masks/{i}{k}.png", mask * half * 255)
-        yield (f"id{i}", ""), mask.mean()
-
-
-def draw_dm(raw):
-    for i in range(10):
-        gray, mask = spot(700, 1100)                            # two times three tiles
-        name = f"1219{i % 4:02d}_Myo{i % 4}_[{i},7]"
-        save_image(raw / f"Labels/{name}_component_mask_labels.tiff", mask * np.uint16(7))
-        stains = np.stack([gray, 255 - gray]).astype(np.float32) * 9
-        (raw / "CD27_Panel_Component").mkdir(exist_ok=True)
-        tifffile.imwrite(raw / f"CD27_Panel_Component/{name}_component_data.tif", stains,
-                         photometric="minisblack")
-        yield (name, ""), mask.sum() / 480 ** 2
-
-
-def draw_tissuenet(raw):
-    raw.mkdir()
-    for part, n in (("train", 6), ("val", 2), ("test", 3)):
-        grays, masks = map(np.stack, zip(*[spot(64, 64) for _ in range(n)], strict=True))
-        np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz",
-                            X=np.stack([grays, grays // 2], -1).astype(np.float32),
-                            y=np.stack([masks * np.int32(300), 1 - masks], -1))
-        for i, mask in enumerate(masks):
-            yield (f"{part}_{i:05d}", ""), mask.mean()
-
-
-PUBLISHED = {                                                   # {data set: (its files, counts)}
-    "isic": (draw_isic, (6, 2, 3)), "tissuenet": (draw_tissuenet, (6, 2, 3)),
-    "xray": (draw_xray, (17, 3, 6)), "drone": (draw_drone, (7, 1, 2)),
-    "dsb2018": (draw_dsb2018, (7, 1, 2)), "dm": (draw_dm, (42, 6, 12))}
+def write_published(dataset, raw):
+    """Twelve images of a data set in its layout; see write_layout."""
+    _, pixel, *names = PUBLISHED[dataset]
+    shape = (700, 1100) if dataset == "dm" else (32, 32)        # of tiles, two times three
+    written = write_layout(raw, *names, shape=shape, pixel=pixel)
+    make_stacks(raw.glob("CD27*/*"))
+    table = "image_id,melanoma,seborrheic_keratosis\n"
+    for k, (*_, fields) in written.items():
+        table += f"{k},{SKIN[fields['skin']]}\n"
+    for path in raw.glob("ISIC*_Data/*"):
+        shutil.copy(path, path.with_name(f"{path.stem}_superpixels.png"))
+        Path(str(path.parent).replace("Data", "Part3_GroundTruth.csv")).write_text(table)
+    if dataset == "tissuenet":
+        for part in prepare_data.PARTS:
+            pairs = [pair[:2] for key, pair in written.items() if key.startswith(part)]
+            x, y = np.stack(pairs, axis=1)
+            np.savez_compressed(raw / f"tissuenet_v1.1_{part}.npz",
+                                X=np.stack([x, 255 - x], axis=-1),      # nuclei, membranes
+                                y=np.stack([y * 7, 1 - y], axis=-1))    # cells, nuclei
+    return written
 
 
 def prepare_published(dataset, raw, out, *flags):
@@ -2542,22 +2307,12 @@ def prepare_published(dataset, raw, out, *flags):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """A function that draws and prepares a data set, once: (raw, {(name, label): share}, out)."""
+    """A function that writes and prepares a data set, once: (raw, what was written, out)."""
     @functools.cache
     def get(dataset):
         folder = tmp_path_factory.mktemp(dataset)
-        shares = dict(PUBLISHED[dataset][0](folder / "raw"))
-        return folder / "raw", shares, prepare_published(dataset, folder / "raw", folder)
-
-    return get
-
-
-@pytest.fixture
-def copied(published, tmp_path):
-    """A function: data set -> (copy of its files, the prepared data set)."""
-    def get(dataset):
-        raw, _, out = published(dataset)
-        return shutil.copytree(raw, tmp_path / "raw", copy_function=os.link), out
+        written = write_published(dataset, folder / "raw")
+        return folder / "raw", written, prepare_published(dataset, folder / "raw", folder)
 
     return get
 
@@ -2571,27 +2326,29 @@ def assert_same_set(raw, out):
 
 @pytest.mark.parametrize("dataset", PUBLISHED)
 def test_published_layouts_become_right_arrays(dataset, published):
-    _, shares, out = published(dataset)
-    shares = dict(shares)
-    meta = prepare_data.read_meta(out)
-    is_dark = dataset in ("isic", "xray")
-    assert meta["foreground"] == ("dark" if is_dark else "bright")
-    assert tuple(meta["counts"].values()) == PUBLISHED[dataset][1]
-    for _, row, image, mask in prepared(out):
-        shares[row["group"] or row["name"], row["label"]] -= mask.mean()    # of tiles: the slide
-        if mask.mean() > .05:                                   # image and mask belong together
-            assert (image[mask == 1].mean() < image[mask == 0].mean()) == is_dark
-    assert np.abs([*shares.values()]).max() < .02
+    _, written, out = published(dataset)
+    assert prepare_data.read_meta(out)["foreground"] == PUBLISHED[dataset][0]
     prepare_data.check(out)
+    if dataset == "dm":                                         # see below
+        return
+    for row, part, fields in as_written(out, written):
+        assert row["label"] == dict(isic=fields["skin"], xray=fields["lungs"]).get(dataset, "")
+        assert part == fields["t"] or dataset not in ("isic", "tissuenet")
 
 
 def test_tiles_of_a_slide_or_patient_stay_together(published, tmp_path):
-    raw, shares, out = published("dm")
-    assert kept_together(out) == {name for name, _ in shares}
+    raw, written, out = published("dm")
     other = prepare_published("dm", raw, tmp_path, "--page", "1", "--split-by", "patient")
-    assert kept_together(other) == {f"1219{k:02d}_Myo{k}" for k in range(4)}
-    stains = [prepare_data.open_part(folder, "test")[0][:2].mean() for folder in (out, other)]
-    assert stains[0] < 128 < stains[1]
+    assert len(kept_together(out)) == 12
+    assert kept_together(other) == {f"p{k}_Myo" for k in range(6)}
+    for folder, is_bright in ((out, False), (other, True)):     # stain 0 is the inverse
+        for _, row, image, mask in prepared(folder):
+            key, y, x = re.search(r"Myo_(.*)_(.)_(.)$", row["name"]).groups()
+            y, x = 480 * int(y), 480 * int(x)
+            tile = written[key][1][y:y + 480, x:x + 480]
+            assert mask.mean() == pytest.approx(tile.sum() / 480 ** 2, abs=.01)
+            if mask.mean() > .05:
+                assert (image[mask == 1].mean() > image[mask == 0].mean()) == is_bright
 
 
 @pytest.mark.parametrize("dataset, moves, given", [
@@ -2603,8 +2360,9 @@ def test_tiles_of_a_slide_or_patient_stay_together(published, tmp_path):
     ("dm", {"Labels": "CD27 cell labels/Mask Labels",           # as the authors' notebook has them
             "CD27 cell labels": "Labels/CD27 cell labels",
             "CD27_Panel_Component": "CD27 Panel-- Component"}, "CD27 Panel-- Component")])
-def test_published_layouts_by_their_other_names(dataset, moves, given, copied):
-    raw, out = copied(dataset)
+def test_published_layouts_by_their_other_names(dataset, moves, given, published, tmp_path):
+    raw, _, out = published(dataset)
+    raw = shutil.copytree(raw, tmp_path / "raw")
     for source, target in moves.items():
         (raw / target).parent.mkdir(parents=True, exist_ok=True)
         (raw / source).rename(raw / target)
@@ -2613,25 +2371,32 @@ def test_published_layouts_by_their_other_names(dataset, moves, given, copied):
     assert_same_set(raw / given, out)
 
 
+def part_sizes(pairs, split):
+    """The sizes of the parts into which `split` divides them."""
+    prepare_data.join_duplicates(pairs)
+    split(pairs, seed=3)
+    parts = [pair.part for pair in pairs]
+    return [parts.count(part) for part in prepare_data.PARTS]
+
+
 def test_published_splits_at_their_full_size():
-    sizes = dict(COVID=3616, Lung_Opacity=6012, Normal=10192, Viral=1345)
-    pairs, tiles = [], []
-    for label, n in sizes.items():
-        pairs += [prepare_data.Pair(f"{label}-{i}", "", label=label) for i in range(n)]
+    pairs = []
+    for label, n in zip(LUNGS, (3616, 6012, 10192, 1345), strict=True):
+        pairs += [prepare_data.Pair(f"{label}{i}", "", label=label) for i in range(n)]
+        pairs[-n].digest = "the same picture in each class"
     assert part_sizes(pairs, prepare_data.stratify) == [14730, 2202, 4233]
+    assert len({pair.part for pair in pairs if pair.digest}) == 1
     tested = [pair.label for pair in pairs if pair.part == "test"]
-    for label, n in sizes.items():
-        assert abs(tested.count(label) - .2 * n) <= 1
-    for i in range(198 * 12):
-        slide = f"{i // 12}"
-        tiles.append(prepare_data.Pair(f"{slide}_{i % 12}", slide, group=slide))
-    assert part_sizes(tiles, prepare_data.split, seed=3) == [1656, 240, 480]
+    assert abs(tested.count("COVID") - .2 * 3616) < 4
+    tiles = [prepare_data.Pair(f"{i}", f"{i // 12}", group=f"{i // 12}") for i in range(198 * 12)]
+    assert part_sizes(tiles, prepare_data.split) == [1656, 240, 480]
 
 
-def test_archives_are_unpacked_once(copied):
-    raw, out = copied("isic")
-    for path in [*raw.glob("*_Data"), *raw.glob("*_GroundTruth")]:
-        shutil.make_archive(path, "zip" if "Data" in path.name else "gztar", raw, path.name)
+def test_archives_are_unpacked_once(published, tmp_path):
+    raw, _, out = published("isic")
+    raw = shutil.copytree(raw, tmp_path / "raw")
+    for path, kind in zip(sorted(raw.glob("*[ah]")), ("zip", "gztar") * 3, strict=True):
+        shutil.make_archive(path, kind, raw, path.name)
         shutil.rmtree(path)
     assert_same_set(raw, out)
     for path in [*raw.glob("*.zip"), *raw.glob("*.gz")]:
@@ -2644,22 +2409,16 @@ def test_archives_are_unpacked_once(copied):
     prepare_data.check(raw.parent / "again/isic")               # what was there stays
 
 
-@pytest.mark.parametrize("name", ["../evil", "link"])
-def test_archives_never_write_outside(name, tmp_path):
-    packed, taped = zipfile.ZipInfo(name), tarfile.TarInfo(name)
-    if name == "link":
-        packed.external_attr = 0o120777 << 16
-        taped.type, taped.linkname = tarfile.SYMTYPE, "/etc"
-    (tmp_path / "raw").mkdir()
-    with zipfile.ZipFile(tmp_path / "raw/a.zip", "w") as file:
-        file.writestr(packed, "/etc")
-    with tarfile.open(tmp_path / "raw/b.tar", "w") as file:
-        file.addfile(taped)
-    refused(lambda: prepare_published("isic", tmp_path / "raw", tmp_path / "out"),
-            "b.tar: cannot be extracted")
-    found = {*tmp_path.rglob("*")} - {tmp_path / "raw/a/link"}
-    assert found == {tmp_path / path for path in ("raw", "raw/a", "raw/a.zip", "raw/b.tar")}
-    assert not (tmp_path / "raw/a/link").is_symlink()
+@pytest.mark.parametrize("name, link", [("../evil", ""), ("link", "/etc")])
+def test_archives_never_write_outside(name, link, tmp_path):
+    raw, member = tmp_path / "raw", tarfile.TarInfo(name)
+    raw.mkdir()
+    if link:
+        member.type, member.linkname = tarfile.SYMTYPE, link
+    with tarfile.open(raw / "b.tar", "w") as file:
+        file.addfile(member)
+    refused(lambda: prepare_published("isic", raw, tmp_path / "out"), "b.tar: cannot be extracted")
+    assert os.listdir(tmp_path) == ["raw"] and os.listdir(raw) == ["b.tar"]
 
 
 def test_where_a_data_set_is_to_be_had_is_said(tmp_path):
@@ -2676,84 +2435,46 @@ def off(folder, *words):
     refused(lambda: prepare_data.main(flags), *words)
 
 
-@pytest.mark.parametrize("name, place, change", [
-    ("val_images", (2, 9, 9, 1), lambda pixel: pixel ^ 1),
-    ("train_masks", [0, 1], lambda masks: masks[::-1])])
-def test_check_finds_changed_arrays(name, place, change, data, tmp_path):
+@pytest.mark.parametrize("name", ["val_images", "train_masks"])
+def test_check_finds_changed_arrays(name, data, tmp_path):
     demo = shutil.copytree(data / "demo", tmp_path / "demo")
-    array = np.load(demo / f"{name}.npy")
-    array[place] = change(array[place])
-    np.save(demo / f"{name}.npy", array)
+    np.load(demo / f"{name}.npy", mmap_mode="r+")[2, 9, 9] ^= 1
     off(demo, "fingerprint")
 
 
-def test_check_finds_the_same_picture_in_two_parts_and_wrong_tables(data, tmp_path):
+def test_check_finds_the_same_picture_or_group_in_two_parts_and_wrong_tables(data, tmp_path):
     demo = shutil.copytree(data / "demo", tmp_path / "demo")
-    images = np.load(demo / "test_images.npy")
-    images[3] = np.load(demo / "train_images.npy")[5]
-    np.save(demo / "test_images.npy", images)
+    np.load(demo / "test_images.npy", mmap_mode="r+")[3] = np.load(demo / "train_images.npy")[5]
+    for part in ("train", "test"):
+        table = demo / f"{part}.csv"
+        table.write_text(table.read_text().replace("_007,", "_007,patient"))
     (demo / "val.csv").write_text("name,group,label\n")
     off(demo, "same picture in two parts: train_005 of train and test_003 of test",
-        "val.csv has 0 rows")
+        "same group in two parts: train_007 of train and test_007 of test", "val.csv has 0 rows")
 
 
-PAYLOAD = np.random.default_rng(5).bytes(300_000)
-
-
-class BadServer(http.server.BaseHTTPRequestHandler):
-    """Serves PAYLOAD in cut pieces, at /norange from the beginning; asked: the ranges."""
-    asked = []
-
-    def do_GET(self):
-        begin = self.headers["Range"]
-        self.asked.append(begin)
-        if self.path == "/404":
-            return self.send_error(404)
-        start = 0
-        if begin and self.path == "/cut":
-            start = int(begin[6:-1])                            # of bytes=N-
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-299999/300000")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(300_000 - start))
-        self.end_headers()
-        is_cut = self.path == "/cut" or len(self.asked) < 3
-        self.wfile.write(PAYLOAD[start:start + 120_000 if is_cut else None])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.mark.parametrize("path, asked", [
-    ("/cut", [None, "bytes=120000-", "bytes=240000-"]),
-    ("/norange", [None, "bytes=120000-", None]),
-    ("/404", [None] * 5)])
-def test_download_goes_on_where_a_bad_server_stopped(path, asked, tmp_path):
-    BadServer.asked.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}{path}"
-        if path == "/404":
-            refused(lambda: prepare_data.download(url, tmp_path / "file"), url, "moved")
-            assert not any(tmp_path.iterdir())
-        else:
-            prepare_data.download(url, tmp_path / "file")
-            assert (tmp_path / "file").read_bytes() == PAYLOAD
-        server.shutdown()
-    assert BadServer.asked == asked
+def test_download_goes_on_where_it_stopped(tmp_path):
+    (tmp_path / "source").write_bytes(b"0123456789")
+    (tmp_path / "file.part").write_bytes(b"cut")
+    prepare_data.download(f"file://{tmp_path}/source", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"cut3456789"
+    gone = f"file://{tmp_path}/gone"
+    refused(lambda: prepare_data.download(gone, tmp_path / "other"), gone)
+    assert {*os.listdir(tmp_path)} == {"source", "file"}
 
 
 # -------------------------------------------------------------------------------- a user's mistakes
 
 @pytest.fixture(scope="session")
 def mistakes(tmp_path_factory):
-    """A folder of raw folders that cannot be prepared, and of a data set that ViT cannot take."""
+    """A folder of raw folders that cannot be prepared, and of data sets that ViT cannot take and
+    that have no masks."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
     write_folder(folder / "few", n=2)
     write_folder(folder / "half/train")
     prepare_data.main(["--dataset", "demo", "--size", "40", "--out", str(folder / "odd")])
+    prepare(write_folder(folder / "bare", masks=False), folder / "prepared")
     return folder
 
 
@@ -2772,9 +2493,15 @@ TRAIN = "--data {data} --dataset "
     (pretrain, TRAIN + "demo --sync-batchnorm", "several GPUs"),
     (pretrain, TRAIN + "demo --encoder {bad}/absent", "{bad}/absent: no such file"),
     (pretrain, TRAIN + "demo --method byol --batch-size 1", "at least 2 images"),
+    (pretrain, TRAIN + "demo --method simsiam --batch-size 1", "at least 2 images"),
+    (pretrain, TRAIN + "demo --method byol --backbone vit_small", "not for vit_small"),
+    (pretrain, TRAIN + "demo --method simsiam --backbone vit_small", "not for vit_small"),
+    (pretrain, TRAIN + "demo --method mae", "not resnet50"),
+    (pretrain, TRAIN + "demo --method simmim", "not resnet50"),
     (pretrain, TRAIN + "demo --method dino --amp fp16", "not for dino, whose loss becomes nan"),
     (pretrain, TRAIN + "demo --refine --threshold ght", "2"),
     (pretrain, "--data {bad}/odd --dataset demo --backbone vit_small", "multiple of 16, not 40"),
+    (finetune_eval, "--run {run} --data {bad}/prepared --dataset bare", "no test masks"),
     (finetune_eval, "--run {bad}/absent", "{bad}/absent is not a run folder"),
     (finetune_eval, "--run {run} --predict {bad}/absent", "{bad}/absent"),
     (finetune_eval, TRAIN + "demo --backbone resnet50 --encoder {bad}/absent", "{bad}/absent"),
@@ -2789,11 +2516,8 @@ def test_a_mistake_is_said_in_one_line_and_leaves_nothing(stage, flags, message,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("pretrain.py", ["--dataset", "demo", "--backbone", "wrong"]),
-    ("finetune_eval.py", ["--run", "wrong"])])
-def test_a_mistake_on_the_command_line_has_no_traceback(script, flags, tmp_path):
-    [line] = fails(HERE / script, *flags, cwd=tmp_path)
+def test_a_mistake_on_the_command_line_has_no_traceback(tmp_path):
+    [line] = fails(HERE / "finetune_eval.py", "--run", "wrong", cwd=tmp_path)
     assert "wrong" in line and not any(tmp_path.iterdir())
 
 
@@ -2806,13 +2530,6 @@ def test_too_little_memory_is_said_in_one_line(error, flag):
     refused(lambda: pretrain.explain_memory(error), flag)
 
 
-def test_one_training_image_is_too_few_for_byol(data):
-    meta = prepare_data.read_meta(data / "demo")
-    meta["counts"]["train"] = 1
-    args = pretrain.parse_args(["--dataset", "demo", "--method", "byol"])
-    refused(lambda: pretrain.build_method(args, meta), "at least 2 images")
-
-
 @pytest.mark.parametrize("stage", [prepare_data, pretrain, finetune_eval])
 def test_help_is_printed(stage):
     with pytest.raises(SystemExit, match="0"):
@@ -2823,8 +2540,7 @@ def test_help_is_printed(stage):
     HERE / "models.py", HERE / "losses.py", *HERE.glob("baselines/*.py")])
 def test_files_that_are_copied_import_nothing_of_ours(path):
     imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-    ours = {"models", "losses", "prepare_data", "pretrain", "finetune_eval", "baselines"}
-    assert imported and not ours & set(imported)
+    assert not {"baselines", *[script.stem for script in HERE.glob("*.py")]} & {*imported}
 
 
 def snippets():
@@ -2853,24 +2569,12 @@ def test_readme_snippet_of_byol_trains_each_baseline(name, tmp_path, monkeypatch
     assert Path("encoder.pth").exists()
 
 
-@pytest.mark.parametrize("name, backbone", PAIRINGS)
-def test_three_epochs_on_the_demo_learn_and_do_not_collapse(name, backbone, data, tmp_path):
-    flags = ["--method", name, "--backbone", backbone, "--workers", "1"]
-    log = pretrain.read_log(train(data, tmp_path, *flags, epochs=3))
-    last = {key: float(value) for key, value in log[-1].items()}
-    assert not pretrain.METHODS[name](backbone, 32).collapsed(last)
-    if name == "dino":                  # twelve steps of its rate change the loss little
-        assert last["entropy_mean"] > last["entropy_single"]
-    else:
-        assert last["train_loss"] < float(log[0]["train_loss"])
-
-
 # ------------------------------------------------------- benchmarks (pytest -m bench test_smoke.py)
 
 @pytest.fixture(scope="session")
 def record():
     """record(what, against, ours, theirs, reached): print a row of the table, and keep it in
-    results/bench.json; returns whether the row is as it should be."""
+    results/bench.json; the row has to be as it should."""
     rows = {}
     path = HERE / "results/bench.json"
     path.parent.mkdir(exist_ok=True)
@@ -2878,29 +2582,22 @@ def record():
     def row(what, against, ours, theirs, reached):
         rows[what] = dict(against=against, ours=f"{ours:.3g}", theirs=f"{theirs:.3g}",
                           ratio=f"{ours / theirs:.3g}", reached=bool(reached))
-        report = dict(cores=os.cpu_count(), torch=torch.__version__, rows=rows)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.write_text(json.dumps(dict(cores=os.cpu_count(), rows=rows), indent=2) + "\n")
         print("\n", what, *rows[what].values(), sep=" | ")
-        return reached
+        assert reached
 
     return row
 
 
-def interleaved(rounds, *work):
-    """Median seconds of each of the functions, called in turn, after one call each that does not
+def interleaved(*work):
+    """Median seconds of each of the functions, called in turn, five times after one that does not
     count."""
     times = []
-    for call in work * (rounds + 1):
+    for call in work * 6:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return np.median(np.reshape(times, (-1, len(work)))[1:], axis=0)
-
-
-def peak_memory(pid):
-    """Of a process, in MB (Linux)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return np.median(np.reshape(times, (6, -1))[1:], axis=0)
 
 
 def photograph(height, width, detail=8):
@@ -2909,35 +2606,21 @@ def photograph(height, width, detail=8):
     return cv2.resize(small, (width, height))
 
 
-def loader_of_photographs(folder, n, size):
-    """The loader of MedSASS for n pictures, of which 64 differ; one worker."""
-    images = np.stack([photograph(size, size) for _ in range(64)])
-    folder.mkdir(exist_ok=True)
-    np.save(folder / "train_images.npy", np.resize(images, (n, size, size, 3)))
-    augment = pretrain.MedSASS("resnet50", size).augment
-    dataset = pretrain.Images(folder, "train", augment, 0)
-    return pretrain.make_loader(dataset, pretrain.Batches(n, 16, 0), 1)
-
-
-def read_through(loader, times=1):
-    for _ in range(times):
-        for _ in loader:
-            pass
-
-
 @pytest.mark.bench
 def test_input_path(tmp_path, record):
     """Read, augment, pseudo-mask, batches of 16 at 224 px, one worker."""
-    ours = loader_of_photographs(tmp_path, 160, 224)
-    pictures = [Image.fromarray(image) for image in np.load(tmp_path / "train_images.npy")]
+    images = np.stack([photograph(224, 224) for _ in range(160)])
+    np.save(tmp_path / "train_images.npy", images)
+    dataset = pretrain.Images(tmp_path, "train", pretrain.MedSASS("resnet50").augment, 0)
+    ours = pretrain.make_loader(dataset, pretrain.Batches(160, 16, 0), 1)
     augment = transforms.BYOLTransform(transforms.BYOLView1Transform(input_size=224),
                                        transforms.BYOLView2Transform(input_size=224))
     theirs = torch.utils.data.DataLoader(
-        pictures, 16, num_workers=1, persistent_workers=True,
+        [*map(Image.fromarray, images)], 16, num_workers=1, persistent_workers=True,
         collate_fn=lambda batch: torch.utils.data.default_collate([*map(augment, batch)]))
-    mine, other = interleaved(5, lambda: read_through(ours), lambda: read_through(theirs))
-    assert record("input path, images/s", "lightly's BYOL transform", 160 / mine, 160 / other,
-                  other / mine >= 3)
+    mine, other = interleaved(lambda: list(ours), lambda: list(theirs))
+    record("input path, images/s", "lightly's BYOL transform", 160 / mine, 160 / other,
+           other / mine >= 3)
 
 
 STEP = r"""import re, statistics, sys, time, torch, segmentation_models_pytorch as smp, pretrain
@@ -2981,64 +2664,17 @@ def test_training_step(record):
         out = subprocess.check_output([sys.executable, "-c", STEP, side], cwd=HERE, text=True)
         figures.append([float(number) for number in out.split()])
     (mine, my_peak), (other, other_peak) = figures
-    library = "segmentation_models_pytorch"
-    is_small = record("training step, MB", library, my_peak, other_peak, my_peak <= .7 * other_peak)
-    is_fast = record("training step, s", library, mine, other, mine <= .75 * other)
-    assert is_small and is_fast
-
-
-@pytest.mark.bench
-def test_training_hardly_waits_for_images(tmp_path, record):
-    """224 px, batch 8, one worker, the second epoch."""
-    prepare(write_folder(tmp_path / "demo", n=92, size=224), tmp_path / "data", "--size", "224")
-    folder = train(tmp_path / "data", tmp_path, "--batch-size", "8", "--workers", "1")
-    last = pretrain.read_log(folder)[-1]
-    waited, whole = float(last["waited"]), float(last["seconds"])
-    assert record("waiting for images, s", "whole epoch", waited, whole, waited <= .03 * whole)
-
-
-@pytest.mark.bench
-def test_evaluation(record):
-    """Prediction with all scores, 224 px, batch 16, against the forward pass of training."""
-    method = pretrain.MedSASS("resnet50").to(memory_format=torch.channels_last)
-    images = np.stack([photograph(224, 224) for _ in range(16)])
-    masks = pretrain.pseudo_mask(images)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    views = pretrain.to_device([pixels, torch.from_numpy(masks)[:, None]], "cpu")
-
-    def predict(batch):
-        return finetune_eval.predict_logits(method.unet, batch, "cpu") > 0
-
-    def evaluate():
-        method.eval()
-        finetune_eval.score_images(predict, images, masks)
-
-    mine, other = interleaved(5, evaluate, lambda: method.train()(views))
-    assert record("evaluation, images/s", "training forward", 16 / mine, 16 / other,
-                  other >= .95 * mine)
-
-
-@pytest.mark.bench
-def test_loading_is_linear(tmp_path, record):
-    """16000 images of 64 px, without a network, in one epoch and in 16; and the worker's memory."""
-    large, small = [loader_of_photographs(tmp_path / str(n), n, 64) for n in (16000, 1000)]
-    seconds, other = interleaved(5, lambda: read_through(large), lambda: read_through(small, 16))
-    high, low = [peak_memory(loader._iterator._workers[0].pid) for loader in (large, small)]
-    is_linear = record("loading 16k images, s", "16 x 1k", seconds, other,
-                       abs(seconds / other - 1) <= .05)
-    is_small = record("loader of 16k images, MB", "of 1k", high, low, high - low <= 20)
-    assert is_small and is_linear
+    record("training step, s", "smp", mine, other, mine <= .75 * other)
+    record("training step, MB", "smp", my_peak, other_peak, my_peak <= .7 * other_peak)
 
 
 @pytest.mark.bench
 def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, record):
     """2000 jpgs of 1022x767 to arrays of 224 px, the whole script against one process."""
     raw = tmp_path / "raw"
-    raw.mkdir()
     for i in range(20):
         noisy = photograph(767, 1022, detail=32) + rng.normal(0, 4, (767, 1022, 3))
-        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        picture.save(raw / f"{i}.jpg", quality=92)
+        save_image(raw / f"{i}.jpg", noisy.clip(0, 255).astype(np.uint8), quality=92)
         for k in range(1, 100):
             shutil.copy(raw / f"{i}.jpg", raw / f"{i}_{k}.jpg")
     script = [sys.executable, HERE / "prepare_data.py", "--dataset", "folder", "--raw", raw,
@@ -3047,26 +2683,6 @@ def test_preparing_jpgs_is_faster_than_a_plain_loop(tmp_path, record):
     def plain_loop():
         np.stack([Image.open(file).convert("RGB").resize((224, 224)) for file in raw.iterdir()])
 
-    mine, other = interleaved(5, lambda: subprocess.run(script, check=True), plain_loop)
-    assert record("preparing jpgs, images/s", "a plain loop", 2000 / mine, 2000 / other,
-                  other / mine >= 1.8)
-
-
-PREPARE_AND_SAY_MEMORY = r"""import re, sys, prepare_data
-prepare_data.main(sys.argv[1:])
-print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
-"""
-
-
-@pytest.mark.bench
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path, record):
-    """Peak memory of the main process for 20000 and for 200 images with masks."""
-    peaks = []
-    for n in (20000, 200):
-        flags = ["--dataset", "folder", "--size", "64", "--out", tmp_path / "out",
-                 "--raw", write_folder(tmp_path / str(n), n, size=80)]
-        out = subprocess.check_output([sys.executable, "-c", PREPARE_AND_SAY_MEMORY, *flags],
-                                      cwd=HERE, text=True)
-        peaks.append(int(out.split()[-1]) / 1024)
-    high, low = peaks
-    assert record("preparing 20000 images, MB", "200", high, low, high - low <= 50)
+    mine, other = interleaved(lambda: subprocess.run(script, check=True), plain_loop)
+    record("preparing jpgs, images/s", "a plain loop", 2000 / mine, 2000 / other,
+           other / mine >= 1.8)
