@@ -331,6 +331,7 @@ class MedSASS(nn.Module):
 
     backbones = tuple(BACKBONES)
     keep_best = True
+    mask_kind = "pseudo"
 
     def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu",
                  foreground="bright", loss="focal_tversky", train_part="end2end", refine=()):
@@ -378,9 +379,10 @@ class MedSASS(nn.Module):
         """No moving average."""
 
     def health(self):
-        """Shares of foreground in the last batch: of the pseudo-masks, and of what was drawn."""
-        pseudo, predicted = self.shares
-        return dict(pseudo_foreground=pseudo.item(), predicted_foreground=predicted.item())
+        """Shares of foreground in the last batch: of the masks, and of what was drawn."""
+        share, predicted = self.shares
+        return {f"{self.mask_kind}_foreground": share.item(),
+                "predicted_foreground": predicted.item()}
 
     def collapsed(self, health):
         """A line that says what to try where the network draws one class only, else None."""
@@ -396,7 +398,7 @@ class MedSASS(nn.Module):
         if self.refine:
             raw = pseudo_mask(images.permute(0, 2, 3, 1).cpu().numpy(), "otsu", self.foreground)
             columns["Otsu"] = torch.from_numpy(raw)[:, None]
-        columns["pseudo-mask"] = masks
+        columns[f"{self.mask_kind}-mask"] = masks
         columns["prediction"] = self.unet(normalise(images)) > 0
         return columns
 
@@ -442,7 +444,8 @@ def seeded(*key):
 
 class Images(torch.utils.data.Dataset):
     """One part of a data set, or some `rows` of it. Key (epoch, k) -> (row, transform(image)), the
-    same in whatever process; with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask])."""
+    same in whatever process; with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask]), or
+    with a list of class numbers, one for each row of the part: (row, [view, number])."""
 
     def __init__(self, folder, part, transform, seed, rows=None, masks=None):
         self.path = Path(folder) / f"{part}_images.npy"
@@ -464,6 +467,8 @@ class Images(torch.utils.data.Dataset):
         with seeded(self.seed, epoch, row):
             if self.masks is None:
                 return row, self.transform(image)
+            if isinstance(self.masks, list):
+                return row, [self.transform(image), self.masks[row]]
             mask = tv_tensors.Mask(np.load(self.masks, mmap_mode="r")[row][None].copy())
             view, mask = self.transform(image, mask)
             return row, [view, mask.as_subclass(torch.Tensor)]
@@ -853,7 +858,7 @@ def write_samples(method, val_set, seed, path, device):
             pictures = (pictures * STD + MEAN).mul(255).round().clamp(0, 255)
         columns.append(pictures.byte().permute(0, 2, 3, 1).squeeze(3).numpy())
     image = prepare_data.contact_sheet(list(zip(*columns, strict=True)), list(samples))
-    write_atomically(path, functools.partial(Image.fromarray(image).save, format="PNG"))
+    write_png(path, image)
 
 
 # ------------------------------------------------------------------------------------ run folders
@@ -861,6 +866,7 @@ def write_samples(method, val_set, seed, path, device):
 def write_atomically(path, write):
     """write(temporary path), then rename: never half a file under the real name."""
     temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -873,6 +879,11 @@ def write_atomically(path, write):
 def write_json(path, content):
     """A dict as JSON, whole or not at all."""
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_png(path, pixels):
+    """uint8 (H, W) or (H, W, 3) as PNG, whole or not at all."""
+    write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
 
 
 def write_csv(path, rows):
