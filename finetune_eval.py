@@ -1041,8 +1041,8 @@ def probe_table(cells):
 
 
 def draw_chart(cells, path):
-    """One PNG: IoU against the labels used, with 95 % intervals; networks that saw none at 0, the
-    best reference row as a line."""
+    """One PNG, in gray: IoU against the labels used, with 95 % intervals; networks that saw none at
+    0, the best reference row as a line."""
     from matplotlib.figure import Figure
     curves = collections.defaultdict(list)
     for cell in cells:
@@ -1055,12 +1055,17 @@ def draw_chart(cells, path):
         means = np.array([mean_of(cell) for cell in curve])
         bounds = np.array([interval(cell["samples"]) for cell in curve])
         reach = np.abs(bounds.T - means)    # of the error bars, down and up
-        axes.errorbar(labels, means, yerr=reach, label=name, capsize=2, marker="osv^Dx*P"[k % 8])
+        axes.errorbar(labels, means, yerr=reach, label=name, capsize=2, color=str(0.3 * (k % 3)),
+                      marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
     best = best_of(cells, mean_of, protocol="reference")
     if best:
         axes.axhline(mean_of(best), color="black", linestyle="--", label=best["title"])
+    counts = sorted({cell["n_labels_train"] for curve in curves.values() for cell in curve})
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)")
+    axes.set_xticks(counts, counts)
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)",
+             title=f"{cells[0]['dataset']}; 95 % intervals over test images")
     figure.legend(fontsize=7, loc="outside right upper")
     pretrain.write_atomically(path, functools.partial(figure.savefig, format="png", dpi=100))
 
