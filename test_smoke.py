@@ -2394,7 +2394,7 @@ def part_sizes(pairs, split):
 def test_published_splits_at_their_full_size():
     pairs = []
     for label, n in zip(LUNGS, (3616, 6012, 10192, 1345), strict=True):
-        for i in range(n):                                      # the same ten pictures in each class
+        for i in range(n):                          # the same ten pictures in each class
             digest = str(i) if i < 10 else ""
             pairs.append(prepare_data.Pair(f"{label}{i}", "", label=label, digest=digest))
     assert part_sizes(pairs, prepare_data.stratify) == [14730, 2202, 4233]
