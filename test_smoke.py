@@ -760,6 +760,19 @@ def test_baseline_encoder_is_plain_timm_and_learns_in_a_run_of_one_step(name, ba
     assert not differing(method.state_dict(), state)
 
 
+@pytest.mark.parametrize("name, backbone", [*PAIRINGS, ("medsass", "resnet50")])
+def test_losses_are_taken_in_float32_under_autocast(name, backbone):
+    method, views = build(name, backbone)
+    values = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = copy.deepcopy(method)(views)
+        assert loss.dtype == torch.float32
+        values.append(loss.item())
+    assert values[1] == pytest.approx(values[0], abs=.03) and values[1] != values[0]
+
+
 @pytest.mark.parametrize("name", ["dino", "mae", "simmim"])
 def test_baselines_refuse_sides_that_patches_do_not_divide(name):
     with pytest.raises(ValueError, match="patches of 8"):
@@ -1009,6 +1022,14 @@ def test_killed_baselines_resume_to_the_bit_and_are_scored(name, backbone, logge
     assert contents(cut) == contents(whole) and logged in pretrain.read_log(cut)[0]
     assert sum(path.stat().st_size for path in cut.iterdir()) < 100e6       # no heads, no copies
     assert score(small_data, tmp_path, "--run", str(cut))[1]["method"] == name
+
+
+@pytest.mark.parametrize("name, backbone", [("byol", "resnet50"), ("mae", "vit_small"),
+                                            ("simsiam", "resnet50"), ("simmim", "vit_small")])
+def test_baselines_learn_in_three_epochs(name, backbone, data, tmp_path):
+    log = pretrain.read_log(train(data, tmp_path, "--method", name, "--backbone", backbone,
+                                  epochs=3))
+    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
 
 
 def test_flags_of_medsass_are_ignored_by_baselines(data, tmp_path, capsys):
