@@ -1199,7 +1199,7 @@ def paper_sections(cells):
         if table:
             header = ["data set", "", "ours, mean ± std (seeds)", "the paper's"]
             lines += ["", f"### {title}", *markdown(header, table)]
-    return lines
+    return ["", "## The paper's tables", *lines] if lines else []
 
 
 def dataset_section(title, cells, out):
@@ -1253,7 +1253,7 @@ def report(out):
         here = [cell for cell in cells if cell["data"] == data]
         lines += dataset_section(title, here, out)
     print("\n".join(lines))
-    lines += ["", "## The paper's tables", *paper_sections(cells), "", "## Commands", "",
+    lines += [*paper_sections(cells), "", "## Commands", "",
               f"Of the first seed of each row; torch {torch.__version__}, timm "
               f"{timm.__version__}.", "", "```"]
     commands = {}                           # each once, in the order in which they were run
