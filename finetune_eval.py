@@ -1270,11 +1270,11 @@ def report(out):
 # ------------------------------------------------------------------------------------------ flags
 
 def share_or_count(text):
-    """--labels: a number with a point is a share in (0, 1], one without a count from 1 up. Raises
-    ValueError otherwise."""
+    """--labels: a number with a point is a share in (0, 1], one without a count from 1 up."""
     value = float(text) if "." in text else int(text)
     if value <= 0 or "." in text and value > 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is neither a share up to 1.0 (with a point) nor "
+                                         "a count from 1 (without)")
     return value
 
 

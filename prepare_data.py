@@ -575,8 +575,8 @@ def find_files(raw):
         "(volumes: cut them into slices, a file each)")
     masks = match_masks(raw, images, in_folders)
     if not images:
-        sys.exit("\n".join([*bad, f"{raw}: no images here but {len(in_folders)} in folders of "
-                            f"masks ({' '.join(sorted(EXTENSIONS))})"]))
+        sys.exit("\n".join([*bad, f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))}), "
+                            f"{len(in_folders)} in folders that are called as those of masks"]))
     if unread and not masks:
         sys.exit(f"{unread[0]}: a mask of a kind that is not read: convert it, or give the folder "
                  "of the images alone")
