@@ -515,6 +515,9 @@ def fit_semi(method, sets, draws, job, epochs):
     sees are labelled images, half are all images, with its own masks where there is no label.
     """
     folder = training_folder(job) / "labels"
+    if job.args.overwrite:                  # else the old second half would stay until it begins
+        with only_one(folder.with_name(".lock")):
+            pretrain.clear_run(folder.parent)
     pretrained = copy.deepcopy(method.unet.state_dict())
     first_half = fit(method, sets, draws, job, epochs // 2, folder.name)
     tuned = copy.deepcopy(method.unet.state_dict())

@@ -1150,7 +1150,9 @@ def new_folder(final):
     when it does not."""
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
-    for left in (partial, old):                 # of a run that was killed
+    if old.exists() and not final.exists():     # a run was killed between two renames
+        old.rename(final)
+    for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir()

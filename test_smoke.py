@@ -1291,7 +1291,8 @@ def test_semi_trusts_labels_that_teach_more_than_pseudo_masks(data, own_run, tmp
     assert about.items() <= result.items()
 
 
-def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, run, tmp_path):
+def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, run, tmp_path,
+                                                                    monkeypatch):
     """A large rate ruins the tuned one. No other label is read; killed, it goes on to the bit."""
     _, supervised, _ = tune(data, tmp_path, *ON_DEMO, "--protocol", "supervised", epochs=8)
     good = Path(shutil.copytree(run, tmp_path / "good"))
@@ -1319,6 +1320,10 @@ def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, run, t
     assert contents(blind / "run" / folder.name) == contents(folder)
     [path] = (blind / "results").rglob("*.json")
     assert json.loads(path.read_text())["iou_global"] == result["iou_global"]
+    monkeypatch.setattr(finetune_eval, "compare_tuned", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):              # a stop between the halves
+        finetune_eval.main([*flags, "--overwrite"])
+    assert not (blind / "run" / folder.name / "samples.png").exists()
 
 
 def test_semi_needs_a_whole_network_and_two_epochs(data, run, tmp_path):
