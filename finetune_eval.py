@@ -21,7 +21,6 @@ images; --report writes results/README.md from them.
 
 import argparse
 import collections
-import contextlib
 import copy
 import csv
 import functools
@@ -32,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -201,24 +201,13 @@ class Job:
 
 def read_run(run):
     """(settings, command) of a run folder; ends the program where it is not a finished run."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        settings, command = config["settings"], config["command"]
-    except (OSError, ValueError, KeyError):
+    config = pretrain.read_json(run / "config.json")
+    if not {"settings", "command"} <= config.keys():
         sys.exit(f"{run} is not a run folder: it has no readable config.json (see python "
                  "pretrain.py --help)")
     if not is_finished(run):
         sys.exit(f"{run} is not finished: its command, run again, goes on where it stopped")
-    return settings, command
-
-
-@contextlib.contextmanager
-def exit_on_value_error():
-    """A ValueError inside, as of models.py, ends the program with its message."""
-    try:
-        yield
-    except ValueError as error:
-        sys.exit(str(error))
+    return config["settings"], config["command"]
 
 
 def load_weights(unet, path, decoder):
@@ -226,7 +215,7 @@ def load_weights(unet, path, decoder):
     if decoder == "pretrained":
         unet.load_state_dict(load_checkpoint(path, "cpu")["model"])
         return
-    with exit_on_value_error():
+    with pretrain.exit_on_value_error():
         load_encoder(unet, path)
 
 
@@ -429,30 +418,27 @@ def fit(method, sets, draws, job, epochs, subfolder=""):
     """Train `method`, on the device where it is, on labelled_sets by pretrain.py's loop in a run
     folder of its own, or go on with what is there; then it has the weights that are kept. draws:
     images an epoch, as many for few labels as for all, so that every method has the same steps.
-    Returns a dict: n_labels_train, n_labels_val, budget_steps, steps, epochs_run, kept_epoch."""
+    Returns a dict: n_labels_train, n_labels_val, budget_steps."""
     args = job.args
     folder = training_folder(job) / subfolder
     amp = pretrain.pick_precision(args.amp, job.device, method)
     patience = 5 if method.keep_best else 0
-    options = pretrain.Options(epochs, args.batch_size, patience, job.seed, amp, args.workers)
-    _, plain, val = sets
+    labelled, plain, val = sets
+    options = pretrain.Options(epochs, args.batch_size, patience, labelled.seed, amp, args.workers)
+    is_probe = args.protocol == "classify"
     settings = job.settings | dict(
         dataset=job.data.name, protocol=args.protocol, labels=args.labels, decoder=job.decoder,
-        loss="focal_tversky", batch_size=args.batch_size, seed=job.seed, epochs=epochs,
-        patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
-        n_train=len(plain), n_val=len(val),
-        train="encoder" if args.protocol == "classify" else "end2end")
+        loss="focal" if is_probe else "focal_tversky", batch_size=args.batch_size, seed=job.seed,
+        epochs=epochs, patience=patience, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
+        n_train=len(plain), n_val=len(val), train="encoder" if is_probe else "end2end")
     with only_one(folder / ".lock"):
         pretrain.open_run(settings, folder, job.commands[-1], args.overwrite)
         if not is_finished(folder):
             pretrain.train(method, sets, options, folder, job.device, draws)
-    epochs_run = len(pretrain.read_log(folder))
-    steps = len(pretrain.Batches(draws, args.batch_size))
     kept = load_checkpoint(folder / "best.pt", "cpu")
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    return dict(
-        n_labels_train=len(plain), n_labels_val=len(val), budget_steps=epochs * steps,
-        steps=epochs_run * steps, epochs_run=epochs_run, kept_epoch=kept["epoch"])
+    steps = len(pretrain.Batches(draws, args.batch_size))
+    return dict(n_labels_train=len(plain), n_labels_val=len(val), budget_steps=epochs * steps)
 
 
 def compare_tuned(unet, pretrained, tuned, sets, job, folder):
@@ -471,32 +457,26 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
         return json.loads(path.read_text())
     train_set, _, val_set = sets
     images, truth = open_part(job.data, "train")
-    labelled = set(train_set.rows)
-    others = [k for k in range(len(truth)) if k not in labelled]
+    labelled = train_set.rows
+    others = sorted({*range(len(truth))} - {*labelled})
     unet.eval()
 
-    def draw(weights, images, rows):
-        unet.load_state_dict(weights)
-        yield from draw_masks(unet, (images[k] for k in rows), job.device)
-
-    def all_masks():
-        drawn = draw(pretrained, images, others)
-        for k, mask in enumerate(truth):
-            yield mask if k in labelled else next(drawn)
-
     def iou(weights, images, masks, rows):
-        counts = np.zeros(4, np.int64)
-        for pred, k in zip(draw(weights, images, rows), rows, strict=True):
-            counts += count_pixels(pred, masks[k] > 0)
-        return float(scores_from_counts(counts)["iou"])
+        unet.load_state_dict(weights)
+        drawn = draw_masks(unet, (images[k] for k in rows), job.device)
+        counts = [count_pixels(pred, masks[k] > 0) for pred, k in zip(drawn, rows, strict=True)]
+        return float(scores_from_counts(sum(counts))["iou"])
 
-    pretrain.write_masks(all_masks(), truth.shape, folder / "train_masks.npy")
     val = *open_part(job.data, "val"), val_set.rows
-    result = dict(pretrained_val_iou=iou(pretrained, *val), tuned_val_iou=iou(tuned, *val))
+    result = dict(tuned_val_iou=iou(tuned, *val), pretrained_val_iou=iou(pretrained, *val))
     trusted = result["tuned_val_iou"] >= result["pretrained_val_iou"]
+    # The weights are those of the last call, pretrained.
+    pretrain.write_masks(draw_masks(unet, images, job.device), truth.shape,
+                         folder / "train_masks.npy")
+    drawn = np.load(folder / "train_masks.npy", mmap_mode="r+")
+    drawn[labelled] = truth[labelled]
     if others:
-        right = iou(pretrained, images, truth, train_set.rows)
-        drawn = np.load(folder / "train_masks.npy", mmap_mode="r")
+        right = iou(pretrained, images, truth, labelled)
         agreement = iou(tuned, images, drawn, others)
         result |= dict(pretrained_iou=right, agreement=agreement)
         if not 0.8 * right <= agreement < right:
@@ -513,6 +493,7 @@ def fit_semi(method, sets, draws, job, epochs):
     For half of the epochs the pre-trained network is tuned on the labels alone. If that can be
     trusted (compare_tuned), it goes on so. Else the pre-trained one starts again: half of what it
     sees are labelled images, half are all images, with its own masks where there is no label.
+    Order and augmentation of the second half are of another seed, not those of the first again.
     """
     folder = training_folder(job) / "labels"
     if job.args.overwrite:                  # else the old second half would stay until it begins
@@ -524,17 +505,15 @@ def fit_semi(method, sets, draws, job, epochs):
     decision = compare_tuned(method.unet, pretrained, tuned, sets, job, folder)
     print(f"is the network that was tuned on the labels to be trusted? {decision}")
     method.unet.load_state_dict(tuned)
+    labelled, plain, val = sets
+    labelled.seed = seed_from(job.seed, 4)
     if not decision["trusted"]:
         method.unet.load_state_dict(pretrained)
-        labelled, plain, val = sets
-        drawn = PartlyLabelled(job.data, labelled.transform, job.seed, labelled.rows,
-                               folder / "train_masks.npy")
-        sets = drawn, plain, val
+        labelled = PartlyLabelled(job.data, labelled.transform, labelled.seed, labelled.rows,
+                                  folder / "train_masks.npy")
     method.lr /= 3                          # lower: the network is trained
-    result = fit(method, sets, draws, job, epochs - epochs // 2)
-    result["kept_epoch"] += first_half["epochs_run"]
-    for name in ("budget_steps", "steps", "epochs_run"):
-        result[name] += first_half[name]
+    result = fit(method, (labelled, plain, val), draws, job, epochs - epochs // 2)
+    result["budget_steps"] += first_half["budget_steps"]
     return result | decision
 
 
@@ -578,7 +557,7 @@ def segment(job):
     images, masks, names = open_test(job.data)
     torch.manual_seed(seed_from(job.seed, 1))       # not the decoder that pre-training had
     part = "decoder" if args.protocol == "frozen" else "end2end"
-    with exit_on_value_error():
+    with pretrain.exit_on_value_error():
         method = FineTuning(backbone, size, train_part=part)
     if job.weights:
         load_weights(method.unet, job.weights, job.decoder)
@@ -619,7 +598,7 @@ def reference(job):
     settings = job.settings
     images, masks, names = open_test(job.data)
     torch.manual_seed(seed_from(job.seed))  # the very weights that pre-training starts from
-    with exit_on_value_error():
+    with pretrain.exit_on_value_error():
         unet = build_unet(settings["backbone"], settings["img_size"])
     unet = unet.to(job.device, memory_format=torch.channels_last).eval()
     refined, evidence = masks_of_refinement(job, pretrain.REFINEMENTS, images)
@@ -671,7 +650,7 @@ def classify(job):
     size, backbone = job.settings["img_size"], job.settings["backbone"]
     classes = classes_of(job.data)
     torch.manual_seed(seed_from(job.seed, 3))
-    with exit_on_value_error():
+    with pretrain.exit_on_value_error():
         has_layer4 = "layer4.0.conv1.weight" in read_encoder(job.weights, backbone)
         probe = Probe(backbone, size, len(classes), has_layer4)
         load_encoder(probe, job.weights)
@@ -692,7 +671,7 @@ def classify(job):
             predicted.append(logits.argmax(dim=2).cpu())
     truth = np.array([classes.index(row["label"]) for row in names])
     for stage, pred in zip(probe.stages, np.concatenate(predicted, axis=1), strict=True):
-        result[stage] = class_scores(truth, pred, classes, groups_of(names))
+        result[stage] = class_scores(truth, pred, classes)
     majority = float(np.bincount(truth).max() / len(truth))
     result |= dict(n_test=len(test), classes=classes, stage=stage, majority_accuracy=majority)
     result |= result.pop(stage)             # of the deepest, the last
@@ -700,28 +679,20 @@ def classify(job):
     return result, rows, None
 
 
-def class_scores(truth, pred, classes, groups):
+def class_scores(truth, pred, classes):
     """int (N,) twice, the names of the classes -> dict: macro_recall, the mean over the classes
-    that the test part has, with its 95 % bootstrap interval; accuracy; confusion, truth by rows;
-    recall of each class."""
+    that the test part has; accuracy; confusion, truth by rows; recall of each class."""
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (truth, pred), 1)
-    is_class = truth[:, None] == np.arange(len(classes))        # (N, C)
-    is_right = is_class & (truth == pred)[:, None]
-
-    def recalls(weights):                   # (R, N) -> (R, C); nan: not drawn
-        with np.errstate(invalid="ignore"):
-            return weights @ is_right / (weights @ is_class)
-
-    recall = recalls(np.ones(len(truth)))
-    samples = np.nanmean(recalls(bootstrap_weights(groups)), axis=1)
-    named = zip(classes, recall.tolist(), strict=True)
+    recall = {}
+    for name, row, right in zip(classes, confusion, confusion.diagonal(), strict=True):
+        if row.any():
+            recall[name] = float(right / row.sum())
     return dict(
-        macro_recall=float(np.nanmean(recall)),
-        macro_recall_ci=interval(samples),
+        macro_recall=float(np.mean(list(recall.values()))),
         accuracy=float((truth == pred).mean()),
         confusion=confusion.tolist(),
-        class_recall={name: value for name, value in named if not math.isnan(value)})
+        class_recall=recall)
 
 
 def per_image(row, table, names):
@@ -763,15 +734,19 @@ def evaluate(job):
     path = Path(job.args.out or "results", head["dataset"], head["backbone"], head["variant"],
                 f"seed{job.seed}", f"{head['name']}.json")
     with only_one(path.with_name(f".{path.stem}.lock")):
+        there = {} if job.args.overwrite else pretrain.read_json(path)
+
+        def refuse_other(result):
+            for name, value in result.items():
+                if there and there.get(name) != value:
+                    sys.exit(f"{path} holds another evaluation (other {name}): --overwrite "
+                             "replaces it")
+
+        refuse_other(head)                  # before it trains
         protocol = dict(reference=reference, classify=classify).get(job.args.protocol, segment)
         result, rows, sheet = protocol(job)
         result = head | result
-        if path.exists() and not job.args.overwrite:
-            there = json.loads(path.read_text())
-            for name, value in result.items():
-                if there.get(name) != value:
-                    sys.exit(f"{path} holds another evaluation (other {name}): --overwrite "
-                             "replaces it")
+        refuse_other(result)
         if sheet is not None:
             write_png(path.with_suffix(".png"), sheet)
         pretrain.write_csv(path.with_suffix(".csv"), rows)
@@ -813,13 +788,13 @@ def predict_tiled(unet, image, tile, size, device, flips=False):
 
 
 def whole_network(args):
-    """The U-Net of --run in eval mode, trained as a whole, or an encoder in a decoder that nobody
-    trained; and the run's settings."""
+    """The U-Net of --run in eval mode, and the run's settings; ends the program where only an
+    encoder was trained."""
     settings, _ = read_run(Path(args.run))
-    decoder = "pretrained" if settings["train"] == "end2end" else "fresh"
-    torch.manual_seed(seed_from(settings["seed"], 1))       # as segment does
+    if settings["train"] != "end2end":
+        sys.exit(f"{args.run} has an encoder only, and nobody trained its decoder")
     unet = build_unet(settings["backbone"], settings["img_size"])
-    load_weights(unet, Path(args.run) / WEIGHTS[decoder], decoder)
+    load_weights(unet, Path(args.run) / "best.pt", "pretrained")
     return unet.eval().requires_grad_(False), settings
 
 
@@ -860,9 +835,8 @@ def predict_folder(args, device):
             mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
         write_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
-            red = np.array([255, 0, 0])
-            image[mask] = (image[mask] * 0.6 + red * 0.4).astype(np.uint8)
-            write_png(out / "overlay" / f"{name}.png", image)
+            red = cv2.addWeighted(image, 0.6, np.full_like(image, (255, 0, 0)), 0.4, 0)
+            write_png(out / "overlay" / f"{name}.png", np.where(mask[..., None], red, image))
         share = f"{mask.mean():.6f}"
         shares.append(dict(name=path.relative_to(source).as_posix(), foreground_share=share))
     if shares:
@@ -893,8 +867,6 @@ def export_network(args):
     if path.exists() and not args.overwrite:
         sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
     unet, settings = whole_network(args)
-    if settings["train"] != "end2end":
-        sys.exit(f"--export: {args.run} has an encoder only, and nobody trained its decoder")
     size = settings["img_size"]
     about = dict(size=size, foreground=settings["foreground"], dataset=settings["dataset"],
                  input="uint8 RGB (B, 3, size, size)",
@@ -918,6 +890,11 @@ def blocks_of(result):
     return {name: result[name] for name in REFERENCE if name in result}
 
 
+# What the report reads of every row.
+NEEDED = {"dataset", "backbone", "variant", "name", "data", "seed", "labels", "img_size",
+          "command", "earlier_commands"}
+
+
 def read_result(path):
     """A JSON of evaluate, and the CSV beside it -> a list of rows: what one network, or one
     reference row, scored with one seed, a dict. It has the JSON and its scores side by side, and
@@ -926,11 +903,15 @@ def read_result(path):
     result = dict(n_labels_train=0, n_labels_val=0) | json.loads(path.read_text(encoding="utf-8"))
     with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
+    is_probe = result["protocol"] == "classify"
+    needed = NEEDED | ({"macro_recall"} if is_probe else {"iou_global", "hd95_image"})
     n_labels = result["n_labels_train"]
     used = f"{n_labels} + {result['n_labels_val']}" if n_labels else "0"
     rows = []
     for name, block in blocks_of(result).items():
         row = result | block
+        if not needed <= row.keys():
+            raise KeyError(*needed - row.keys())
         images = [line for line in lines if line.get("row", "") == name]
         if len(images) != result["n_test"]:
             raise ValueError(f"{len(images)} images in its CSV")
@@ -939,7 +920,7 @@ def read_result(path):
         row["title"] = name or f"{result['variant']}: {result['name']}"
         if name in ("", "random_init") and result["backbone"] != "resnet50":
             row["title"] += f" ({result['backbone']})"
-        if result["protocol"] != "classify":
+        if not is_probe:
             counts = [[float(line[key]) for key in COUNTS] for line in images]
             row["counts"] = np.array(counts)
         rows.append(row)
@@ -1012,7 +993,7 @@ def dataset_table(cells):
     def labels_and_steps(cell):
         return cell["n_labels_train"], cell["budget_steps"]
 
-    best = best_of(cells, mean_of, protocol="reference")
+    best = best_of(cells, mean_of, protocol="reference", used="0")      # it costs nothing
     rows = []
     for cell in cells:
         low, high = interval(cell["samples"])
@@ -1060,7 +1041,7 @@ def draw_chart(cells, path):
         reach = np.abs(bounds.T - means)    # of the error bars, down and up
         axes.errorbar(labels, means, yerr=reach, label=name, capsize=2, color=str(0.3 * (k % 3)),
                       marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
-    best = best_of(cells, mean_of, protocol="reference")
+    best = best_of(cells, mean_of, protocol="reference", used="0")
     if best:
         axes.axhline(mean_of(best), color="black", linestyle="--", label=best["title"])
     counts = sorted({cell["n_labels_train"] for curve in curves.values() for cell in curve})
@@ -1073,135 +1054,95 @@ def draw_chart(cells, path):
     pretrain.write_atomically(path, functools.partial(figure.savefig, format="png", dpi=100))
 
 
-# The paper's tables: a title and what results must have; below it rows: title | what else | the
-# numbers on PAPER_SETS. Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10 encoder only.
+# The paper's tables: a title and the score; below it the title that such a network has in ours,
+# and the paper's numbers on PAPER_SETS. Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10
+# encoder only.
 PAPER_SETS = ("dm", "tissuenet", "isic", "xray", "drone")
 PAPER = """
-Table 1: encoder only, ResNet-50 | backbone=resnet50 train=encoder
-    DINO | method=dino | 0.1399 0.2972 0.2426 0.2052
-    BYOL | method=byol | 0.1278 0.3455 0.2412 0.2185
-    SimSiam | method=simsiam | 0.1415 0.3021 0.2395 0.1939
-    MedSASS | method=medsass | 0.1742 0.3824 0.2445 0.2568
-Table 2: encoder only, ViT-small | backbone=vit_small train=encoder
-    DINO | method=dino | 0.1668 0.2483 0.1891 0.2106
-    MAE | method=mae | 0.1668 0.3455 0.1910 0.2106
-    SimMIM | method=simmim | 0.1670 0.3335 0.1913 0.2077
-    MedSASS | method=medsass | 0.1360 0.3633 0.1914 0.2466
-Figures 3, 4: end to end | method=medsass train=end2end
-    ResNet-50 | backbone=resnet50 | 0.1810 0.5077 0.4847 0.3522
-    ViT-small | backbone=vit_small |
-Figure 10: supervised, every label | protocol=supervised labels=1.0
-    ResNet-50 | backbone=resnet50 |
-    ViT-small | backbone=vit_small |
-Table 3: threshold | method=medsass train=end2end backbone=resnet50
-    adaptive mean | threshold=adaptive_mean | 0.1724 0.3949 0.2393 0.1839
-    adaptive Gaussian | threshold=adaptive_gaussian | 0.1725 0.3910 0.2393 0.2079
-    GHT | threshold=ght | 0.1809 0.4927 0.1236 0.1689
-    Otsu | threshold=otsu | 0.1810 0.5077 0.4847 0.3522
-Table 4: loss | method=medsass train=end2end backbone=resnet50
-    Tversky | loss=tversky | 0.1726 0.3604 0.2444 0.1963
-    focal | loss=focal | 0.0200 0.1100 0.0529 0.0200
-    focal-Tversky | loss=focal_tversky | 0.1810 0.5077 0.4847 0.3522
-Appendix B.1, IoU | method=medsass train=end2end backbone=resnet50
-    cross-entropy | loss=bce | - - 0.0000
-Appendix B.1, accuracy | method=medsass train=end2end backbone=resnet50 score=accuracy_global
-    cross-entropy | loss=bce | - - 0.7608
-Table 5: epochs | method=medsass train=encoder
-    ResNet-50, 10 | backbone=resnet50 epochs=10 | - 0.3785
-    ResNet-50, 20 | backbone=resnet50 epochs=20 | - 0.3778
-    ResNet-50, 50 | backbone=resnet50 epochs=50 | - 0.3824
-    ResNet-50, 70 | backbone=resnet50 epochs=70 | - 0.3876
-    ViT-small, 10 | backbone=vit_small epochs=10 | - 0.3575
-    ViT-small, 20 | backbone=vit_small epochs=20 | - 0.3564
-    ViT-small, 50 | backbone=vit_small epochs=50 | - 0.3633
-    ViT-small, 70 | backbone=vit_small epochs=70 | - 0.4091
-Tables 7, 8: batch size | method=medsass train=encoder
-    ResNet-50, 8 | backbone=resnet50 batch_size=8 |
-    ResNet-50, 16 | backbone=resnet50 batch_size=16 | - 0.3824 0.2445
-    ResNet-50, 32 | backbone=resnet50 batch_size=32 | - 0.3852 0.2449
-    ViT-small, 8 | backbone=vit_small batch_size=8 |
-    ViT-small, 16 | backbone=vit_small batch_size=16 | - 0.3633 0.1914
-    ViT-small, 32 | backbone=vit_small batch_size=32 | - 0.3822 0.2014
-Table 9: linear probe | protocol=classify labels=1.0 score=macro_recall train=encoder
-    ResNet-50, BYOL | backbone=resnet50 method=byol | - - 0.6500 0.7073
-    ResNet-50, DINO | backbone=resnet50 method=dino | - - 0.6546 0.5241
-    ResNet-50, SimSiam | backbone=resnet50 method=simsiam | - - 0.6475 0.6541
-    ResNet-50, MedSASS | backbone=resnet50 method=medsass | - - 0.6550 0.5785
-    ViT-small, MAE | backbone=vit_small method=mae | - - 0.6492 0.6730
-    ViT-small, SimMIM | backbone=vit_small method=simmim | - - 0.6438 0.6600
-    ViT-small, DINO | backbone=vit_small method=dino | - - 0.6500 0.4000
-    ViT-small, MedSASS | backbone=vit_small method=medsass | - - 0.6554 0.1830
-Table 10: natural images from a drone | backbone=resnet50 train=encoder
-    SimSiam | method=simsiam | - - - - 0.9932
-    BYOL | method=byol | - - - - 0.9910
-    MedSASS | method=medsass | - - - - 0.9744
-    DINO | method=dino | - - - - 0.9459
+Table 1: encoder only, ResNet-50 | iou_global
+    dino: transfer | 0.1399 0.2972 0.2426 0.2052
+    byol: transfer | 0.1278 0.3455 0.2412 0.2185
+    simsiam: transfer | 0.1415 0.3021 0.2395 0.1939
+    medsass-encoder: transfer | 0.1742 0.3824 0.2445 0.2568
+Table 2: encoder only, ViT-small | iou_global
+    dino: transfer (vit_small) | 0.1668 0.2483 0.1891 0.2106
+    mae: transfer (vit_small) | 0.1668 0.3455 0.1910 0.2106
+    simmim: transfer (vit_small) | 0.1670 0.3335 0.1913 0.2077
+    medsass-encoder: transfer (vit_small) | 0.1360 0.3633 0.1914 0.2466
+Figures 3, 4, Table 3: end to end, threshold | iou_global
+    medsass-adaptive_mean: transfer | 0.1724 0.3949 0.2393 0.1839
+    medsass-adaptive_gaussian: transfer | 0.1725 0.3910 0.2393 0.2079
+    medsass-ght: transfer | 0.1809 0.4927 0.1236 0.1689
+    medsass: transfer | 0.1810 0.5077 0.4847 0.3522
+Table 4: loss | iou_global
+    medsass-tversky: transfer | 0.1726 0.3604 0.2444 0.1963
+    medsass-focal: transfer | 0.0200 0.1100 0.0529 0.0200
+    medsass: transfer | 0.1810 0.5077 0.4847 0.3522
+Appendix B.1: cross-entropy, IoU | iou_global
+    medsass-bce: transfer | - - 0.0000
+Appendix B.1: cross-entropy, accuracy | accuracy_global
+    medsass-bce: transfer | - - 0.7608
+Table 5: epochs | iou_global
+    medsass-encoder-e10: transfer | - 0.3785
+    medsass-encoder-e20: transfer | - 0.3778
+    medsass-encoder: transfer | - 0.3824
+    medsass-encoder-e70: transfer | - 0.3876
+    medsass-encoder-e10: transfer (vit_small) | - 0.3575
+    medsass-encoder-e20: transfer (vit_small) | - 0.3564
+    medsass-encoder: transfer (vit_small) | - 0.3633
+    medsass-encoder-e70: transfer (vit_small) | - 0.4091
+Tables 7, 8: batch size | iou_global
+    medsass-encoder: transfer | - 0.3824 0.2445
+    medsass-encoder-b32: transfer | - 0.3852 0.2449
+    medsass-encoder: transfer (vit_small) | - 0.3633 0.1914
+    medsass-encoder-b32: transfer (vit_small) | - 0.3822 0.2014
+Table 9: linear probe | macro_recall
+    byol: classify | - - 0.6500 0.7073
+    dino: classify | - - 0.6546 0.5241
+    simsiam: classify | - - 0.6475 0.6541
+    medsass-encoder: classify | - - 0.6550 0.5785
+    mae: classify (vit_small) | - - 0.6492 0.6730
+    simmim: classify (vit_small) | - - 0.6438 0.6600
+    dino: classify (vit_small) | - - 0.6500 0.4000
+    medsass-encoder: classify (vit_small) | - - 0.6554 0.1830
+Table 10: natural images from a drone | iou_global
+    simsiam: transfer | - - - - 0.9932
+    byol: transfer | - - - - 0.9910
+    medsass-encoder: transfer | - - - - 0.9744
+    dino: transfer | - - - - 0.9459
 """
-PAPER_DEFAULTS = dict(protocol="transfer", labels="0.0", refine="None", threshold="otsu",
-                      loss="focal_tversky", score="iou_global")
-
-
-def paper_tables():
-    """PAPER, {title: rows}; a row is (title, a dict of what a result must have, the score that is
-    shown, {data set: number})."""
-    tables = {}
-    for line in PAPER.strip().splitlines():
-        title, words, *numbers = [text.strip() for text in line.split("|")]
-        wanted = dict(word.split("=") for word in words.split())
-        if not numbers:
-            common = PAPER_DEFAULTS | wanted
-            rows = tables[title] = []
-            continue
-        wanted = common | wanted
-        score = wanted.pop("score")
-        rows.append((title, wanted, score, dict(zip(PAPER_SETS, numbers[0].split(), strict=False))))
-    return tables
-
-
-def cell_of_paper(cells, dataset, wanted):
-    """Our cell for a row of a paper's table, or None: without --encoder and --flips; of several the
-    one whose other flags are the most usual, that is, of the shortest name."""
-    found = []
-    for cell in cells:
-        is_other = "-from-" in cell["title"] or "-flips" in cell["title"]
-        if cell["dataset"] == dataset and not is_other and all(
-                str(cell.get(key)) == value for key, value in wanted.items()):
-            found.append(cell)
-    return min(found, key=lambda cell: len(cell["title"]), default=None)
-
-
-def unusual(cell, wanted):
-    """", 20 epochs, 96 px": where a result is not as the paper's, in words."""
-    text = ""
-    for key, usual, unit in (("epochs", 50, "epochs"), ("batch_size", 16, "a batch"),
-                             ("img_size", 224, "px")):
-        if key not in wanted and cell.get(key, usual) != usual:
-            text += f", {cell[key]} {unit}"
-    return text
 
 
 def paper_sections(cells):
-    """The lines of the paper's tables of which something was run here."""
+    """The lines of the paper's tables of which something was run here. A run of other epochs or
+    precision stands in a row that has none of its own; its epochs and size are said."""
+    ours = {}
+    for cell in sorted(cells, key=lambda cell: len(cell["title"])):
+        usual = re.sub(r"-(e\d+|bf16|fp16|off)(?![a-z\d])", "", cell["title"])
+        ours.setdefault((cell["dataset"], usual), cell)
+    for cell in cells:
+        ours[cell["dataset"], cell["title"]] = cell
+    tables = collections.defaultdict(list)
+    for line in PAPER.strip().splitlines():
+        name, words = [text.strip() for text in line.split("|")]
+        if not line.startswith(" "):
+            title, score = name, words
+            continue
+        for dataset, number in zip(PAPER_SETS, words.split(), strict=False):
+            cell = ours.get((dataset, name))
+            if number == "-":
+                continue
+            found = "-"
+            if cell:
+                found = f"{mean_std(cell, score)}, {cell['epochs']} epochs, {cell['img_size']} px"
+            tables[title].append([dataset, name, found, number])
     lines = []
-    for title, rows in paper_tables().items():
-        table = []
-        for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
-            here = []
-            n_ours = n_both = 0
-            for name, wanted, score, numbers in rows:
-                ours = "-"
-                number = numbers.get(dataset, "-")
-                cell = cell_of_paper(cells, dataset, wanted)
-                if cell:
-                    ours = mean_std(cell, score) + unusual(cell, wanted)
-                    n_ours += 1
-                    n_both += number != "-"
-                here.append([dataset, name, ours, number])
-            if n_both or n_ours > 1:        # one value alone compares nothing
-                table += here
-        if table:
-            header = ["data set", "", "ours, mean ± std (seeds)", "the paper's"]
-            lines += ["", f"### {title}", *markdown(header, table)]
+    for title, table in tables.items():
+        run = {dataset for dataset, _, found, _ in table if found != "-"}
+        rows = sorted(row for row in table if row[0] in run)
+        if rows:
+            header = ["data set", "network", "ours, mean ± std (seeds)", "the paper's"]
+            lines += ["", f"### {title}", *markdown(header, rows)]
     return ["", "## The paper's tables", *lines] if lines else []
 
 
@@ -1233,7 +1174,7 @@ def report(out):
     for path in paths:                      # bench.json is of run_all.sh bench
         try:
             rows += read_result(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             bad.append(f"- {path} is not a result of finetune_eval.py, or its CSV is missing or "
                        f"damaged: left out ({type(error).__name__}); delete it and run its command")
     print(*bad, sep="\n")
@@ -1391,7 +1332,7 @@ def describe(args, run, meta):
                     train=None)
     if args.encoder:
         path = Path(args.encoder).resolve()
-        name = path.stem
+        name = f"file-{path.stem}"          # not the name of a method
         settings["train"] = "encoder"
         if (path.parent / "config.json").exists():      # of a run: all are called encoder.pth
             name = "-".join(path.parts[-5:-1])
@@ -1413,6 +1354,9 @@ def make_job(args, device, command):
         if run["dataset"] == data.name and run["data"] != meta["fingerprint"]:
             sys.exit(f"{args.run} was trained on another preparation of {data.name}, perhaps on "
                      "images that are test images now: prepare it as it was, or train again")
+    elif run.get("dataset") == data.name and run["data"] != meta["fingerprint"]:
+        print(f"{args.run} saw another preparation of {data.name}: if its split was another, then "
+              "test images, too, though no labels")
     decoder = "fresh"
     if run.get("train") == "end2end" and args.protocol in ("transfer", "finetune", "semi"):
         decoder = "pretrained"

@@ -10,7 +10,6 @@ timm: copy it.
 """
 
 import argparse
-import os
 
 import timm
 import torch
@@ -198,14 +197,9 @@ def build_unet(backbone, img_size=224, encoder_depth=3):
     return ResNet50UNet() if backbone == "resnet50" else ViTSmallUNet(img_size)
 
 
-def _tops(names):
+def _modules(names):
     """['layer3.0.a', 'layer3.1.b', 'fc.bias'] -> 'layer3, fc'."""
     return ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "nothing"
-
-
-def _missing(wanted, state):
-    """The names of `wanted` that `state` lacks, but for BatchNorm's counters (old files)."""
-    return [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
 
 
 def export_encoder(unet_or_backbone, path):
@@ -220,13 +214,13 @@ def export_encoder(unet_or_backbone, path):
     backbone = next((b for b, anchor in ANCHORS.items() if anchor in state), None)
     if backbone is None:
         raise ValueError(f"no encoder to export in {type(unet_or_backbone).__name__}")
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    torch.save(state, path)
     with torch.device("meta"):
-        full = timm.create_model(BACKBONES[backbone]).state_dict()
-    missing = _missing(full, state)
-    print(f"{path}: {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond it: "
-          f"{_tops(missing)}")
+        full = timm.create_model(BACKBONES[backbone])
+    names = full.state_dict().keys() - state.keys()
+    missing = sorted(name for name in names if not name.endswith("num_batches_tracked"))
+    print(f"encoder exported, {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond them: "
+          f"{_modules(missing)}")
     return missing
 
 
@@ -269,18 +263,15 @@ def load_encoder(unet, path):
     if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
         grid = unet.encoder.patch_embed.grid_size
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid)
-    missing = _missing(own, state)
+    for name, tensor in state.items():
+        if name in own and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+    try:
+        missing, unused = unet.encoder.load_state_dict(state, strict=False)
+    except RuntimeError as error:               # of other shapes; the first line only counts them
+        raise ValueError(f"{path}: {str(error).splitlines()[1].strip()}") from None
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the "
                          f"{backbone} encoder, for example {missing[0]}")
-    used = {name: state[name] for name in own if name in state}
-    for name, tensor in used.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, the {backbone} encoder "
-                             f"here needs {tuple(own[name].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite")
-    unused = [name for name in state if name not in own]
-    unet.encoder.load_state_dict(used, strict=False)
-    print(f"{path}: encoder loaded; not used: {_tops(unused)}")
+    print(f"{path}: encoder loaded; not used: {_modules(unused)}")
     return unused

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
@@ -85,11 +85,11 @@ FACTS = {
     "demo": Facts("bright", size=64),
     "folder": Facts("auto"),
     "dm": Facts("bright", 0, (1656, 240, 480), "its authors: Van Buren et al. 2022, "
-                "https://doi.org/10.1016/j.jim.2022.113233", "CD27[^/]*|Labels.*"),
+                "https://doi.org/10.1016/j.jim.2022.113233", "CD27[ _]Panel[^/]*|Labels"),
     "tissuenet": Facts("bright", 0, (2580, 3140, 1249),
                        "https://datasets.deepcell.org/data (free account)"),
     "isic": Facts("dark", 127, (2000, 150, 600),
-                  "https://challenge.isic-archive.com/data/#2017", "ISIC-2017_[^/]*",
+                  "https://challenge.isic-archive.com/data/#2017", "ISIC-2017_[^/]*_[^/]*",
                   [ISIC_FILES.format(part, what)
                    for part in ("Training", "Validation", "Test_v2")
                    for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
@@ -98,7 +98,8 @@ FACTS = {
                   "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
     "drone": Facts("bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic "
                    "Drone Dataset on Kaggle, free account)",
-                   "original_images|label_images_semantic|RGB_color_image_masks|training_set.*"),
+                   "original_images|label_images_semantic|RGB_color_image_masks|training_set"
+                   "(/images|/gt)?"),
     "dsb2018": Facts("auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
                      files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
@@ -378,8 +379,8 @@ def kind_of(values, is_jpg):
     found = np.unique(values)
     top = found[-1]
     inner = found[(found > 0) & (found < top)]
-    if top == 1 and not is_jpg:                 # in a jpg a 1 is noise
-        return "0/1"
+    if top == 1:
+        return "soft edges" if is_jpg else "0/1"    # in a jpg a 1 is noise
     if not inner.size:
         return "0/255" if top == 255 else "two values"
     if top == 255 and inner[-1] < 32 and not is_jpg:
@@ -783,7 +784,8 @@ def read_table(path, columns):
 def join_duplicates(pairs):
     """Set what stays in one part, Pair.unit: groups that share a picture (Pair.digest) or a patient
     become one. Prints how many pictures are there twice."""
-    names, units = np.unique([pair.group or pair.name for pair in pairs], return_inverse=True)
+    names, units = np.unique([pair.group or f"{pair.part}/{pair.name}" for pair in pairs],
+                             return_inverse=True)
     first, again = {}, []
     for k, pair in enumerate(pairs):
         for key in filter(None, (pair.digest, pair.patient)):
@@ -1139,8 +1141,8 @@ def only_one(path):
     finally:
         path.unlink(missing_ok=True)
         file.close()
-        for folder in made:
-            if not any(folder.iterdir()):
+        with contextlib.suppress(OSError):      # not empty
+            for folder in made:
                 folder.rmdir()
 
 
@@ -1148,6 +1150,7 @@ def only_one(path):
 def new_folder(final):
     """A temporary folder that takes the place of `final` when the block ends well, and is removed
     when it does not."""
+    final = final.resolve()                     # a link to another disk stays one
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():     # a run was killed between two renames
@@ -1170,25 +1173,20 @@ def contact_sheet(rows, titles, captions=None, cell=112):
     each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (drawn black and white),
     or None (left empty)."""
     line, width = 18, cell + 4
-
-    def write(texts):
-        strip = np.full((line, len(titles) * width, 3), 255, np.uint8)
-        for i, text in enumerate(texts):
-            cv2.putText(strip, text, (i * width + 2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1,
-                        cv2.LINE_AA)
-        return strip
-
-    sheet = [write(titles)]
+    height = width + line * bool(captions)
+    sheet = Image.new("RGB", (len(titles) * width, line + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        draw.text((i * width + 2, 2), title, "black")
     for k, row in enumerate(rows):
-        strip = np.full((width, len(titles) * width, 3), 255, np.uint8)
+        top = line + k * height
         for i, tile in enumerate(row):
             if tile is not None:
                 tile = to_rgb(Picture(tile if tile.ndim == 3 else tile > 0))
-                strip[:cell, i * width:i * width + cell] = resize(tile, cell)
-        sheet.append(strip)
+                sheet.paste(Image.fromarray(resize(tile, cell)), (i * width, top))
         if captions:
-            sheet.append(write([captions[k]]))
-    return np.vstack(sheet)
+            draw.text((2, top + width), captions[k], "black")
+    return np.array(sheet)
 
 
 def write_preview(folder, foreground):
@@ -1200,7 +1198,7 @@ def write_preview(folder, foreground):
         columns += [images, [otsu_mask(image, foreground) for image in images]]
         columns.append([] if masks is None else masks[:4])
         titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
-    sheet = contact_sheet(itertools.zip_longest(*columns), titles)
+    sheet = contact_sheet([*itertools.zip_longest(*columns)], titles)
     Image.fromarray(sheet).save(folder / "preview.png")
 
 
@@ -1512,7 +1510,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     facts = FACTS[args.dataset]
     for flag, sets in {"mask_foreground": ["folder"], "group_regex": ["folder"],
-                       "split_by": ["dm"], "page": ["folder", "dm"]}.items():
+                       "split_by": ["dm"], "page": ["folder", "dm"],
+                       "download": [*FINDERS]}.items():
         if args.dataset not in sets and getattr(args, flag) != parser.get_default(flag):
             print(f"not used by {args.dataset} and ignored: --{flag.replace('_', '-')}")
     if args.dataset == "demo":
@@ -1530,8 +1529,8 @@ def parse_args(argv):
     args.foreground = args.foreground or facts.foreground
     given = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "prepare_data.py", *given])
-    if args.size < 16 or args.page < 0 or args.seed < 0:
-        sys.exit("--size is at least 16; --page and --seed count from 0")
+    if args.size < 16 or args.page < 0 or args.seed < 0 or not args.name:
+        sys.exit("--size is at least 16; --page and --seed count from 0; --name is not empty")
     if not re.fullmatch(r"auto|half|nonzero|zero|\d+(,\d+)*", args.mask_foreground):
         sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, half, nonzero, zero, or a "
                  "list of values such as 85,255")
@@ -1555,6 +1554,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")    # for names that the terminal cannot show
     try:
         main()
-    except (OSError, re.error, KeyboardInterrupt) as error:     # a full disk, a --group-regex
+    except (OSError, csv.Error, re.error, KeyboardInterrupt) as error:      # a full disk, ...
         sys.exit(f"prepare_data.py: {str(error) or 'interrupted'}; no half-written data set is "
                  "left")

@@ -54,10 +54,9 @@ from baselines.simsiam import SimSiam
 from losses import LOSSES
 from models import BACKBONES, build_unet, export_encoder, load_encoder
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)                   # timm's default for both backbones
-IMAGENET_STD = (0.229, 0.224, 0.225)
-MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+# ImageNet's mean and standard deviation, timm's defaults for both backbones; (3, 1, 1)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 cv2.setNumThreads(0)                                    # the loader's workers are the parallelism
 
@@ -388,8 +387,8 @@ class MedSASS(nn.Module):
         """A line that says what to try where the network draws one class only, else None."""
         if health["predicted_foreground"] in (0, 1):
             name = "foreground" if health["predicted_foreground"] else "background"
-            return (f"the network calls every pixel {name}: if it stays so, try --loss "
-                    "focal_tversky (bce does this in appendix B.1) or a smaller --lr")
+            return (f"the network calls every pixel {name}, as with --loss bce in appendix B.1: if "
+                    "it stays so, try a smaller --lr")
 
     def samples(self, views):
         """{title: pictures (B, 1 or 3, H, W)}: what it saw and drew."""
@@ -578,7 +577,7 @@ def draw_refined(data, foreground, parts, folder):
     if evidence.get("common_frame", 0) > 0.4:
         print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
               "is right, leave the frame out, --refine channel position")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | dict(refinement=evidence))
     for part in ("train", "val"):                       # the last shows that all is there
         images = prepare_data.open_part(data, part)[0]
@@ -839,7 +838,7 @@ def train(method, sets, options, folder, device, draws=0):
         kept = load_checkpoint(folder / "best.pt", device)
         module.load_state_dict(kept["model"])
         print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
-        export_encoder(method, folder / "encoder.pth")
+        write_atomically(folder / "encoder.pth", functools.partial(export_encoder, method))
         write_samples(method, val_set, seed, folder / "samples.png", device)
 
 
@@ -874,6 +873,15 @@ def write_atomically(path, write):
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """A dict from a JSON file, an empty one where there is no file; ends the program where it holds
+    none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        sys.exit(f"{path} cannot be read: delete it, and run its command again")
 
 
 def write_json(path, content):
@@ -944,6 +952,15 @@ def pick_precision(asked, device, method):
     return "off" if not_fp16 else "fp16"
 
 
+@contextlib.contextmanager
+def exit_on_value_error():
+    """A ValueError inside, as of models.py, ends the program with its message."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def build_method(args, meta):
     """The method, its weights drawn from --seed; ends the program where there is no such one."""
     flags = {}
@@ -951,34 +968,31 @@ def build_method(args, meta):
         flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
                      foreground=args.foreground or meta["foreground"], refine=args.refine or ())
     torch.manual_seed(seed_from(args.seed))
-    try:
-        batch_size = args.batch_size * ranks()[1]
+    batch_size = args.batch_size * ranks()[1]
+    with exit_on_value_error():
         method = METHODS[args.method](args.backbone, meta["size"], batch_size, **flags)
-    except ValueError as error:
-        sys.exit(str(error))
-    if min(args.batch_size, meta["counts"]["train"]) < 2 and isinstance(method, (BYOL, SimSiam)):
+    least = 2 * ranks()[1]
+    if min(batch_size, meta["counts"]["train"]) < least and isinstance(method, (BYOL, SimSiam)):
         sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: "
-                 "--batch-size 2 or more, and 2 training images")
+                 f"--batch-size 2 or more, and {least} training images")
     return method
 
 
 def start_from(method, source, backbone):
     """--encoder: load the weights of a file, or timm's of ImageNet, into a method's encoder and its
     moving average. Returns their sha256; ends the program where that cannot be done."""
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as folder:
         path = source
         if source == "imagenet":
-            path = file.name
+            path = Path(folder, "imagenet.pth")         # torch.save writes the name into the file
             try:
                 model = timm.create_model(BACKBONES[backbone], pretrained=True)
             except Exception as error:                  # whatever its hub client raises
                 sys.exit("--encoder imagenet: timm cannot fetch its weights "
                          f"({type(error).__name__}): check the network, or give --encoder FILE")
             torch.save(model.state_dict(), path)
-        try:
+        with exit_on_value_error():
             load_encoder(getattr(method, "unet", method), path)
-        except ValueError as error:
-            sys.exit(str(error))
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for name in ("target", "student"):                  # BYOL's and DINO's other copy of it, a head
         copied = getattr(method, name, None)
@@ -1042,7 +1056,7 @@ def open_run(settings, folder, command, overwrite):
     settings."""
     path = folder / "config.json"
     if path.exists() and not overwrite:
-        there = json.loads(path.read_text())["settings"]
+        there = read_json(path).get("settings", {})
         for name, value in settings.items():
             if there.get(name) != value:
                 sys.exit(f"{folder} holds a run with another {name} ({there.get(name)} there, "
@@ -1153,7 +1167,7 @@ def main(argv=None):
         settings["encoder_sha256"] = start_from(method, args.encoder, args.backbone)
     method.to(device, memory_format=torch.channels_last)
     if args.compile:
-        network_of(method).compile()
+        method.compile()
     if args.sync_batchnorm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     options = Options(args.epochs, args.batch_size, settings["patience"], args.seed,

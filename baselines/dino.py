@@ -101,7 +101,6 @@ class DINO(nn.Module):
         self.student = nn.Sequential(encoder, Head(encoder.num_features, prototypes))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, prototypes))
-        self.is_frozen = False
         local = max(16, img_size * 96 // 224 // 8 * 8)      # 96 at 224; a multiple of the patch
         self.views = (augmentation(img_size, global_scale, 1.0, 0.0),
                       augmentation(img_size, global_scale, 0.1, 0.2),
@@ -158,8 +157,7 @@ class DINO(nn.Module):
     def after_backward(self):
         """Every gradient is cut at norm 3; none reaches the prototypes in epoch 1."""
         for p in self.student.parameters():
-            if p.grad is not None:
-                nn.utils.clip_grad_norm_(p, 3.0)
+            nn.utils.clip_grad_norm_(p, 3.0)
         if self.is_frozen:
             self.student[1].prototypes.weight.grad = None
 
@@ -180,11 +178,10 @@ class DINO(nn.Module):
     def health(self):
         """Entropies of the teacher's output over log K: of its mean (0: all images on one
         prototype) and of single images (1: says nothing of any image)."""
-        def entropy(p):
-            nats = -(p * p.clamp_min(1e-30).log()).sum(dim=-1)
-            return (nats / math.log(p.shape[-1])).mean().item()
-
-        return {"entropy_mean": entropy(self.q.mean(dim=0)), "entropy_single": entropy(self.q)}
+        log_k = math.log(self.q.shape[-1])
+        of_mean = torch.special.entr(self.q.mean(dim=0)).sum() / log_k
+        single = torch.special.entr(self.q).sum(dim=-1).mean() / log_k
+        return {"entropy_mean": of_mean.item(), "entropy_single": single.item()}
 
     def collapsed(self, health):
         """A line that says what to try, or None."""
