@@ -1,13 +1,13 @@
 """Score a network on a test set that it never saw, train it on some labels first, or let it draw
 masks for a folder of images.
 
-    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0
-    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --protocol finetune --labels 0.1
+    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0
+    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --protocol finetune --labels 0.1
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol supervised
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol reference
     python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small
-    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --predict my_images --out masks
-    python finetune_eval.py --run runs/demo/resnet50/medsass/seed0 --export network.pt2
+    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --predict my_images --out masks
+    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --export network.pt2
     python finetune_eval.py --report
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that
@@ -1244,8 +1244,8 @@ def parse_args(argv):
     add("--protocol", default="transfer", choices=["transfer", *LABEL_PROTOCOLS, "reference"],
         help="what to do before scoring")
     add("--labels", type=share_or_count, default=1.0,
-        help="labelled training images: 0.1 is a share, 10 a count; as large a share of the "
-        "validation images is the validation set")
+        help="labelled training images: 0.1 is a share, 10 a count; the same share of the "
+        "validation images goes with them")
     add("--epochs", type=int, default=50,
         help="of training on labels (appendices C, D); an epoch has the steps of all training "
         "images, however few are labelled")

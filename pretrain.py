@@ -9,7 +9,7 @@ encoder; without any label.
 
 Reads data/<dataset>/ (see prepare_data.py), writes
 runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command again goes on where it was
-stopped, to the bit.
+stopped, on a CPU to the bit.
 """
 
 import argparse
@@ -1086,15 +1086,16 @@ def parse_args(argv=None):
     add("--method", default="medsass", choices=METHODS, help="MedSASS, or a baseline's encoder")
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
-    add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="what draws the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
         "without the frame of the picture, without what lies where objects never lie; no PART: "
         "channel frame position. Unset: off, as in the paper")
     add("--encoder", metavar="FILE",
-        help="start from this encoder, ours or any of timm's or torchvision's form, or from "
+        help="start from this encoder, a checkpoint of ours, timm's or torchvision's, or from "
         "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
-    add("--loss", default="focal_tversky", choices=LOSSES, help="Table 4; bce is appendix B.1")
+    add("--loss", default="focal_tversky", choices=LOSSES,
+        help="between drawn and pseudo-mask (Table 4; bce, appendix B.1, finds no foreground)")
     add("--foreground", choices=["bright", "dark"],
         help="objects against what is around them; unset: what prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
@@ -1113,7 +1114,7 @@ def parse_args(argv=None):
     add("--sync-batchnorm", action="store_true", default=None,
         help="BatchNorm over the images of all GPUs")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
-        help="processes that load and augment; any number gives the same bits")
+        help="processes that load and augment; their number changes no result")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
     add("--out", default="runs", metavar="DIR", help="where runs are kept")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -199,6 +199,7 @@ benchmark() {
         [[ ! -f $WORK/later ]] || sleep 10
     done
     cat "$WORK/failed" >&2 2>/dev/null && code=1
+    trap - INT TERM HUP
     $PYTHON finetune_eval.py --report || code=1
     return $code
 }

@@ -2557,7 +2557,7 @@ def test_readme_snippets_run(run, tmp_path, monkeypatch):
     for snippet in snippets()[:2]:
         code = snippet.replace("runs/demo/resnet50/medsass-e16/seed0", str(run))
         scope = {}
-        exec(code.replace("(224, 224)", "(32, 32)"), scope)
+        exec(code.replace("(64, 64)", "(32, 32)"), scope)
     assert not scope["keys"].unexpected_keys
 
 
