@@ -1,18 +1,18 @@
 """Score a network on a test set that it never saw, train it on some labels first, or let it draw
 masks for a folder of images.
 
-    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0
-    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --protocol finetune --labels 0.1
+    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0         # below: RUN
+    python finetune_eval.py --run RUN --protocol finetune --labels 0.1
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol supervised
     python finetune_eval.py --dataset demo --backbone resnet50 --protocol reference
     python finetune_eval.py --encoder encoder.pth --dataset isic --backbone vit_small
-    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --predict my_images --out masks
-    python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0 --export network.pt2
+    python finetune_eval.py --run RUN --predict my_images --out masks
+    python finetune_eval.py --run RUN --export network.pt2
     python finetune_eval.py --report
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that
 nobody trained (section 4.1). frozen: the decoder is trained, the encoder stays. finetune: all is
-trained. semi: all is trained, on the labelled images, and where they are too few also on the
+trained. semi: all is trained, on the labelled images, and where they teach too little also on the
 others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch.
 classify: a linear probe on the encoder's pooled features (appendix D). reference: what needs no
 training, on the same test images. One JSON per evaluation, under results/, with a CSV of its test

@@ -1086,7 +1086,7 @@ def parse_args(argv=None):
     add("--method", default="medsass", choices=METHODS, help="MedSASS, or a baseline's encoder")
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
-    add("--threshold", default="otsu", choices=THRESHOLDS, help="what draws the pseudo-masks (Table 3)")
+    add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
         "without the frame of the picture, without what lies where objects never lie; no PART: "
