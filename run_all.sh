@@ -122,10 +122,10 @@ setup() {
     $PYTHON -m pip install --quiet -r requirements.txt matplotlib
 }
 
-# finished LOG: is the file that it names as made there, and no older than the data? Sets $made.
+# finished LOG: is the file that it names as made there, and no older than data and run? Sets $made.
 finished() {
     made=$(grep -E '[.](png|json)$' "$1" 2>/dev/null | tail -n 1)
-    [[ -f $made && $1 -nt data/$dataset/meta.json ]]
+    [[ -f $made && $1 -nt data/$dataset/meta.json && ! ${run:-}/samples.png -nt $1 ]]
 }
 
 # run_unless_finished SCRIPT FLAGS...: sets $made.

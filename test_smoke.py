@@ -1598,12 +1598,12 @@ def test_a_failed_run_stops_no_other_is_listed_and_is_tried_again(project):
     assert len(calls) == 7 and "--method byol" in calls[5]
 
 
-def test_what_is_finished_is_skipped_unless_it_is_gone_or_the_data_is_new(project):
+def test_what_is_finished_is_skipped_unless_it_is_gone_or_older_than_its_source(project):
     assert len(benchmark(project)) == len(benchmark(project)) == 6
     shutil.rmtree(next((project / "runs").glob("pretrain*byol*")))
-    assert len(benchmark(project)) == 6 + 1
+    assert len(benchmark(project)) == 6 + 2             # it, and its score
     os.utime(project / "data/demo/meta.json")
-    assert len(benchmark(project)) == 7 + 6
+    assert len(benchmark(project)) == 8 + 6
 
 
 def test_what_another_process_is_at_is_tried_later(project):
