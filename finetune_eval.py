@@ -891,8 +891,7 @@ def blocks_of(result):
 
 
 # What the report reads of every row.
-NEEDED = {"dataset", "backbone", "variant", "name", "data", "seed", "labels", "img_size",
-          "command", "earlier_commands"}
+NEEDED = {"dataset", "backbone", "variant", "name", "data", "seed", "labels", "img_size", "command"}
 
 
 def read_result(path):
@@ -900,7 +899,8 @@ def read_result(path):
     reference row, scored with one seed, a dict. It has the JSON and its scores side by side, and
     title, used (labels, in words), groups of the test images, and, unless it is of a probe, their
     counts, float (N, 4). Raises KeyError, ValueError and the like where the file is no result."""
-    result = dict(n_labels_train=0, n_labels_val=0) | json.loads(path.read_text(encoding="utf-8"))
+    usual = dict(n_labels_train=0, n_labels_val=0, earlier_commands=[])
+    result = usual | json.loads(path.read_text(encoding="utf-8"))
     with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     is_probe = result["protocol"] == "classify"
@@ -1176,7 +1176,7 @@ def report(out):
             rows += read_result(path)
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             bad.append(f"- {path} is not a result of finetune_eval.py, or its CSV is missing or "
-                       f"damaged: left out ({type(error).__name__}); delete it and run its command")
+                       f"damaged: left out ({error!r}); delete it and run its command")
     print(*bad, sep="\n")
     if not rows:
         sys.exit(f"{out}: no results here; score a run first, see python finetune_eval.py --help")

@@ -1432,7 +1432,7 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys):
     shutil.copytree(out / "isic/x/medsass/seed1", out / "copy")
     (out / "copy/transfer.csv").unlink()
     old = Path(shutil.copytree(out / "isic/x/medsass/seed1", out / "old")) / "transfer.json"
-    old.write_text(old.read_text().replace("earlier_commands", "of an older version"))
+    old.write_text(old.read_text().replace('hd95_image"', 'of an older version"'))
     text = report_of(out)
     printed = capsys.readouterr().out
     assert "12 results, 5 warnings" in printed
