@@ -414,11 +414,11 @@ def training_folder(job):
     return Path(where) / name
 
 
-def fit(method, sets, draws, job, epochs, subfolder=""):
+def fit(method, sets, epoch_size, job, epochs, subfolder=""):
     """Train `method`, on the device where it is, on labelled_sets by pretrain.py's loop in a run
-    folder of its own, or go on with what is there; then it has the weights that are kept. draws:
-    images an epoch, as many for few labels as for all, so that every method has the same steps.
-    Returns a dict: n_labels_train, n_labels_val, budget_steps."""
+    folder of its own, or go on with what is there; then it has the weights that are kept.
+    epoch_size: images an epoch, as many for few labels as for all, so that every method has the
+    same steps. Returns a dict: n_labels_train, n_labels_val, budget_steps."""
     args = job.args
     folder = training_folder(job) / subfolder
     amp = pretrain.pick_precision(args.amp, job.device, method)
@@ -434,10 +434,10 @@ def fit(method, sets, draws, job, epochs, subfolder=""):
     with only_one(folder / ".lock"):
         pretrain.open_run(settings, folder, job.commands[-1], args.overwrite)
         if not is_finished(folder):
-            pretrain.train(method, sets, options, folder, job.device, draws)
+            pretrain.train(method, sets, options, folder, job.device, epoch_size)
     kept = load_checkpoint(folder / "best.pt", "cpu")
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    steps = len(pretrain.Batches(draws, args.batch_size))
+    steps = len(pretrain.Batches(epoch_size, args.batch_size))
     return dict(n_labels_train=len(plain), n_labels_val=len(val), budget_steps=epochs * steps)
 
 
@@ -486,7 +486,7 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     return result
 
 
-def fit_semi(method, sets, draws, job, epochs):
+def fit_semi(method, sets, epoch_size, job, epochs):
     """As fit, on the labelled images, and where they are too few on the others, too, with the masks
     that the pre-trained network draws for them (self-training: Lee 2013).
 
@@ -500,7 +500,7 @@ def fit_semi(method, sets, draws, job, epochs):
         with only_one(folder.with_name(".lock")):
             pretrain.clear_run(folder.parent)
     pretrained = copy.deepcopy(method.unet.state_dict())
-    first_half = fit(method, sets, draws, job, epochs // 2, folder.name)
+    first_half = fit(method, sets, epoch_size, job, epochs // 2, folder.name)
     tuned = copy.deepcopy(method.unet.state_dict())
     decision = compare_tuned(method.unet, pretrained, tuned, sets, job, folder)
     print(f"is the network that was tuned on the labels to be trusted? {decision}")
@@ -512,7 +512,7 @@ def fit_semi(method, sets, draws, job, epochs):
         labelled = PartlyLabelled(job.data, labelled.transform, labelled.seed, labelled.rows,
                                   folder / "train_masks.npy")
     method.lr /= 3                          # lower: the network is trained
-    result = fit(method, (labelled, plain, val), draws, job, epochs - epochs // 2)
+    result = fit(method, (labelled, plain, val), epoch_size, job, epochs - epochs // 2)
     result["budget_steps"] += first_half["budget_steps"]
     return result | decision
 
@@ -528,7 +528,7 @@ def masks_of_refinement(job, parts, images):
     return refinement.draw_all(images), evidence
 
 
-def sheet_of_three(unet, images, masks, names, iou, job):
+def best_median_worst(unet, images, masks, names, iou, job):
     """As the paper's Table 6: image, pseudo-mask, prediction, truth, of the test images of best,
     median and worst IoU."""
     settings = job.settings
@@ -576,7 +576,7 @@ def segment(job):
     unet = method.unet.eval()
     table = score_masks(draw_masks(unet, images, job.device, args.flips), masks)
     iou = scores_from_counts(table[:, :4])["iou"]
-    sheet = sheet_of_three(unet, images, masks, names, iou, job)
+    sheet = best_median_worst(unet, images, masks, names, iou, job)
     result |= dict(n_test=len(names)) | summarise(table, groups_of(names))
     return result, per_image("", table, names), sheet
 
@@ -708,7 +708,7 @@ def per_image(row, table, names):
     return lines
 
 
-def head_of(job):
+def result_header(job):
     """What a result says of the network and of how it was made, a dict."""
     settings = job.settings
     protocol = job.args.protocol
@@ -730,7 +730,7 @@ def head_of(job):
 def evaluate(job):
     """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its
     picture. Ends the program where the JSON of another evaluation would be replaced."""
-    head = head_of(job)
+    head = result_header(job)
     path = Path(job.args.out or "results", head["dataset"], head["backbone"], head["variant"],
                 f"seed{job.seed}", f"{head['name']}.json")
     with only_one(path.with_name(f".{path.stem}.lock")):
@@ -752,7 +752,7 @@ def evaluate(job):
         pretrain.write_csv(path.with_suffix(".csv"), rows)
         *earlier, command = job.commands
         pretrain.write_json(path, result | dict(command=command, earlier_commands=earlier))
-    for name, block in blocks_of(result).items():
+    for name, block in score_blocks(result).items():
         shown = [f"{score} {block[score]:.4f}" for score in PRINTED if score in block]
         print(name or result["variant"], *shown)
     print(path)
@@ -883,7 +883,7 @@ def export_network(args):
 
 # ----------------------------------------------------------------------------------------- report
 
-def blocks_of(result):
+def score_blocks(result):
     """The blocks of scores of a result: {reference row: block}, or {"": the result itself}."""
     if result["protocol"] != "reference":
         return {"": result}
@@ -908,7 +908,7 @@ def read_result(path):
     n_labels = result["n_labels_train"]
     used = f"{n_labels} + {result['n_labels_val']}" if n_labels else "0"
     rows = []
-    for name, block in blocks_of(result).items():
+    for name, block in score_blocks(result).items():
         row = result | block
         if not needed <= row.keys():
             raise KeyError(*needed - row.keys())
@@ -927,7 +927,7 @@ def read_result(path):
     return rows
 
 
-def cells_of(rows):
+def group_by_seed(rows):
     """Rows grouped by all but their seed: a list of dicts, references first, then by labels and
     title. A cell is the row of its first seed and has all its `rows`; unless it is of a probe also
     samples, float (2000,), the bootstrap of the mean over seeds of the global IoU."""
@@ -1187,7 +1187,7 @@ def report(out):
         "+ validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: "
         "the interval of the paired difference holds 0: the data do not show a difference.",
         "", *bad]
-    cells = cells_of(rows)
+    cells = group_by_seed(rows)
     prepared = sorted({(row["dataset"], row["data"]) for row in rows})
     names = [dataset for dataset, _ in prepared]
     for dataset, data in prepared:
@@ -1223,7 +1223,7 @@ def share_or_count(text):
 
 
 # Flags that change what is computed, and what stands before their value in a result's name.
-NAMED = dict(labels="l", epochs="e", batch_size="b", lr="lr", amp="")
+NAME_FLAGS = dict(labels="l", epochs="e", batch_size="b", lr="lr", amp="")
 
 
 def parse_args(argv):
@@ -1292,7 +1292,7 @@ def parse_args(argv):
     if scores and loads_nothing == bool(args.run or args.encoder):
         parser.error("give --run RUN_DIR or --encoder FILE, but neither for supervised, reference")
     trains = scores and args.protocol in LABEL_PROTOCOLS
-    unused = dict.fromkeys([*NAMED, "workers"], not trains)
+    unused = dict.fromkeys([*NAME_FLAGS, "workers"], not trains)
     unused |= dict.fromkeys(("overlay", "tile", "page"), not args.predict)
     unused |= dict.fromkeys(("dataset", "protocol", "seed"), not scores)
     unused["backbone"] = args.run
@@ -1312,7 +1312,7 @@ def training_name(args):
     """Of a result and of the folder of its training: the protocol, and what is not as usual."""
     usual = parse_args(["--report"])
     name = args.protocol
-    for flag, prefix in NAMED.items():
+    for flag, prefix in NAME_FLAGS.items():
         value = getattr(args, flag)
         if str(value) != str(getattr(usual, flag)):     # 1 label is not all, 1.0
             name += f"-{prefix}{value}"

@@ -67,7 +67,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what 
 
 
 @dataclass
-class Facts:
+class DatasetInfo:
     """What we, the paper or the authors say of a data set. above: the value above which a mask
     pixel is foreground; counts: train, val, test; inside: folders that --raw may name instead of
     the one that holds them; files: what --download fetches, where no account is needed."""
@@ -81,27 +81,32 @@ class Facts:
 
 
 ISIC_FILES = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{}_{}"
-FACTS = {
-    "demo": Facts("bright", size=64),
-    "folder": Facts("auto"),
-    "dm": Facts("bright", 0, (1656, 240, 480), "its authors: Van Buren et al. 2022, "
-                "https://doi.org/10.1016/j.jim.2022.113233", "CD27[ _]Panel[^/]*|Labels"),
-    "tissuenet": Facts("bright", 0, (2580, 3140, 1249),
-                       "https://datasets.deepcell.org/data (free account)"),
-    "isic": Facts("dark", 127, (2000, 150, 600),
-                  "https://challenge.isic-archive.com/data/#2017", "ISIC-2017_[^/]*_[^/]*",
-                  [ISIC_FILES.format(part, what)
-                   for part in ("Training", "Validation", "Test_v2")
-                   for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
-    "xray": Facts("dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/"
-                  "tawsifurrahman/covid19-radiography-database (free account)",
-                  "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
-    "drone": Facts("bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic "
-                   "Drone Dataset on Kaggle, free account)",
-                   "original_images|label_images_semantic|RGB_color_image_masks|training_set"
-                   "(/images|/gt)?"),
-    "dsb2018": Facts("auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
-                     files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
+DATASET_INFO = {
+    "demo": DatasetInfo("bright", size=64),
+    "folder": DatasetInfo("auto"),
+    "dm": DatasetInfo(
+        "bright", 0, (1656, 240, 480),
+        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233",
+        "CD27[ _]Panel[^/]*|Labels"),
+    "tissuenet": DatasetInfo(
+        "bright", 0, (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
+    "isic": DatasetInfo(
+        "dark", 127, (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
+        "ISIC-2017_[^/]*_[^/]*",
+        [ISIC_FILES.format(part, what)
+         for part in ("Training", "Validation", "Test_v2")
+         for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
+    "xray": DatasetInfo(
+        "dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
+        "covid19-radiography-database (free account)",
+        "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
+    "drone": DatasetInfo(
+        "bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
+        "Dataset on Kaggle, free account)",
+        "original_images|label_images_semantic|RGB_color_image_masks|training_set(/images|/gt)?"),
+    "dsb2018": DatasetInfo(
+        "auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
+        files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
 
@@ -527,7 +532,7 @@ class Files:
     bad: list
 
 
-def say(found, words):
+def warn(found, words):
     """Print how many there are of what was found, if any, and the first."""
     if found:
         print(f"{len(found)} {words} (the first: {found[0]})")
@@ -553,7 +558,7 @@ def find_files(raw):
         files = sorted(filter(is_content, files))
         if any(map(IMAGE_FOLDER.fullmatch, folders)):
             aside = [name for name in folders if not is_place(name)]
-            say(aside + files, f"in {place} are beside images/ and masks/, and not taken")
+            warn(aside + files, f"in {place} are beside images/ and masks/, and not taken")
             folders[:] = filter(is_place, folders)
             continue
         is_mask = any(map(MASK_FOLDER.fullmatch, place.relative_to(raw).parts))
@@ -572,8 +577,9 @@ def find_files(raw):
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
                 images[name] = path
-    say(others, f"files are of kinds that are not read, {sorted({path.suffix for path in others})} "
-        "(volumes: cut them into slices, a file each)")
+    kinds = sorted({path.suffix for path in others})
+    warn(others, f"files are of kinds that are not read, {kinds} (volumes: cut them into slices, a "
+         "file each)")
     masks = match_masks(raw, images, in_folders)
     if not images:
         sys.exit("\n".join([*bad, f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))}), "
@@ -641,7 +647,7 @@ def match_masks(raw, images, in_folders):
     by_file = {Path(name).name: name for name in images}
     if orphans and not masks and len(by_file) == len(images):       # original/x with masks/x
         masks, orphans = join_names(by_file, [(Path(name).name, path) for name, path in found])
-    say(orphans, "masks have no image and are not used")
+    warn(orphans, "masks have no image and are not used")
     folders = {path.parent for paths in masks.values() for path in paths}
     unused = {path.parent for path in orphans} - folders
     if images and unused:
@@ -679,8 +685,8 @@ def find_folder(raw, args, bad):
     bad += files.bad
     above = raw.resolve().parent
     if IMAGE_FOLDER.fullmatch(raw.resolve().name):
-        say([path for path in sorted(above.iterdir()) if MASK_FOLDER.fullmatch(path.name)],
-            f"folders of masks are beside {raw}, and not taken: give --raw {above} for them")
+        warn([path for path in sorted(above.iterdir()) if MASK_FOLDER.fullmatch(path.name)],
+             f"folders of masks are beside {raw}, and not taken: give --raw {above} for them")
     pairs = []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, path, files.masks.get(name, []))
@@ -736,8 +742,8 @@ def group_by_folder(raw, pairs):
         sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
                  "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
                  "they are classes, give --group-regex '.+'")
-    say(names, f"folders of {raw} are taken as patients, and each stays in one part: "
-        "--group-regex '.+' splits image by image")
+    warn(names, f"folders of {raw} are taken as patients, and each stays in one part: "
+         "--group-regex '.+' splits image by image")
 
 
 def set_labels(path, pairs):
@@ -757,7 +763,7 @@ def set_labels(path, pairs):
                 used.add(name)
     left = sorted(labels.keys() - used)
     print(f"{path}: {sum(not pair.label for pair in pairs)} of {len(pairs)} images have no label")
-    say(left, "rows of it have no image")
+    warn(left, "rows of it have no image")
     if pairs and not used:
         sys.exit(f"{path}: none of its names, {left[:1]}, is that of an image, {pairs[0].name}")
 
@@ -796,7 +802,7 @@ def join_duplicates(pairs):
                     again.append(f"{pair.image} and {pairs[other].image}")
     for pair, unit in zip(pairs, units, strict=True):
         pair.unit = str(names[unit])
-    say(again, "pictures are there twice: equal ones go into one part, unless parts are given")
+    warn(again, "pictures are there twice: equal ones go into one part, unless parts are given")
 
 
 def split(pairs, seed):
@@ -1002,7 +1008,7 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 def find_published(raw, args, bad):
     """The Pairs of a published data set; prints what is there and what is missing, and ends the
     program where a part is."""
-    facts = FACTS[args.dataset]
+    facts = DATASET_INFO[args.dataset]
     raw = Path(re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
     for path in sorted(raw.glob("[!.]*")):
         if re.search(r"\.(zip|npz|tar|tar\.gz|tgz)$", path.name, re.IGNORECASE):
@@ -1038,7 +1044,7 @@ def download(url, path, tries=5):
 def fetch(args):
     """--download: the files of a data set that needs no account, into --raw; of another one, say
     where it is to be had."""
-    facts = FACTS[args.dataset]
+    facts = DATASET_INFO[args.dataset]
     if not facts.files:
         sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from "
                  f"{facts.homepage}, put the files or archives into a folder, and give --raw DIR")
@@ -1058,7 +1064,7 @@ def read_meta(folder):
         return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         name = Path(folder).name
-        flags = name if name in FACTS else f"folder --name {name}"
+        flags = name if name in DATASET_INFO else f"folder --name {name}"
         sys.exit(f"{folder} is not prepared: run python prepare_data.py --raw DIR --dataset "
                  f"{flags}")
 
@@ -1335,7 +1341,7 @@ def try_each(pool, work, items, what, bad):
 def mask_rule(pool, pairs, args, bad):
     """The MaskRule of a data set, and it in words: as published, or decided on a look at all masks
     of a folder."""
-    above = FACTS[args.dataset].above
+    above = DATASET_INFO[args.dataset].above
     if args.dataset != "folder":
         return MaskRule(cuts={255: above, 65535: above * 257}), f"above {above}, as published"
 
@@ -1372,10 +1378,10 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in good:
             pair.group = pair.patient
-    say([pair.image for pair in good if pair.is_binary], "images have two values or one: are they "
-        "masks? See python prepare_data.py --help for the names of masks")
-    say([f"{pair.image} has {pair.pages}" for pair in good if pair.pages > 1], "images are of "
-        f"several pages or frames: page {args.page} is taken, counted from 0; see --page")
+    warn([pair.image for pair in good if pair.is_binary], "images have two values or one: are they "
+         "masks? See python prepare_data.py --help for the names of masks")
+    warn([f"{pair.image} has {pair.pages}" for pair in good if pair.pages > 1], "images are of "
+         f"several pages or frames: page {args.page} is taken, counted from 0; see --page")
     return good, evidence
 
 
@@ -1389,15 +1395,15 @@ def divide(pairs, args):
     elif not any(pair.part for pair in pairs):
         split(pairs, args.seed)
     part_of = {}
-    say([pair.image for pair in pairs if part_of.setdefault(pair.unit, pair.part) != pair.part],
-        "images have their group, patient, or an equal picture in another part, too")
+    warn([pair.image for pair in pairs if part_of.setdefault(pair.unit, pair.part) != pair.part],
+         "images have their group, patient, or an equal picture in another part, too")
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
         sys.exit(f"{args.raw}: {len(pairs)} usable images are too few, or of too few groups "
                  f"(see --group-regex), to fill train, val and test: {counts}")
-    if FACTS[args.dataset].counts not in ((), counts):
-        print(f"warning: {counts} images here, {FACTS[args.dataset].counts} as published")
+    if DATASET_INFO[args.dataset].counts not in ((), counts):
+        print(f"warning: {counts} images here, {DATASET_INFO[args.dataset].counts} as published")
     return parts
 
 
@@ -1418,7 +1424,7 @@ def measure_masks(parts, size):
 def prepare(args, final):
     """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
     is written without --skip-bad."""
-    facts, bad, raw = FACTS[args.dataset], [], Path(args.raw)
+    facts, bad, raw = DATASET_INFO[args.dataset], [], Path(args.raw)
     if not raw.is_dir() and args.dataset != "demo":
         sys.exit(f"{raw}: no such folder. {facts.homepage}".rstrip())
     if args.dataset == "demo":
@@ -1480,7 +1486,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, allow_abbrev=False,
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
-    add("--dataset", required=True, choices=[*FACTS], help="what to prepare")
+    add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
     add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
     add("--name", type=dataset_name, help="the data set's name under --out; unset: the raw "
         "folder's own name, or the published name")
@@ -1508,7 +1514,7 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    facts = FACTS[args.dataset]
+    facts = DATASET_INFO[args.dataset]
     for flag, sets in {"mask_foreground": ["folder"], "group_regex": ["folder"],
                        "split_by": ["dm"], "page": ["folder", "dm"],
                        "download": [*FINDERS]}.items():
@@ -1545,7 +1551,7 @@ def main(argv=None):
     with only_one(final.with_name(f".{args.name}.lock")):
         if final.exists() and not args.overwrite:
             sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-        if args.download and FACTS[args.dataset].homepage:
+        if args.download and DATASET_INFO[args.dataset].homepage:
             fetch(args)
         prepare(args, final)
 

@@ -494,37 +494,37 @@ def wait_for_ranks():
 
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
-    stored without seed. An epoch has max(n, draws) items, in several passes if need be; a last
-    batch of one image, or of less than half the size, joins the one before it. share = (rank,
+    stored without seed. An epoch has max(n, epoch_size) items, in several passes if need be; a last
+    batch of one image, or of less than half the size, joins the one before it. shard = (rank,
     ranks): shuffled, a batch is `ranks` times as large and a rank takes every ranks-th item of it;
     as stored, every ranks-th batch. The first `done` batches are left out."""
 
-    def __init__(self, n, batch_size, seed=None, draws=0, share=(0, 1)):
+    def __init__(self, n, batch_size, seed=None, epoch_size=0, shard=(0, 1)):
         self.n, self.seed = n, seed
-        self.rank, self.ranks = share
+        self.rank, self.ranks = shard
         self.epoch = self.done = 0
-        self.draws = max(n, draws)
+        self.epoch_size = max(n, epoch_size)
         together = 1 if seed is None else self.ranks    # that share a batch
-        self.starts = list(range(0, self.draws, batch_size * together))
+        self.starts = list(range(0, self.epoch_size, batch_size * together))
         # BatchNorm: a last batch of 2 in each epoch cost SimSiam .05 IoU (RESULTS.md).
         least = max(min(batch_size, 2), batch_size / 2) * together
-        if len(self.starts) > 1 and self.draws - self.starts[-1] < least:
+        if len(self.starts) > 1 and self.epoch_size - self.starts[-1] < least:
             self.starts.pop()
 
     def __len__(self):
         return len(self.starts)
 
     def __iter__(self):
-        number = self.epoch * math.ceil(self.draws / self.n)
+        number = self.epoch * math.ceil(self.epoch_size / self.n)
         keys = []
-        while len(keys) < self.draws:
+        while len(keys) < self.epoch_size:
             order = range(self.n)
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, number))
                 order = torch.randperm(self.n, generator=generator).tolist()
             keys += [(number, index) for index in order]
             number += 1
-        cuts = itertools.pairwise([*self.starts, self.draws])
+        cuts = itertools.pairwise([*self.starts, self.epoch_size])
         batches = [keys[start:end] for start, end in cuts]
         if self.seed is None:
             return iter(batches[self.rank::self.ranks])
@@ -616,9 +616,9 @@ class Trainer:
     """A method with its optimiser and its place in the run: all that last.pt holds. A step whose
     loss is not finite on some rank, or whose gradient overflows in fp16, is left out."""
 
-    LEARNT = ("method", "optimizer", "scaler")
+    STATEFUL = ("method", "optimizer", "scaler")
     # Where it is, and the sums of the epoch so far.
-    POSITION = ("epoch", "done", "best", "stale", "sums", "skipped")
+    PROGRESS = ("epoch", "done", "best", "stale", "sums", "skipped")
 
     def __init__(self, method, options, device, epoch_steps):
         self.method, self.options, self.device = method, options, device
@@ -676,14 +676,14 @@ class Trainer:
 
     def state_dict(self):
         """What last.pt holds; of a finished run the position alone: its weights are in best.pt."""
-        state = {name: getattr(self, name) for name in self.POSITION} | dict(ranks=ranks()[1])
+        state = {name: getattr(self, name) for name in self.PROGRESS} | dict(ranks=ranks()[1])
         if not self.finished():
-            state |= {name: getattr(self, name).state_dict() for name in self.LEARNT}
+            state |= {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         return state
 
     def load_state_dict(self, state):
         for name, value in state.items():
-            if name in self.LEARNT:
+            if name in self.STATEFUL:
                 getattr(self, name).load_state_dict(value)
             else:
                 setattr(self, name, value)
@@ -757,21 +757,21 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
-def train(method, sets, options, folder, device, draws=0):
+def train(method, sets, options, folder, device, epoch_size=0):
     """Train, validate, log, save, maybe stop: until the epochs are done. The first rank writes.
 
-    sets: training, plain training (for BatchNorm) and validation data, as Images. draws: images an
-    epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C, after it has saved, and
-    after an epoch of which every step was left out.
+    sets: training, plain training (for BatchNorm) and validation data, as Images. epoch_size:
+    images an epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C, after it has
+    saved, and after an epoch of which every step was left out.
     """
     rank, _ = ranks()
     train_set, plain_set, val_set = sets
     seed, size = options.seed, options.batch_size
-    batches = Batches(len(train_set), size, seed, draws, ranks())
+    batches = Batches(len(train_set), size, seed, epoch_size, ranks())
     few = min(options.workers, 1)
     train_loader = make_loader(train_set, batches, options.workers)
     plain_loader = make_loader(plain_set, Batches(len(plain_set), size, seed), few)
-    val_loader = make_loader(val_set, Batches(len(val_set), size, share=ranks()), few)
+    val_loader = make_loader(val_set, Batches(len(val_set), size, shard=ranks()), few)
     steps = len(batches)
     trainer = Trainer(method, options, device, steps)
     module = getattr(method, "unet", method)            # MedSASS has no weights but its U-Net's

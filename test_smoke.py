@@ -413,7 +413,7 @@ def test_pseudo_mask_is_of_the_very_view():
     (33, 8, 3, [[8, 9], [8, 8]]), (33, 8, None, [[8, 8], [8, 9]]), (7, 2, None, [[2, 3], [2]]),
     (10, 1, 3, [[1, 2], [1, 2], [1, 1], [1, 1]])])
 def test_batches_cover_an_epoch_once_and_none_is_small(n, size, seed, lengths):
-    shares = [list(pretrain.Batches(n, size, seed, share=(rank, len(lengths))))
+    shares = [list(pretrain.Batches(n, size, seed, shard=(rank, len(lengths))))
               for rank in range(len(lengths))]
     assert [[len(batch) for batch in share] for share in shares] == lengths
     indices = [index for share in shares for batch in share for _, index in batch]
@@ -426,9 +426,9 @@ def test_batches_of_two_ranks_or_after_a_stop_are_those_of_one_run():
     cut = pretrain.Batches(33, 16, seed=3)
     cut.done = 1
     assert list(cut) == whole[1:]
-    several = sum(pretrain.Batches(5, 4, seed=3, draws=10), [])         # of (pass, image)
+    several = sum(pretrain.Batches(5, 4, seed=3, epoch_size=10), [])         # of (pass, image)
     assert sorted(several) == [*itertools.product((0, 1), range(5))]
-    shares = [pretrain.Batches(33, 8, seed=3, share=(rank, 2)) for rank in range(2)]
+    shares = [pretrain.Batches(33, 8, seed=3, shard=(rank, 2)) for rank in range(2)]
     for both, one, two in zip(whole, *shares, strict=True):
         assert {*one, *two} == {*both}
 
@@ -1194,15 +1194,15 @@ def test_labelled_images_are_nested_and_by_group():
 
 
 def test_image_and_truth_are_augmented_alike(tmp_path):
-    gray, truth = spot(48, 48)
+    _, truth = spot(48, 48)
     path = tmp_path / "train_masks.npy"
     np.save(path, truth[None])
-    np.save(tmp_path / "train_images.npy", np.repeat(gray[None, ..., None], 3, axis=3))
+    np.save(tmp_path / "train_images.npy", np.repeat(truth[None, ..., None] * 200 + 20, 3, axis=3))
     labelled = pretrain.Images(tmp_path, "train", pretrain.paper_augmentation(), 0, masks=path)
     moved = 0
     for epoch in range(30):
         _, (view, mask) = labelled[epoch, 0]
-        is_wrong = (view[1] > 145) != (mask[0] == 1)
+        is_wrong = (view[1] > 110) != (mask[0] == 1)
         assert is_wrong.float().mean() < .04, epoch     # edges are drawn bilinear and nearest
         moved += not np.array_equal(mask[0], truth)
     assert moved > 20
