@@ -1134,7 +1134,8 @@ def paper_sections(cells):
                 continue
             found = "-"
             if cell:
-                found = f"{mean_std(cell, score)}, {cell.get('epochs')} epochs, {cell['img_size']} px"
+                how = f"{cell.get('epochs')} epochs, {cell['img_size']} px"
+                found = f"{mean_std(cell, score)}, {how}"
             tables[title].append([dataset, name, found, number])
     lines = []
     for title, table in tables.items():
