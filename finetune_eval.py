@@ -474,7 +474,8 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     pretrain.write_masks(draw_masks(unet, images, job.device), truth.shape,
                          folder / "train_masks.npy")
     drawn = np.load(folder / "train_masks.npy", mmap_mode="r+")
-    drawn[labelled] = truth[labelled]
+    for k in labelled:                      # one at a time: they may be all
+        drawn[k] = truth[k]
     if others:
         right = iou(pretrained, images, truth, labelled)
         agreement = iou(tuned, images, drawn, others)

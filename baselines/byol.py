@@ -74,6 +74,8 @@ class BYOL(nn.Module):
         if backbone not in self.backbones:
             raise ValueError(f"BYOL is published for {self.backbones[0]}, not for {backbone}: its "
                              "BatchNorm is part of it")
+        if batch_size < 2:
+            raise ValueError("BYOL's BatchNorm needs at least 2 images a step")
         self.encoder = timm.create_model(backbone, num_classes=0)
         self.projector = mlp(self.encoder.num_features)
         self.predictor = mlp(256)

@@ -101,6 +101,7 @@ class DINO(nn.Module):
         self.student = nn.Sequential(encoder, Head(encoder.num_features, prototypes))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, prototypes))
+        self.is_frozen = False
         local = max(16, img_size * 96 // 224 // 8 * 8)      # 96 at 224; a multiple of the patch
         self.views = (augmentation(img_size, global_scale, 1.0, 0.0),
                       augmentation(img_size, global_scale, 0.1, 0.2),

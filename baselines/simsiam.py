@@ -60,6 +60,8 @@ class SimSiam(nn.Module):
         if backbone not in self.backbones:
             raise ValueError(f"SimSiam is published for {self.backbones[0]}, not for {backbone}: "
                              "its BatchNorm is part of it")
+        if batch_size < 2:
+            raise ValueError("SimSiam's BatchNorm needs at least 2 images a step")
         self.encoder = timm.create_model(backbone, num_classes=0)
         features = self.encoder.num_features
         self.projector = nn.Sequential(     # three layers, the last BatchNorm without affine
