@@ -1041,6 +1041,7 @@ def draw_chart(cells, path):
         bounds = np.array([interval(cell["samples"]) for cell in curve])
         reach = np.abs(bounds.T - means)    # of the error bars, down and up
         axes.errorbar(labels, means, yerr=reach, label=name, capsize=2, color=str(0.3 * (k % 3)),
+                      clip_on=False,              # the last point lies on the edge
                       marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
     best = best_of(cells, mean_of, protocol="reference", used="0")
     if best:

@@ -32,6 +32,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import unicodedata
 import warnings
 from dataclasses import dataclass, field, replace
@@ -861,6 +862,9 @@ def unpack(archive):
         try:
             if archive.suffix.lower() in (".zip", ".npz"):
                 shutil.unpack_archive(archive, partial, "zip")
+            elif not hasattr(tarfile, "data_filter"):       # before Python 3.10.12, 3.11.4
+                sys.exit(f"{archive}: cannot be extracted safely by this Python: extract it by "
+                         "hand, or use Python 3.11.4 or newer")
             else:
                 shutil.unpack_archive(archive, partial, "tar", filter="data")
         except Exception as error:              # of zipfile, tarfile, zlib, lzma, shutil

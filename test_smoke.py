@@ -2394,7 +2394,8 @@ def test_published_splits_at_their_full_size():
 def test_archives_are_unpacked_once(published, tmp_path):
     raw, _, out = published("isic")
     raw = shutil.copytree(raw, tmp_path / "raw")
-    for path, kind in zip(sorted(raw.glob("*[ah]")), ("zip", "gztar") * 3, strict=True):
+    kinds = ("zip", "gztar" if hasattr(tarfile, "data_filter") else "zip") * 3
+    for path, kind in zip(sorted(raw.glob("*[ah]")), kinds, strict=True):
         shutil.make_archive(path, kind, raw, path.name)
         shutil.rmtree(path)
     assert_same_set(raw, out)
