@@ -12,8 +12,8 @@ masks for a folder of images.
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that
 nobody trained (section 4.1). frozen: the decoder is trained, the encoder stays. finetune: all is
-trained. semi: all is trained, on the labelled images, and where they teach too little also on the
-others, with the masks that the pre-trained network draws. supervised: all is trained, from scratch.
+trained. semi: all is trained, on the labelled images and, where these are too few, on the others
+with the pre-trained network's masks (self-training). supervised: all is trained, from scratch.
 classify: a linear probe on the encoder's pooled features (appendix D). reference: what needs no
 training, on the same test images. One JSON per evaluation, under results/, with a CSV of its test
 images; --report writes results/README.md from them.
@@ -446,11 +446,11 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     and the IoUs that decide, kept in decision.json of the run `folder` of tuning. Writes the
     pre-trained one's masks, with the true ones where there are labels, into train_masks.npy.
 
-    The pre-trained network errs alike on labelled and unlabelled images, so that a tuned one that
-    is right agrees with it on the unlabelled as well as the truth does on the labelled; one that
-    has learnt a few images by heart agrees less. So with ratio = IoU(tuned, pre-trained) on the
-    unlabelled images / IoU(pre-trained, truth) on the labelled ones it is trusted where ratio >= 1,
-    and not where ratio < .8; in between, and where all are labelled, the validation images decide.
+    The pre-trained network errs alike on labelled and unlabelled images. So a tuned network that is
+    right agrees with it on the unlabelled ones as well as the truth does on the labelled; one that
+    overfits a few images agrees less. With ratio = IoU(tuned, pre-trained) on the unlabelled images
+    / IoU(pre-trained, truth) on the labelled ones it is trusted where ratio >= 1, and not where
+    ratio < .8; in between, and where all are labelled, the validation images decide.
     """
     path = folder / "decision.json"
     if path.exists():
@@ -477,19 +477,19 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     for k in labelled:                      # one at a time: they may be all
         drawn[k] = truth[k]
     if others:
-        right = iou(pretrained, images, truth, labelled)
+        pretrained_iou = iou(pretrained, images, truth, labelled)
         agreement = iou(tuned, images, drawn, others)
-        result |= dict(pretrained_iou=right, agreement=agreement)
-        if not 0.8 * right <= agreement < right:
-            trusted = agreement >= right
+        result |= dict(pretrained_iou=pretrained_iou, agreement=agreement)
+        if not 0.8 * pretrained_iou <= agreement < pretrained_iou:
+            trusted = agreement >= pretrained_iou
     result["trusted"] = trusted
     pretrain.write_json(path, result)
     return result
 
 
 def fit_semi(method, sets, epoch_size, job, epochs):
-    """As fit, on the labelled images, and where they are too few on the others, too, with the masks
-    that the pre-trained network draws for them (self-training: Lee 2013).
+    """As fit, on the labelled images and, where these are too few, also on the others, with the
+    pre-trained network's masks (self-training: Lee 2013).
 
     For half of the epochs the pre-trained network is tuned on the labels alone. If that can be
     trusted (compare_tuned), it goes on so. Else the pre-trained one starts again: half of what it
@@ -497,7 +497,7 @@ def fit_semi(method, sets, epoch_size, job, epochs):
     Order and augmentation of the second half are of another seed, not those of the first again.
     """
     folder = training_folder(job) / "labels"
-    if job.args.overwrite:                  # else the old second half would stay until it begins
+    if job.args.overwrite:                  # else the old second half would outlive the first
         with only_one(folder.with_name(".lock")):
             pretrain.clear_run(folder.parent)
     pretrained = copy.deepcopy(method.unet.state_dict())
@@ -900,8 +900,8 @@ def read_result(path):
     reference row, scored with one seed, a dict. It has the JSON and its scores side by side, and
     title, used (labels, in words), groups of the test images, and, unless it is of a probe, their
     counts, float (N, 4). Raises KeyError, ValueError and the like where the file is no result."""
-    usual = dict(n_labels_train=0, n_labels_val=0, earlier_commands=[])
-    result = usual | json.loads(path.read_text(encoding="utf-8"))
+    defaults = dict(n_labels_train=0, n_labels_val=0, earlier_commands=[])
+    result = defaults | json.loads(path.read_text(encoding="utf-8"))
     with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     is_probe = result["protocol"] == "classify"
@@ -1056,9 +1056,8 @@ def draw_chart(cells, path):
     pretrain.write_atomically(path, functools.partial(figure.savefig, format="png", dpi=100))
 
 
-# The paper's tables: a title and the score; below it the title that such a network has in ours,
-# and the paper's numbers on PAPER_SETS. Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10
-# encoder only.
+# The paper's tables: title | score; below it, for each network, its title in our report | the
+# paper's numbers on PAPER_SETS. Tables 3, 4 and B.1 are end to end, 1, 2, 5, 7 to 10 encoder only.
 PAPER_SETS = ("dm", "tissuenet", "isic", "xray", "drone")
 PAPER = """
 Table 1: encoder only, ResNet-50 | iou_global
@@ -1116,8 +1115,8 @@ Table 10: natural images from a drone | iou_global
 
 
 def paper_sections(cells):
-    """The lines of the paper's tables of which something was run here. A run of other epochs or
-    precision stands in a row that has none of its own; its epochs and size are said."""
+    """The lines of those paper tables of which something was run here. A row without an exact match
+    takes a run with other epochs or precision, whose epochs and size are given."""
     ours = {}
     for cell in sorted(cells, key=lambda cell: len(cell["title"])):
         usual = re.sub(r"-(e\d+|bf16|fp16|off)(?![a-z\d])", "", cell["title"])
@@ -1188,7 +1187,7 @@ def report(out):
         "Written by `python finetune_eval.py --report`. IoU is over the whole test part (counts "
         "summed), intervals are 95 % bootstrap over test images or their groups. Labels: training "
         "+ validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: "
-        "the interval of the paired difference holds 0: the data do not show a difference.",
+        "the interval of the paired difference contains 0: no difference is shown.",
         "", *bad]
     cells = group_by_seed(rows)
     prepared = sorted({(row["dataset"], row["data"]) for row in rows})
@@ -1242,7 +1241,7 @@ def parse_args(argv):
         "export)")
     source.add_argument("--encoder", help="any encoder (ours, timm's, torchvision's), a file")
     add("--dataset", type=prepare_data.dataset_name,
-        help="a prepared data set; with --run unset: the one it was trained on")
+        help="a prepared data set; unset: the one that --run was trained on")
     add("--backbone", choices=BACKBONES, help="without --run: the network")
     add("--protocol", default="transfer", choices=["transfer", *LABEL_PROTOCOLS, "reference"],
         help="what to do before scoring")
@@ -1254,8 +1253,8 @@ def parse_args(argv):
         "images, however few are labelled")
     add("--batch-size", type=int, default=16, help="images a step (appendices C, D)")
     add("--lr", type=float,
-        help="of Adam, the highest. Unset: 1e-3 where the decoder starts afresh and for semi, "
-        "whose second half has a third of it; else 3.6e-4")
+        help="peak rate of Adam. Unset: 1e-3 with a fresh decoder and for semi (a third of it in "
+        "its second half), else 3.6e-4")
     add("--seed", type=int, help="of fresh weights, labels, order; unset: the run's, or 0")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
         help="precision of training on labels, as in pretrain.py")
@@ -1302,22 +1301,22 @@ def parse_args(argv):
     unused["flips"] = args.export or args.protocol in ("classify", "reference")
     given = []
     for name, is_unused in sorted(unused.items()):
-        usual = parser.get_default(name)
-        if is_unused and getattr(args, name) != usual:
+        default = parser.get_default(name)
+        if is_unused and getattr(args, name) != default:
             given.append("--" + name.replace("_", "-"))
-            setattr(args, name, usual)
+            setattr(args, name, default)
     if given:
         print(f"not used here and ignored: {', '.join(given)}")
     return args
 
 
 def training_name(args):
-    """Of a result and of the folder of its training: the protocol, and what is not as usual."""
-    usual = parse_args(["--report"])
+    """The name of a result and of its training folder: protocol and non-default flags."""
+    defaults = parse_args(["--report"])
     name = args.protocol
     for flag, prefix in NAME_FLAGS.items():
         value = getattr(args, flag)
-        if str(value) != str(getattr(usual, flag)):     # 1 label is not all, 1.0
+        if str(value) != str(getattr(defaults, flag)):  # 1 label is not all, 1.0
             name += f"-{prefix}{value}"
     return name
 

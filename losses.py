@@ -21,9 +21,9 @@ def _full_precision(logits, target):
 
 
 def batch_sums(*values):
-    """Tensors of any shape -> their sums, scalars: over the batch, and while gradients are taken
-    over the batches of all ranks; scaled so that DistributedDataParallel, which averages, gives the
-    gradient of the whole batch."""
+    """Tensors of any shape -> their sums, scalars, over the batch; when gradients are on, over the
+    batches of all ranks, scaled so that DistributedDataParallel, which averages, gives the gradient
+    of the whole batch."""
     sums = torch.stack([value.sum() for value in values])
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if torch.is_grad_enabled() and several:
@@ -45,8 +45,8 @@ def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
 
 def focal_tversky_loss(logits, target, alpha=0.7, beta=0.3, gamma=4 / 3, smooth=1.0):
     """(1 - TI) ** (1 / gamma), the loss of MedSASS (section 3.3.4; Abraham & Khan 2019, eq. 4).
-    Below one rounding step the power, whose slope would be infinite at 0, is the straight line from
-    the origin that meets it there."""
+    Below one rounding step the power, whose slope is infinite at 0, is replaced by the straight
+    line from the origin to it."""
     x = 1 - tversky_index(logits, target, alpha, beta, smooth)
     eps = torch.finfo(x.dtype).eps
     power = 1 / gamma

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}  # ours -> timm's name
-# A tensor that each backbone has once: it tells them apart, and the prefix of a file's names.
+# A tensor that only this backbone has: it tells files apart, and gives their names' prefix.
 ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.weight"}
 
 
@@ -78,8 +78,8 @@ def double_conv(in_channels, out_channels):
 
 def upsampled_conv(x, conv, size):
     """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) ->
-    (B, out, *size). Twice as large is a transposed convolution with a 4x4 kernel, the sums of the
-    weights that meet the same pixel of x: 16 products a pixel instead of 36."""
+    (B, out, *size). Doubling is a transposed convolution whose 4x4 kernel sums the weights that
+    meet the same pixel of x: 16 products a pixel instead of 36."""
     if size != (2 * x.shape[2], 2 * x.shape[3]):
         return conv(F.interpolate(x, size=size, mode="nearest"))
     sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)  # (out, in, 4, 4)
@@ -114,7 +114,7 @@ class UpBlock(nn.Module):
         return conv(self.attention1(torch.cat([x, skip], dim=1)))
 
     def forward(self, x, size, skip=None):
-        # Of first_conv the wide maps are made again for the gradient, not kept.
+        # first_conv's wide maps are recomputed for the gradient, not kept.
         x = checkpoint(self.first_conv, x, size, skip, use_reentrant=False,
                        preserve_rng_state=False)
         return self.attention2(self.convs[1](self.convs[0][1:](x)))
@@ -228,7 +228,7 @@ def read_encoder(path, backbone):
     """A checkpoint file -> {timm's name: tensor} of its encoder, prefixes and wrappings taken off.
     Raises ValueError, with the path, for a file that cannot be read or holds no such encoder."""
     try:
-        # DINO and timm save their settings so
+        # DINO and timm save a Namespace, too
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -6,7 +6,7 @@
     python prepare_data.py --dataset isic --check
 
 demo draws a small set of stained nuclei. folder takes any folder of images, sub-folders included:
-masks stand in masks/, labels/, gt/ ... under the names of their images, or are called NAME_mask;
+masks lie in masks/, labels/, gt/ ... with the names of their images, or are called NAME_mask;
 train/, val/ and test/ are kept as the parts; an optional labels.csv has name,label. dm, tissuenet,
 isic, xray, drone and dsb2018 take the files as their authors publish them, extracted or not.
 
@@ -62,7 +62,7 @@ PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "CMYK": "RG
                "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # Pillow's mode: converted to
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # refused at twice
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # error at double
 warnings.filterwarnings("ignore", module="pydicom")             # of files that it still reads
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what it raises too
 
@@ -129,8 +129,8 @@ def read_picture(path, page=0, as_mask=False):
     """Read one page of an image file: a Picture, upright, with bright as the larger value.
 
     as_mask: keep the stored values of DICOM, and the indices of palettes that start with black and
-    hold colours. Raises ValueError, path and reason, where a file cannot be read to its end, or
-    rightly.
+    hold colours. Raises ValueError, path and reason, where a file cannot be read whole and
+    correctly.
     """
     try:
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
@@ -184,7 +184,7 @@ def read_with_pillow(file, page, as_mask):
         tags, orientation = getattr(image, "tag_v2", {}), 1         # which Pillow turns by itself
         if not tags:
             orientation = image.getexif().get(274, 1)
-        elif not reads_rightly(image):
+        elif not pillow_can_read(image):
             raise UnidentifiedImageError
         image.load()
         mode = PLAIN_MODES.get(image.mode, image.mode)
@@ -211,7 +211,7 @@ def kind_of_numbers(tags):
     return tags.get(258, (1,))[0], tags.get(339, (1,))[0]
 
 
-def reads_rightly(image):
+def pillow_can_read(image):
     """Whether Pillow, or OpenCV for 16-bit colour, reads a page of a TIFF that Pillow opened as it
     is meant: not signed bytes, unknown channels, alpha in planes, or what it swaps or turns."""
     tags, kind, n = image.tag_v2, kind_of_numbers(image.tag_v2), len(image.getbands())
@@ -558,9 +558,9 @@ def find_files(raw):
         folders[:] = sorted(filter(is_content, folders))
         files = sorted(filter(is_content, files))
         if any(map(IMAGE_FOLDER.fullmatch, folders)):
-            aside = [name for name in folders if not is_place(name)]
+            aside = [name for name in folders if not is_image_or_mask_folder(name)]
             warn(aside + files, f"in {place} are beside images/ and masks/, and not taken")
-            folders[:] = filter(is_place, folders)
+            folders[:] = filter(is_image_or_mask_folder, folders)
             continue
         is_mask = any(map(MASK_FOLDER.fullmatch, place.relative_to(raw).parts))
         for file in files:
@@ -596,7 +596,7 @@ def is_content(name):
     return name[0] != "." and name not in ("__MACOSX", "labels.csv")
 
 
-def is_place(folder):
+def is_image_or_mask_folder(folder):
     """Whether a folder is called images, masks or the like, which is no part of a name."""
     return IMAGE_FOLDER.fullmatch(folder) or MASK_FOLDER.fullmatch(folder)
 
@@ -618,7 +618,7 @@ def name_of(path):
         file = path.stem
     if {"imagesTr", "imagesTs"} & set(folders):
         file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    folders = [folder for folder in folders if not is_place(folder)]
+    folders = [folder for folder in folders if not is_image_or_mask_folder(folder)]
     return unicodedata.normalize("NFC", "/".join([*folders, file]))
 
 
@@ -717,8 +717,8 @@ def find_folder(raw, args, bad):
 
 
 def group_by_regex(pairs, regex, bad):
-    """The pairs in whose names `regex` finds a group, which is set: of the match the first group,
-    or all."""
+    """The pairs in whose names `regex` finds a group, set to the match's first group, or the whole
+    match."""
     for pair in pairs:
         match = re.search(regex, pair.name)
         if match:
@@ -808,8 +808,8 @@ def join_duplicates(pairs):
 
 def split(pairs, seed):
     """Set the part of every pair: units in seeded order, cut at int(.7 n) and int(.8 n) images, or
-    slides; a unit that a cut falls into stays whole. Few large units fill each part with at least
-    one, where there are three."""
+    slides; a unit that a cut falls into stays whole. With three or more such units, each part gets
+    at least one."""
     images = collections.defaultdict(set)       # of each unit; the tiles of a slide are one
     for pair in pairs:
         images[pair.unit].add(pair.image)
@@ -853,7 +853,7 @@ def stratify(pairs, seed):
 
 def unpack(archive):
     """Extract a .zip, .npz or .tar[.gz] beside itself, once, into a folder of the same name. Both
-    libraries keep members that point outside out. Ends the program where it is broken."""
+    libraries reject members that point outside. Ends the program where it is broken."""
     folder = archive.with_name(re.sub(r"(\.tar)?\.\w+$", "", archive.name))
     if folder.exists():
         return
@@ -944,7 +944,7 @@ def find_drone(raw, args, missing):
 
 
 def find_dsb2018(raw, args, missing):
-    """BBBC038 stage 1: a folder an image, of the image's name; one mask a nucleus."""
+    """BBBC038 stage 1: one folder per image, named after it; one mask per nucleus."""
     pairs = []
     for name, path in sorted(images_in(raw, "images/*", missing).items()):
         folder = path.parent.parent
@@ -1010,10 +1010,10 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 
 
 def find_published(raw, args, bad):
-    """The Pairs of a published data set; prints what is there and what is missing, and ends the
-    program where a part is."""
-    facts = DATASET_INFO[args.dataset]
-    raw = Path(re.sub(f"/({facts.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
+    """The Pairs of a published data set; prints what is missing, and ends the program where a whole
+    part is."""
+    info = DATASET_INFO[args.dataset]
+    raw = Path(re.sub(f"/({info.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
     for path in sorted(raw.glob("[!.]*")):
         if re.search(r"\.(zip|npz|tar|tar\.gz|tgz)$", path.name, re.IGNORECASE):
             unpack(path)
@@ -1022,7 +1022,7 @@ def find_published(raw, args, bad):
     pairs = [pair for pair in found if pair.masks]
     bad += [f"{pair.image}: has no mask" for pair in found if not pair.masks]
     if missing:
-        print(f"missing: {', '.join(missing)}; from {facts.homepage}")
+        print(f"missing: {', '.join(missing)}; from {info.homepage}")
     if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
         sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
                  "nothing was written")
@@ -1048,11 +1048,11 @@ def download(url, path, tries=5):
 def fetch(args):
     """--download: the files of a data set that needs no account, into --raw; of another one, say
     where it is to be had."""
-    facts = DATASET_INFO[args.dataset]
-    if not facts.files:
+    info = DATASET_INFO[args.dataset]
+    if not info.files:
         sys.exit(f"{args.dataset} cannot be fetched without an account. Get it from "
-                 f"{facts.homepage}, put the files or archives into a folder, and give --raw DIR")
-    for url in facts.files:
+                 f"{info.homepage}, put the files or archives into a folder, and give --raw DIR")
+    for url in info.files:
         path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
             print(f"{path} is there")
@@ -1428,9 +1428,9 @@ def measure_masks(parts, size):
 def prepare(args, final):
     """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
     is written without --skip-bad."""
-    facts, bad, raw = DATASET_INFO[args.dataset], [], Path(args.raw)
+    info, bad, raw = DATASET_INFO[args.dataset], [], Path(args.raw)
     if not raw.is_dir() and args.dataset != "demo":
-        sys.exit(f"{raw}: no such folder. {facts.homepage}".rstrip())
+        sys.exit(f"{raw}: no such folder. {info.homepage}".rstrip())
     if args.dataset == "demo":
         pairs = find_demo(args)
     elif args.dataset == "folder":
@@ -1457,7 +1457,7 @@ def prepare(args, final):
         meta = vars(args) | {
             "foreground": foreground, "foreground_evidence": evidence, "source": str(raw),
             "mask_foreground": mask_evidence, "mask_share": share, "skipped": bad,
-            "homepage": facts.homepage, "counts": counts,
+            "homepage": info.homepage, "counts": counts,
             "fingerprint": write_arrays(folder, parts, args.size, scratch)}
         scratch.unlink()
         for part, pairs in parts.items():
@@ -1504,8 +1504,8 @@ def parse_args(argv):
     add("--mask-foreground", default="auto", metavar="RULE", help="folder: the mask values that "
         "are foreground: half (above half the range), nonzero, zero (the inverse), a list such as "
         "1 or 85,255 (of colours the largest channel), or auto, decided on all masks")
-    add("--group-regex", metavar="REGEX", help="folder: what in an image's name (its path below "
-        "--raw) says the patient (first group, or the whole match), whose images stay in one "
+    add("--group-regex", metavar="REGEX", help="folder: finds the patient in an image's name "
+        "(its path below --raw; first group, or whole match); a patient's images stay in one "
         "part; unset: the topmost folder, or DICOM's patient id")
     add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
         "the paper's tiles are split by slide, so that a patient may be in all parts")
@@ -1518,7 +1518,7 @@ def parse_args(argv):
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    facts = DATASET_INFO[args.dataset]
+    info = DATASET_INFO[args.dataset]
     for flag, sets in {"mask_foreground": ["folder"], "group_regex": ["folder"],
                        "split_by": ["dm"], "page": ["folder", "dm"],
                        "download": [*FINDERS]}.items():
@@ -1530,13 +1530,13 @@ def parse_args(argv):
         args.raw = f"raw/{args.dataset}"
     if not args.raw and not args.check:
         sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
-                 f"{facts.homepage}".rstrip())
+                 f"{info.homepage}".rstrip())
     if args.dataset != "folder":
         args.name = args.name or args.dataset
     elif not args.name:
         args.name = Path(args.raw or "folder").resolve().name
-    args.size = args.size or facts.size
-    args.foreground = args.foreground or facts.foreground
+    args.size = args.size or info.size
+    args.foreground = args.foreground or info.foreground
     given = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", "prepare_data.py", *given])
     if args.size < 16 or args.page < 0 or args.seed < 0 or not args.name:

@@ -8,8 +8,8 @@ encoder; without any label.
     torchrun --standalone --nproc-per-node 4 pretrain.py --dataset xray
 
 Reads data/<dataset>/ (see prepare_data.py), writes
-runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command again goes on where it was
-stopped, on a CPU to the bit.
+runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command resumes where it was
+stopped, on a CPU bit for bit.
 """
 
 import argparse
@@ -64,7 +64,7 @@ cv2.setNumThreads(0)                                    # the loader's workers a
 
 THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
 # Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa count pixels, of pages of
-# about 2 ** 20; pseudo_mask scales them, or a 224 x 224 image would be all prior.
+# about 2 ** 20; is_bright scales them, or at 224 x 224 the prior would dominate.
 GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25
 GHT_PIXELS = 2 ** 20
 
@@ -200,8 +200,8 @@ def position_map(masks, n, splits=8):
 
     The smoothed mean mask p, drawn towards its mean where such maps of random halves do not
     correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their mean correlation c
-    (Spearman 1910, Brown 1910). c is taken lower by two standard deviations over the splits: of 60
-    sets of 8 images with objects anywhere 6 lost objects without that, none with it."""
+    (Spearman 1910, Brown 1910). c is lowered by two standard deviations over the splits: of 60 sets
+    of 8 images with objects anywhere, 6 lost objects without this, none with it."""
     generator = np.random.default_rng(0)
     is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
     for row in is_counted[1:]:
@@ -474,7 +474,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def ranks():
-    """(number of this process, how many train together)."""
+    """(rank, world size)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -709,9 +709,9 @@ def to_device(views, device):
 @torch.no_grad()
 def update_batchnorm(method, loader, device, batches=64):
     """BatchNorm's statistics become their mean over un-augmented training images under the weights
-    as they are now (Wu & Johnson 2021, "precise BN"): the usual running average looks back over ten
-    steps, which in short epochs is a network that is no longer there. torch.optim.swa_utils.
-    update_bn would reset the BatchNorm of a frozen part, too."""
+    as they are now (Wu & Johnson 2021, "precise BN"): the usual running average covers about ten
+    steps: in short epochs, a network that has since changed. torch.optim.swa_utils.update_bn would
+    reset the BatchNorm of a frozen part, too."""
     method.train()
     network = network_of(method)
     norms = []
@@ -731,11 +731,11 @@ def update_batchnorm(method, loader, device, batches=64):
 def validate(method, loader, device, seed):
     """Mean loss over the validation images: the same views and masks each time."""
     method.eval()
-    rank, all_ranks = ranks()
+    rank, n_ranks = ranks()
     loss = n = 0
     for batch, (index, views) in enumerate(loader):
         # MAE and SimMIM draw what they hide in forward
-        torch.manual_seed(seed_from(seed, rank + batch * all_ranks))
+        torch.manual_seed(seed_from(seed, rank + batch * n_ranks))
         loss += method(to_device(views, device)).item() * len(index)
         n += len(index)
     loss, n = over_ranks(loss, n)
@@ -744,8 +744,8 @@ def validate(method, loader, device, seed):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) end nothing; their numbers come
-    into the list that is yielded."""
+    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) do not end the program; their
+    numbers are appended to the yielded list."""
     signals = []
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -768,10 +768,10 @@ def train(method, sets, options, folder, device, epoch_size=0):
     train_set, plain_set, val_set = sets
     seed, size = options.seed, options.batch_size
     batches = Batches(len(train_set), size, seed, epoch_size, ranks())
-    few = min(options.workers, 1)
+    val_workers = min(options.workers, 1)
     train_loader = make_loader(train_set, batches, options.workers)
-    plain_loader = make_loader(plain_set, Batches(len(plain_set), size, seed), few)
-    val_loader = make_loader(val_set, Batches(len(val_set), size, shard=ranks()), few)
+    plain_loader = make_loader(plain_set, Batches(len(plain_set), size, seed), val_workers)
+    val_loader = make_loader(val_set, Batches(len(val_set), size, shard=ranks()), val_workers)
     steps = len(batches)
     trainer = Trainer(method, options, device, steps)
     module = getattr(method, "unet", method)            # MedSASS has no weights but its U-Net's
@@ -1002,23 +1002,23 @@ def start_from(method, source, backbone):
 
 
 MEDSASS_FLAGS = ("train", "threshold", "loss", "foreground", "refine")
-# Flags that name a run's folder where they are not as usual, and what stands before their value.
+# Flags that enter a run folder's name when they are not defaults, and the prefix of each value.
 VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
                patience="p", lr="lr", weight_decay="wd", amp="")
 # Flags that do not change what a run computes.
-NO_SETTINGS = ("compile", "save_minutes", "workers", "data", "out", "device", "overwrite")
+NOT_SETTINGS = ("compile", "save_minutes", "workers", "data", "out", "device", "overwrite")
 
 
 def run_settings(args, method, meta):
-    """(all that decides what a run computes, a dict: equal settings, equal bits on one machine; its
-    folder, whose name has what is not usual, in flag order). Flags that only MedSASS uses are named
-    and ignored for a baseline."""
-    usual = vars(parse_args(["--dataset", args.dataset]))
-    usual |= dict(foreground=meta["foreground"], patience=5 if method.keep_best else 0,
-                  lr=method.lr, weight_decay=method.weight_decay)
-    settings = usual.copy()
+    """(a dict of all settings that decide what a run computes; its folder, whose name holds those
+    that are not defaults, in flag order). Flags that only MedSASS uses are named and ignored for a
+    baseline."""
+    defaults = vars(parse_args(["--dataset", args.dataset]))
+    defaults |= dict(foreground=meta["foreground"], patience=5 if method.keep_best else 0,
+                     lr=method.lr, weight_decay=method.weight_decay)
+    settings = defaults.copy()
     for name, value in vars(args).items():
-        if value in (None, usual[name]):
+        if value in (None, defaults[name]):
             continue
         if args.method != "medsass" and name in MEDSASS_FLAGS:
             print(f"--{name} is not used by {args.method} and ignored")
@@ -1033,13 +1033,13 @@ def run_settings(args, method, meta):
         settings["encoder"] = Path(args.encoder).name
         variant += f"-from-{Path(args.encoder).stem}"
     for name, prefix in VARIANT.items():
-        if settings[name] != usual[name]:
+        if settings[name] != defaults[name]:
             variant += f"-{prefix}{settings[name]}"
     folder = Path(args.out) / args.dataset / args.backbone / variant / f"seed{args.seed}"
     if args.method != "medsass":
         settings["train"] = "encoder"
-    for name in usual:
-        if name in NO_SETTINGS or settings[name] is None:
+    for name in defaults:
+        if name in NOT_SETTINGS or settings[name] is None:
             del settings[name]
     return settings | dict(img_size=meta["size"], data=meta["fingerprint"]), folder
 
@@ -1101,7 +1101,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
     add("--patience", type=int,
-        help="stop after so many epochs without a better validation loss; 0: never. Unset: 5; for "
+        help="early stopping: epochs without a better validation loss; 0: never. Unset: 5; for "
         "byol, dino, simsiam, whose loss says nothing about quality, 0")
     add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
@@ -1110,7 +1110,7 @@ def parse_args(argv=None):
         help="precision of the networks; losses stay in float32. auto: bf16 on a GPU that has it, "
         "else fp16 there, off on a CPU")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-minutes", type=float, default=10, help="save last.pt so often inside an epoch")
+    add("--save-minutes", type=float, default=10, help="minutes between saves within an epoch")
     add("--sync-batchnorm", action="store_true", default=None,
         help="BatchNorm over the images of all GPUs")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
@@ -1153,11 +1153,11 @@ def main(argv=None):
     args = parse_args(argv)
     flags = sys.argv[1:] if argv is None else argv
     join_ranks()
-    rank, all_ranks = ranks()
+    rank, n_ranks = ranks()
     data = Path(args.data) / args.dataset
     meta = prepare_data.read_meta(data)
     device = pick_device(args.device)
-    if args.sync_batchnorm and (device.type != "cuda" or all_ranks == 1):
+    if args.sync_batchnorm and (device.type != "cuda" or n_ranks == 1):
         sys.exit("--sync-batchnorm is for several GPUs, under torchrun")
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
     method = build_method(args, meta)

@@ -13,15 +13,15 @@
 # BACKBONES  "resnet50 vit_small"
 # PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
 # LABELS     "0.01 0.1 1.0", for frozen, finetune, semi and supervised
-# EPOCHS     50, of pre-training and of training on labels; the demo 16 and 10, at least 2
+# EPOCHS     50, of pre-training and on labels; the demo 16 and 10; demo and semi: at least 2
 # SIZE       side of the demo's pictures; other data sets must have been prepared at it
 # SHARD      2/8: every eighth run from the second on; machines or a SLURM array share the work
 # JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
 # GPUS       "0 1 2 3": a run at a time on each of these devices, instead of JOBS
-# DRY_RUN    1: list every run, with what is made of it (RUN) below, and do nothing
+# DRY_RUN    1: only list every run, with its evaluations (of RUN) below it
 #
-# What is finished is skipped, what was cut goes on, what failed is listed at the end with its log.
-# Several of these may run at once. Where Python does not meet requirements.txt, .venv is made.
+# Finished runs are skipped, interrupted ones resume, failed ones are listed with their logs.
+# Several run_all.sh may run at once. If Python does not meet requirements.txt, .venv is made.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -30,8 +30,8 @@ def blur(image):
 def augmentation(img_size, blur_p, solarize_p):
     """uint8 (3, H, W) -> float (3, S, S), ImageNet-normalised (appendix B, table 6).
 
-    On gray images saturation, hue and grayscale do nothing. Solarisation inverts what is bright, on
-    X-rays bones among it: the published recipe keeps it.
+    On gray images saturation, hue and grayscale do nothing. Solarisation inverts bright pixels,
+    such as bones on X-rays; it is kept, as published.
     """
     jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
     bicubic = v2.InterpolationMode.BICUBIC
@@ -81,7 +81,7 @@ class BYOL(nn.Module):
         self.predictor = mlp(256)
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
         self.target.requires_grad_(False)
-        self.tau_base = tau_base            # .996 there, for 1000 epochs; .97 there for short ones
+        self.tau_base = tau_base            # paper: .996 for 1000 epochs; .97 for short runs
         self.views = augmentation(img_size, 1.0, 0.0), augmentation(img_size, 0.1, 0.2)
         self.lr = 3e-4                      # LARS' .2 x batch / 256 does not learn at batch 16
         self.weight_decay = 1.5e-6
@@ -104,7 +104,7 @@ class BYOL(nn.Module):
         return torch.optim.Adam(learning, self.lr, weight_decay=self.weight_decay, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """Linear warm-up over 1 % of the run (10 of 1000 epochs there), then cosine to 0."""
+        """Linear warm-up over 1 % of the run (paper: 10 of 1000 epochs), then cosine to 0."""
         warm = max(1, total_steps // 100)
         done = max(0, step - warm) / max(1, total_steps - warm)
         rate = min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * done)) / 2

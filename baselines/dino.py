@@ -3,7 +3,7 @@ arXiv:2104.14294). One file; torch, torchvision, timm.
 
     method = DINO("vit_small", img_size=224)
     views = method.augment(image)   # uint8 (3, H, W) -> 2 global (3, 224, 224), 8 local (3, 96, 96)
-    loss = method(views)            # each view batched -> scalar; log(prototypes) knows nothing
+    loss = method(views)            # each view batched -> scalar; log(prototypes) is chance
 
 Reference: facebookresearch/dino. `method.encoder` is the teacher, a plain timm model.
 """
@@ -45,7 +45,7 @@ def augmentation(size, scale, blur_p, solarize_p):
 class Head(nn.Module):
     """Three layers to 256 with GELU, l2 normalisation, prototypes of unit length (appendix C). The
     BatchNorm is an option of the reference (use_bn_in_head), off there: without it the teacher of a
-    short run never tells gray images apart, of which a fresh ViT makes nearly one feature."""
+    short run never tells gray images apart, as a fresh ViT's features hardly differ."""
 
     def __init__(self, features, prototypes, hidden=2048, bottleneck=256):
         super().__init__()
@@ -97,7 +97,7 @@ class DINO(nn.Module):
             self.lr = 0.03 * batch_size / 256       # 1.9e-3 at batch 16, of SGD
             self.weight_decay = 1e-4
             global_scale, local_scale = (0.14, 1.0), (0.05, 0.14)
-        # 65536 prototypes there, for a million images; on a thousand most would never be used.
+        # 65536 in the paper, for a million images; on a thousand most would never be used.
         self.student = nn.Sequential(encoder, Head(encoder.num_features, prototypes))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, prototypes))
@@ -140,7 +140,7 @@ class DINO(nn.Module):
         return torch.optim.SGD(groups, self.lr, momentum=0.9)   # fused needs all gradients
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """Warm-up of the rate over 10 % of the run (10 of 100 epochs there), cosine to 1e-6."""
+        """Warm-up of the rate over 10 % of the run (paper: 10 of 100 epochs), cosine to 1e-6."""
         warm = max(1, total_steps // 10)
         done = max(0, step - warm) / max(1, total_steps - warm)
         lr = 1e-6 + (self.lr - 1e-6) * (1 + math.cos(math.pi * done)) / 2

@@ -145,7 +145,7 @@ class MAE(nn.Module):
         return torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95), fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """Linear warm-up over 5 % of the run (40 of 800 epochs there), then cosine to 0."""
+        """Linear warm-up over 5 % of the run (paper: 40 of 800 epochs), then cosine to 0."""
         warm = max(1, total_steps // 20)
         lr = self.lr * (step + 1) / warm
         if step >= warm:
