@@ -504,7 +504,8 @@ def fit_semi(method, sets, epoch_size, job, epochs):
     first_half = fit(method, sets, epoch_size, job, epochs // 2, folder.name)
     tuned = copy.deepcopy(method.unet.state_dict())
     decision = compare_tuned(method.unet, pretrained, tuned, sets, job, folder)
-    print(f"is the network that was tuned on the labels to be trusted? {decision}")
+    use = "is trained further" if decision["trusted"] else "is dropped: too few labels"
+    print(f"the network tuned on the labels {use} ({decision})")
     method.unet.load_state_dict(tuned)
     labelled, plain, val = sets
     labelled.seed = seed_from(job.seed, 4)
@@ -752,6 +753,7 @@ def evaluate(job):
             write_png(path.with_suffix(".png"), sheet)
         pretrain.write_csv(path.with_suffix(".csv"), rows)
         *earlier, command = job.commands
+        command = there.get("command", command)         # its first: equal results, equal files
         pretrain.write_json(path, result | dict(command=command, earlier_commands=earlier))
     for name, block in score_blocks(result).items():
         shown = [f"{score} {block[score]:.4f}" for score in PRINTED if score in block]
@@ -938,7 +940,7 @@ def group_by_seed(rows):
 
     groups = collections.defaultdict(dict)
     for row in sorted(rows, key=place):
-        groups[row["data"], row["title"]].setdefault(row["seed"], row)
+        groups[row["dataset"], row["data"], row["title"]].setdefault(row["seed"], row)
     cells = []
     for group in groups.values():
         rows = list(group.values())
@@ -1027,7 +1029,7 @@ def probe_table(cells):
 
 def draw_chart(cells, path):
     """One PNG, in gray: IoU against the labels used, with 95 % intervals; networks that saw none at
-    0, the best reference row as a line."""
+    0, the best reference rows without and with labels as lines."""
     from matplotlib.figure import Figure
     curves = collections.defaultdict(list)
     for cell in cells:
@@ -1043,9 +1045,10 @@ def draw_chart(cells, path):
         axes.errorbar(labels, means, yerr=reach, label=name, capsize=2, color=str(0.3 * (k % 3)),
                       clip_on=False,              # the last point lies on the edge
                       marker="osv^Dx*P"[k % 8], linestyle=("-", "--", ":", "-.")[k % 4])
-    best = best_of(cells, mean_of, protocol="reference", used="0")
-    if best:
-        axes.axhline(mean_of(best), color="black", linestyle="--", label=best["title"])
+    for used, style in (("0", "--"), ("all", ":")):      # what is free, and the best constant
+        best = best_of(cells, mean_of, protocol="reference", used=used)
+        if best:
+            axes.axhline(mean_of(best), color="black", linestyle=style, label=best["title"])
     counts = sorted({cell["n_labels_train"] for curve in curves.values() for cell in curve})
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(counts, counts)
@@ -1187,7 +1190,9 @@ def report(out):
         "Written by `python finetune_eval.py --report`. IoU is over the whole test part (counts "
         "summed), intervals are 95 % bootstrap over test images or their groups. Labels: training "
         "+ validation images whose masks or classes were used. hd95: 95 % Hausdorff distance. ≈: "
-        "the interval of the paired difference contains 0: no difference is shown.",
+        "the interval of the paired difference contains 0: no difference is shown.", "",
+        "raw_threshold: Otsu's masks; refined_threshold: those of --refine; random_init: the "
+        "untrained network; best_constant: one mask for all images, from the training truth.",
         "", *bad]
     cells = group_by_seed(rows)
     prepared = sorted({(row["dataset"], row["data"]) for row in rows})
@@ -1196,7 +1201,7 @@ def report(out):
         title = dataset
         if names.count(dataset) > 1:        # prepared more than once: not to be compared
             title = f"{dataset} ({data[:8]})"
-        here = [cell for cell in cells if cell["data"] == data]
+        here = [cell for cell in cells if (cell["dataset"], cell["data"]) == (dataset, data)]
         lines += dataset_section(title, here, out)
     print("\n".join(lines))
     lines += [*paper_sections(cells), "", "## Commands", "",

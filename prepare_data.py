@@ -547,6 +547,8 @@ def find_files(raw):
     folder images/ only folders of masks are looked into. What is not taken is printed. Ends the
     program where two readings are possible.
     """
+    if not raw.is_dir():
+        sys.exit(f"{raw}: no such folder")
     images, in_folders, bad, others, unread, seen = {}, [], [], [], [], set()
     for place, folders, files in os.walk(raw, followlinks=True):
         place = Path(place)
@@ -1280,7 +1282,8 @@ def load(pair, args, rule):
         for path in pair.masks:
             one = foreground_of(read_mask(path, args.page), rule)
             if one.shape != image.shape[:2] and args.dataset != "xray":     # as published
-                raise ValueError(f"{path}: the mask is {one.shape}, its image {image.shape}")
+                raise ValueError(f"{path}: the mask has {one.shape[1]} x {one.shape[0]} pixels, "
+                                 f"its image {image.shape[1]} x {image.shape[0]}")
             mask = one if mask is None else mask | one
     coarse = image[::4, ::4]
     pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
@@ -1338,7 +1341,8 @@ def try_each(pool, work, items, what, bad):
             bad.append(str(error))
             return []
 
-    for results in tqdm(pool.imap(attempt, items), what, len(items), unit=f" {what}"):
+    for results in tqdm(pool.imap(attempt, items), what, len(items), unit=f" {what}",
+                        disable=not items):
         yield from results
 
 

@@ -919,8 +919,8 @@ def load_checkpoint(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                          # torch raises a dozen kinds
-        sys.exit(f"{path} cannot be read ({type(error).__name__}): --overwrite starts the run "
-                 "afresh")
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): the run's command, with "
+                 "--overwrite, starts it afresh")
 
 
 def pick_device(name):
