@@ -1422,7 +1422,7 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys):
     trained = dict(n_labels_train=20, n_labels_val=4, budget_steps=9, labels=.1)
     fake_result(out, "supervised", 0, .9, "supervised", **trained)
     fine = fake_result(out, "medsass", 0, .85, "finetune", **trained)
-    fake_result(out, "medsass", 0, .7, dataset="my set")          # of the same arrays
+    other = fake_result(out, "medsass", 0, .7, dataset="my set")            # of the same arrays
     fake_result(out, "medsass-finetune", 0, .9, dataset="xray", data="z", **trained)
     for seed in (0, 1):                                         # prepared twice: never pooled
         fake_result(out, "medsass-e9", seed, .6, dataset="dm", data=f"{seed}abcdefgh", epochs=9)
@@ -1449,7 +1449,8 @@ def test_report_shows_what_is_there_and_names_what_is_not(tmp_path, capsys):
     for seed in "01":
         section = text[text.index(f"## dm ({seed}abcdefg)"):]
         assert re.match(r".*?\| medsass-e9: transfer \| 0 \| [.\d]+ \(1\) \|", section, re.DOTALL)
-    assert "vs best reference" in text[text.index("## my set"):]
+    section = text[text.index("## my set"):text.index("## xray")]
+    assert "vs best reference" in section and f"medsass: transfer | 0 | {other:.4f} (1)" in section
     assert "![my set](my%20set.png)" in text and Image.open(out / "my set.png").size[0] > 400
     paper = text[text.index("## The paper's tables"):]
     tables = paper[:paper.index("## Commands")]
