@@ -810,8 +810,8 @@ def join_duplicates(pairs):
 
 def split(pairs, seed):
     """Set the part of every pair: units in seeded order, cut at int(.7 n) and int(.8 n) images, or
-    slides; a unit that a cut falls into stays whole. With three or more such units, each part gets
-    at least one."""
+    slides; a unit that a cut falls into stays whole. Of three or more units, some of several
+    images, each part gets at least one."""
     images = collections.defaultdict(set)       # of each unit; the tiles of a slide are one
     for pair in pairs:
         images[pair.unit].add(pair.image)
@@ -1015,6 +1015,8 @@ def find_published(raw, args, bad):
     """The Pairs of a published data set; prints what is missing, and ends the program where a whole
     part is."""
     info = DATASET_INFO[args.dataset]
+    if not raw.is_dir():
+        sys.exit(f"{raw}: no such folder. {info.homepage}")
     raw = Path(re.sub(f"/({info.inside})$", "", raw.resolve().as_posix()))    # class -> its parent
     for path in sorted(raw.glob("[!.]*")):
         if re.search(r"\.(zip|npz|tar|tar\.gz|tgz)$", path.name, re.IGNORECASE):
@@ -1433,8 +1435,6 @@ def prepare(args, final):
     """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
     is written without --skip-bad."""
     info, bad, raw = DATASET_INFO[args.dataset], [], Path(args.raw)
-    if not raw.is_dir() and args.dataset != "demo":
-        sys.exit(f"{raw}: no such folder. {info.homepage}".rstrip())
     if args.dataset == "demo":
         pairs = find_demo(args)
     elif args.dataset == "folder":
