@@ -505,7 +505,8 @@ def fit_semi(method, sets, epoch_size, job, epochs):
     tuned = copy.deepcopy(method.unet.state_dict())
     decision = compare_tuned(method.unet, pretrained, tuned, sets, job, folder)
     use = "is trained further" if decision["trusted"] else "is dropped: too few labels"
-    print(f"the network tuned on the labels {use} ({decision})")
+    scores = ", ".join(f"{name} {value:.3g}" for name, value in decision.items())
+    print(f"the network tuned on the labels {use} ({scores})")
     method.unet.load_state_dict(tuned)
     labelled, plain, val = sets
     labelled.seed = seed_from(job.seed, 4)
