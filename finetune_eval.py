@@ -446,11 +446,12 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     and the IoUs that decide, kept in decision.json of the run `folder` of tuning. Writes the
     pre-trained one's masks, with the true ones where there are labels, into train_masks.npy.
 
-    The pre-trained network errs alike on labelled and unlabelled images. So a tuned network that is
-    right agrees with it on the unlabelled ones as well as the truth does on the labelled; one that
-    overfits a few images agrees less. With ratio = IoU(tuned, pre-trained) on the unlabelled images
-    / IoU(pre-trained, truth) on the labelled ones it is trusted where ratio >= 1, and not where
-    ratio < .8; in between, and where all are labelled, the validation images decide.
+    Two differences of IoUs are added up, and it is trusted where the sum is not negative. On the
+    labelled validation images: the tuned network's minus the pre-trained one's. On the training
+    images: IoU(tuned, pre-trained) on the unlabelled minus IoU(pre-trained, truth) on the labelled.
+    For the pre-trained network errs alike on both; a tuned one that is right agrees with it as well
+    as the truth does, and one that overfits a few images agrees less. Where all are labelled, there
+    is only the first.
     """
     path = folder / "decision.json"
     if path.exists():
@@ -469,7 +470,7 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
 
     val = *open_part(job.data, "val"), val_set.rows
     result = dict(tuned_val_iou=iou(tuned, *val), pretrained_val_iou=iou(pretrained, *val))
-    trusted = result["tuned_val_iou"] >= result["pretrained_val_iou"]
+    gain = result["tuned_val_iou"] - result["pretrained_val_iou"]
     # The weights are those of the last call, pretrained.
     pretrain.write_masks(draw_masks(unet, images, job.device), truth.shape,
                          folder / "train_masks.npy")
@@ -480,9 +481,8 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
         pretrained_iou = iou(pretrained, images, truth, labelled)
         agreement = iou(tuned, images, drawn, others)
         result |= dict(pretrained_iou=pretrained_iou, agreement=agreement)
-        if not 0.8 * pretrained_iou <= agreement < pretrained_iou:
-            trusted = agreement >= pretrained_iou
-    result["trusted"] = trusted
+        gain += agreement - pretrained_iou
+    result["trusted"] = gain >= 0
     pretrain.write_json(path, result)
     return result
 
