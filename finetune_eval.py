@@ -449,9 +449,9 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     Two differences of IoUs are added up, and it is trusted where the sum is not negative. On the
     labelled validation images: the tuned network's minus the pre-trained one's. On the training
     images: IoU(tuned, pre-trained) on the unlabelled minus IoU(pre-trained, truth) on the labelled.
-    For the pre-trained network errs alike on both; a tuned one that is right agrees with it as well
-    as the truth does, and one that overfits a few images agrees less. Where all are labelled, there
-    is only the first.
+    This assumes that the pre-trained one errs alike on both: then a tuned one that is right agrees
+    with it as well as the truth does, and one that overfits a few images less. Where all are
+    labelled, there is only the first.
     """
     path = folder / "decision.json"
     if path.exists():
