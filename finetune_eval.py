@@ -446,8 +446,8 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     and the IoUs that decide, kept in decision.json of the run `folder` of tuning. Writes the
     pre-trained one's masks, with the true ones where there are labels, into train_masks.npy.
 
-    Two differences of IoUs are added up, and it is trusted where the sum is not negative. On the
-    labelled validation images: the tuned network's minus the pre-trained one's. On the training
+    Two differences of IoUs are added up, and the tuned network is trusted where the sum is not
+    negative. On the labelled validation images: its IoU minus the pre-trained one's. On training
     images: IoU(tuned, pre-trained) on the unlabelled minus IoU(pre-trained, truth) on the labelled.
     This assumes that the pre-trained one errs alike on both: then a tuned one that is right agrees
     with it as well as the truth does, and one that overfits a few images less. Where all are

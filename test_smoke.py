@@ -1266,6 +1266,18 @@ def test_half_of_what_a_partly_labelled_set_gives_is_labelled(data):
     assert np.array_equal(mask[0], np.load(masks)[row])
 
 
+@pytest.mark.parametrize("ious, trusted", [             # the signs are at odds, in both
+    ((.77, .50, .51, .37), True), ((.88, .87, .82, .76), False)])
+def test_semi_weighs_validation_labels_against_agreement(ious, trusted, data, tmp_path,
+                                                         monkeypatch):
+    left = iter(ious)
+    monkeypatch.setattr(finetune_eval, "scores_from_counts", lambda counts: dict(iou=next(left)))
+    job = argparse.Namespace(data=data / "demo", device="cpu")
+    sets = [argparse.Namespace(rows=[3, 5])] * 3
+    decision = finetune_eval.compare_tuned(Local(), {}, {}, sets, job, tmp_path)
+    assert decision["trusted"] == trusted and next(left, None) is None
+
+
 def test_semi_trusts_labels_that_teach_more_than_pseudo_masks(data, copied_run, tmp_path,
                                                               monkeypatch):
     """Its second half does not repeat the order and augmentations of the first."""
@@ -1292,8 +1304,7 @@ def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, run, t
     shutil.copytree(good, blind / "run")
     few = ["--protocol", "semi", "--labels", "2", "--lr", "0.2", "--run"]
     result, folder, _ = tune(data, tmp_path, *few, str(good), epochs=2)
-    assert not result["trusted"] and result["agreement"] < result["pretrained_iou"]
-    assert result["tuned_val_iou"] < result["pretrained_val_iou"]
+    assert not result["trusted"] and result["agreement"] < .8 * result["pretrained_iou"]
     images, truth = [np.array(part) for part in prepare_data.open_part(data / "demo", "train")]
     names = prepare_data.read_names(data / "demo", "train")
     rows = finetune_eval.labelled_rows(names, range(64), 2 / 64, 0)
