@@ -375,25 +375,29 @@ class Probe(nn.Module):
 def labelled_sets(job, classes=None):
     """Data to train with on the images of --labels, with their masks, or with the number of their
     label among `classes`: (training, the same un-augmented, validation) Images, and how many
-    training images there are. A count of labels is a share of these, and the validation images are
-    as large a share. Ends the program where these are fewer than labels asked for."""
+    training images an epoch has. A count of labels is a share of the training images that have a
+    mask or class, and the validation images are as large a share. Ends the program where these are
+    fewer than labels asked for."""
     share = job.args.labels
     sets = []
     for part, transform in dict(train=pretrain.paper_augmentation(), val=v2.Identity()).items():
         names = read_names(job.data, part)
-        rows = range(len(names))
-        targets = job.data / f"{part}_masks.npy"
-        if not classes and not targets.exists():
-            sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
         if classes:
-            rows = [k for k in rows if names[k]["label"]]
+            rows = [k for k, row in enumerate(names) if row["label"]]
             targets = [["", *classes].index(row["label"]) - 1 for row in names]
+        else:
+            masks = open_part(job.data, part)[1]
+            if masks is None:
+                sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
+            rows = range(len(masks))
+            targets = job.data / f"{part}_masks.npy"
         if part == "train":
-            n_train = len(rows)
-            if share > n_train:
-                sys.exit(f"--labels {share}: {job.data} has {n_train} training images")
+            n_train = len(rows) if classes else len(names)
+            if share > len(rows):
+                sys.exit(f"--labels {share}: {job.data} has {len(rows)} training images of "
+                         f"which the {'class' if classes else 'mask'} is known")
             if isinstance(share, int):
-                share /= n_train
+                share /= len(rows)
         rows = labelled_rows(names, rows, share, job.seed)
         print(f"{len(rows)} {part} images are labelled")
         sets.append(Images(job.data, part, transform, job.seed, rows, targets))
@@ -459,7 +463,7 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     train_set, _, val_set = sets
     images, truth = open_part(job.data, "train")
     labelled = train_set.rows
-    others = sorted({*range(len(truth))} - {*labelled})
+    others = sorted({*range(len(images))} - {*labelled})
     unet.eval()
 
     def iou(weights, images, masks, rows):
@@ -472,7 +476,7 @@ def compare_tuned(unet, pretrained, tuned, sets, job, folder):
     result = dict(tuned_val_iou=iou(tuned, *val), pretrained_val_iou=iou(pretrained, *val))
     gain = result["tuned_val_iou"] - result["pretrained_val_iou"]
     # The weights are those of the last call, pretrained.
-    pretrain.write_masks(draw_masks(unet, images, job.device), truth.shape,
+    pretrain.write_masks(draw_masks(unet, images, job.device), images.shape[:3],
                          folder / "train_masks.npy")
     drawn = np.load(folder / "train_masks.npy", mmap_mode="r+")
     for k in labelled:                      # one at a time: they may be all

@@ -11,7 +11,8 @@ train/, val/ and test/ are kept as the parts; an optional labels.csv has name,la
 isic, xray, drone and dsb2018 take the files as their authors publish them, extracted or not.
 
 Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8
-{0, 1} (N, S, S), where there are masks; {...}.csv (name, group, label); meta.json; preview.png.
+{0, 1} (N, S, S), where there are masks (of the first images in train, if only some have one);
+{...}.csv (name, group, label); meta.json; preview.png.
 """
 
 import argparse
@@ -703,12 +704,18 @@ def find_folder(raw, args, bad):
         sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give all of train, val and test, "
                  "and no images outside of them; or rename them, to be split here")
     masked = {pair.part for pair in pairs if pair.masks}
-    kept = []
+    kept, unlabelled = [], []
     for pair in pairs:
         if pair.masks or pair.part not in masked:
             kept.append(pair)
-        else:
+        elif pair.part in ("val", "test"):
             bad.append(f"{pair.image}: has no mask")
+        elif args.keep_unlabelled:
+            kept.append(pair)
+            unlabelled.append(pair.image)
+        else:
+            bad.append(f"{pair.image}: has no mask; --keep-unlabelled trains on it without")
+    warn(unlabelled, "images have no mask, and are kept for the part train")
     if args.group_regex:
         kept = group_by_regex(kept, args.group_regex, bad)
     else:
@@ -1223,8 +1230,10 @@ def write_arrays(folder, parts, size, scratch):
     pixels = size * size
     for part, pairs in parts.items():
         for kind, channels, first in (("images", (3,), 0), ("masks", (), 3 * pixels)):
-            if kind == "masks" and not pairs[0].masks:
-                continue
+            if kind == "masks":
+                pairs = [pair for pair in pairs if pair.masks]
+                if not pairs:
+                    continue
             shape = (size, size, *channels)
             with open(folder / f"{part}_{kind}.npy", "wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
@@ -1395,22 +1404,36 @@ def read_all(pairs, args, scratch, bad):
     return good, evidence
 
 
+def train_unlabelled(unlabelled, labelled):
+    """The Pairs without masks that can be trained on, their part set to train: not those whose
+    group, patient or equal picture is in the validation or test part."""
+    elsewhere = {pair.unit for pair in labelled if pair.part != "train"}
+    kept = [pair for pair in unlabelled if pair.unit not in elsewhere]
+    for pair in kept:
+        pair.part = "train"
+    warn([pair.image for pair in unlabelled if pair.unit in elsewhere], "images without a mask are "
+         "left out: their group, patient, or an equal picture is in the part val or test")
+    return kept
+
+
 def divide(pairs, args):
-    """{part: Pairs by name}, split where the parts are not given. Ends the program where one would
-    be empty."""
-    pairs = sorted(pairs, key=lambda pair: pair.name)
+    """{part: Pairs by name, those with masks first}, split where the parts are not given. Ends the
+    program where one would be empty."""
+    pairs = sorted(pairs, key=lambda pair: (not pair.masks, pair.name))
     join_duplicates(pairs)
+    labelled = [pair for pair in pairs if pair.masks] or pairs
     if args.dataset == "xray":
         stratify(pairs, args.seed)
     elif not any(pair.part for pair in pairs):
-        split(pairs, args.seed)
+        split(labelled, args.seed)
+        pairs = labelled + train_unlabelled(pairs[len(labelled):], labelled)
     part_of = {}
     warn([pair.image for pair in pairs if part_of.setdefault(pair.unit, pair.part) != pair.part],
          "images have their group, patient, or an equal picture in another part, too")
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
-        sys.exit(f"{args.raw}: {len(pairs)} usable images are too few, or of too few groups "
+        sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
                  f"(see --group-regex), to fill train, val and test: {counts}")
     if DATASET_INFO[args.dataset].counts not in ((), counts):
         print(f"warning: {counts} images here, {DATASET_INFO[args.dataset].counts} as published")
@@ -1513,6 +1536,8 @@ def parse_args(argv):
         "part; unset: the topmost folder, or DICOM's patient id")
     add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
         "the paper's tiles are split by slide, so that a patient may be in all parts")
+    add("--keep-unlabelled", action="store_true", help="folder: where some images have masks, the "
+        "others are trained on without; unset: they are bad files")
     add("--page", type=int, default=0, help="the page or frame of files that have several; of a dm "
         "slide its stain, 0 is DAPI")
     add("--download", action="store_true", help="isic, dsb2018: first fetch the published files "
@@ -1524,7 +1549,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     info = DATASET_INFO[args.dataset]
     for flag, sets in {"mask_foreground": ["folder"], "group_regex": ["folder"],
-                       "split_by": ["dm"], "page": ["folder", "dm"],
+                       "keep_unlabelled": ["folder"], "split_by": ["dm"], "page": ["folder", "dm"],
                        "download": [*FINDERS]}.items():
         if args.dataset not in sets and getattr(args, flag) != parser.get_default(flag):
             print(f"not used by {args.dataset} and ignored: --{flag.replace('_', '-')}")
@@ -1538,7 +1563,7 @@ def parse_args(argv):
     if args.dataset != "folder":
         args.name = args.name or args.dataset
     elif not args.name:
-        args.name = Path(args.raw or "folder").resolve().name
+        args.name = Path(os.path.abspath(args.raw or "folder")).name
     args.size = args.size or info.size
     args.foreground = args.foreground or info.foreground
     given = sys.argv[1:] if argv is None else argv

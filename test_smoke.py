@@ -1329,6 +1329,18 @@ def test_semi_draws_the_missing_masks_where_labels_ruin_the_network(data, run, t
     assert not (blind / "run" / folder.name / "samples.png").exists()
 
 
+def test_semi_trains_on_images_that_have_no_mask(data, copied_run, tmp_path):
+    some = Path(shutil.copytree(data, tmp_path / "some"))
+    truth = np.load(some / "demo/train_masks.npy")[:6]
+    np.save(some / "demo/train_masks.npy", truth)
+    flags = ["--run", str(copied_run), "--protocol", "semi", "--lr", "0.2"]     # ruins the tuned
+    result, folder, _ = tune(some, tmp_path, *flags, epochs=2)
+    assert (result["n_labels_train"], result["budget_steps"], result["trusted"]) == (6, 8, False)
+    masks = np.load(folder / "labels/train_masks.npy")
+    assert np.array_equal(masks[:6], truth) and masks[6:].any() and len(masks) == 64
+    refused(lambda: tune(some, tmp_path, *flags, "--labels", "7", epochs=2), "6 training images")
+
+
 def test_a_network_that_saw_labels_is_only_scored_and_on_the_same_split(data, tmp_path):
     _, tuned, _ = tune(data, tmp_path, *ON_DEMO, "--protocol", "supervised", "--labels", "2")
     for protocol in ("finetune", "semi"):
@@ -2262,6 +2274,29 @@ def test_every_bad_file_is_found_in_one_pass(raw, capsys):
     out = prepare_beside(raw, "--skip-bad")
     assert len(prepared(out)) == 12 - 5
     assert len(prepare_data.read_meta(out)["skipped"]) == 6
+
+
+def test_images_without_masks_are_trained_on_if_asked(tmp_path, capsys):
+    raw = write_folder(tmp_path / "in/raw", n=36, size=32)     # twelve patients
+    for i in (0, 4, 8, 9, 10, 11, 20, 35):
+        next(raw.glob(f"masks/*_{i:02d}.png")).unlink()
+    refused(lambda: prepare(raw, tmp_path), "8 bad file(s)")
+    out = prepare(raw, tmp_path, "--keep-unlabelled")
+    masks = [np.load(out / f"{part}_masks.npy") for part in prepare_data.PARTS]
+    assert [len(part) for part in masks] == [19, 3, 6]  # cut at int(19.6) and int(22.4)
+    names = [row["name"] for row in prepare_data.read_names(out, "train")]
+    assert names == sorted(names[:19]) + sorted(names[19:]) and len(names) == 19 + 8
+    for name, mask in zip(names, masks[0], strict=False):
+        assert np.array_equal(mask, cv2.imread(raw / f"masks/{name}.png", 0) > 0)
+    assert not any((raw / f"masks/{name}.png").exists() for name in names[19:])
+    out = prepare(raw, tmp_path, "--keep-unlabelled", "--overwrite", "--group-regex", "^([^_]+)_")
+    rows = [prepare_data.read_names(out, part) for part in prepare_data.PARTS]
+    groups = [{row["group"] for row in part} for part in rows]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+    left_out = re.search(r"(\d+) images without a mask are left out", capsys.readouterr().out)
+    counts = prepare_data.read_meta(out)["counts"]
+    assert left_out and sum(counts.values()) == 36 - int(left_out[1])
+    prepare_data.main(["--dataset", "folder", "--name", "raw", "--out", str(tmp_path), "--check"])
 
 
 def test_images_outside_of_all_groups_are_bad(raw):
