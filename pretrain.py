@@ -1095,7 +1095,7 @@ def parse_args(argv=None):
         help="start from this encoder, a checkpoint of ours, timm's or torchvision's, or from "
         "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
     add("--loss", default="focal_tversky", choices=LOSSES,
-        help="between drawn and pseudo-mask (Table 4; bce, appendix B.1, finds no foreground)")
+        help="between drawn and pseudo-mask (Table 4; bce: appendix B.1)")
     add("--foreground", choices=["bright", "dark"],
         help="objects against what is around them; unset: what prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")

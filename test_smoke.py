@@ -1846,7 +1846,9 @@ def refuse(raw, *words):
 
 
 def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
-    out, again = prepare_beside(raw), prepare(raw, tmp_path)
+    linked = tmp_path / "linked"
+    linked.symlink_to(raw)
+    out, again = prepare_beside(raw), prepare(linked, tmp_path / "more")    # named after the link
     names = {*os.listdir(out)} - {"meta.json"}
     assert contents(out, names) == contents(again, names)
     assert os.listdir(out.parent) == ["raw"]
@@ -1858,7 +1860,7 @@ def test_folder_is_resized_split_and_repeatable(raw, tmp_path):
             assert np.array_equal(small, expected if kind == "images" else (expected > 127) * 255)
     parts = [part for part, *_ in found]
     assert parts == ["train"] * 8 + ["val"] + ["test"] * 3      # cut at int(8.4) and int(9.6)
-    refused(lambda: prepare(raw, tmp_path), again, "--overwrite")
+    refused(lambda: prepare(linked, tmp_path / "more"), again, "--overwrite")
     shutil.move(out, tmp_path / "other disk")
     out.symlink_to(tmp_path / "other disk")
     prepare_beside(raw, "--seed", "1")
