@@ -1256,8 +1256,8 @@ def parse_args(argv):
     add("--protocol", default="transfer", choices=["transfer", *LABEL_PROTOCOLS, "reference"],
         help="what to do before scoring")
     add("--labels", type=share_or_count, default=1.0,
-        help="labelled training images: 0.1 is a share, 10 a count; the same share of the "
-        "validation images goes with them")
+        help="labelled training images: 0.1 is a share of those that have a mask or class, 10 a "
+        "count; the same share of the validation images goes with them")
     add("--epochs", type=int, default=50,
         help="of training on labels (appendices C, D); an epoch has the steps of all training "
         "images, however few are labelled")

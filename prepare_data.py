@@ -683,8 +683,8 @@ def join_names(images, candidates):
 
 
 def find_folder(raw, args, bad):
-    """All images below --raw as Pairs: with masks where a part has any, parts as train/, val/ and
-    test/ say, groups and labels."""
+    """All images below --raw as Pairs: with masks where a part has any (--keep-unlabelled: or for
+    train), parts as train/, val/ and test/ say, groups and labels."""
     files = find_files(raw)
     bad += files.bad
     above = raw.resolve().parent
@@ -1229,16 +1229,16 @@ def write_arrays(folder, parts, size, scratch):
     digest = hashlib.sha256()
     pixels = size * size
     for part, pairs in parts.items():
-        for kind, channels, first in (("images", (3,), 0), ("masks", (), 3 * pixels)):
-            if kind == "masks":
-                pairs = [pair for pair in pairs if pair.masks]
-                if not pairs:
-                    continue
+        labelled = [pair for pair in pairs if pair.masks]
+        for kind, rows, channels, first in (("images", pairs, (3,), 0),
+                                            ("masks", labelled, (), 3 * pixels)):
+            if not rows:
+                continue
             shape = (size, size, *channels)
             with open(folder / f"{part}_{kind}.npy", "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(pairs), *shape)}
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
                 np.lib.format.write_array_header_1_0(file, header)
-                for pair in pairs:
+                for pair in rows:
                     start = pair.row * 4 * pixels + first
                     row = np.fromfile(scratch, np.uint8, math.prod(shape), offset=start)
                     digest.update(row)
@@ -1433,8 +1433,9 @@ def divide(pairs, args):
     parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
-        sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
-                 f"(see --group-regex), to fill train, val and test: {counts}")
+        kind = " with masks" * args.keep_unlabelled
+        sys.exit(f"{args.raw}: {len(labelled)} usable images{kind} are too few, or of too few "
+                 f"groups (see --group-regex), to fill train, val and test: {counts}")
     if DATASET_INFO[args.dataset].counts not in ((), counts):
         print(f"warning: {counts} images here, {DATASET_INFO[args.dataset].counts} as published")
     return parts
