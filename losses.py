@@ -20,26 +20,15 @@ def _full_precision(logits, target):
     return logits, target.to(logits.dtype)
 
 
-def batch_sums(*values):
-    """Tensors of any shape -> their sums, scalars, over the batch; when gradients are on, over the
-    batches of all ranks, scaled so that DistributedDataParallel, which averages, gives the gradient
-    of the whole batch."""
-    sums = torch.stack([value.sum() for value in values])
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if torch.is_grad_enabled() and several:
-        whole, scaled = sums.detach().clone(), sums * torch.distributed.get_world_size()
-        torch.distributed.all_reduce(whole)
-        sums = scaled + (whole - scaled).detach()
-    return sums.unbind()
-
-
 def tversky_index(logits, target, alpha=0.7, beta=0.3, smooth=1.0):
     """Soft Tversky index, a scalar in [0, 1] (Abraham & Khan 2019, eq. 3). alpha weighs false
     negatives, beta false positives. Sums run over the batch, so that an image without foreground
     does not weigh as much as one that is full of it."""
     logits, target = _full_precision(logits, target)
     p = torch.sigmoid(logits)
-    tp, fn, fp = batch_sums(p * target, (1 - p) * target, p * (1 - target))
+    tp = (p * target).sum()
+    fn = ((1 - p) * target).sum()
+    fp = (p * (1 - target)).sum()
     return (tp + smooth) / (tp + alpha * fn + beta * fp + smooth)
 
 

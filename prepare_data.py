@@ -37,6 +37,8 @@ import tarfile
 import unicodedata
 import warnings
 from dataclasses import dataclass, field, replace
+import signal, time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -1588,6 +1590,166 @@ def main(argv=None):
         if args.download and DATASET_INFO[args.dataset].homepage:
             fetch(args)
         prepare(args, final)
+
+
+# ---------------------------------------------------------------------------- files and threads
+
+@contextlib.contextmanager
+def new_file(path):
+    """Open a temporary binary file that takes the place of `path` when the block ends well: never
+    half a file under the real name. Raises OSError, also for torch.save's error on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        temporary.replace(path)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files and folders of killed processes, older than a day, in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > 24 * 3600:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def read_json(path):
+    """Return the dict in a JSON file, an empty one if there is no file; exit if it holds none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        sys.exit(f"{path} cannot be read: delete it, and run its command again")
+
+
+def write_json(path, content):
+    """Write a dict as JSON."""
+    with new_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_csv(path):
+    """Return the rows of a CSV of ours, a list of dicts."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, rows):
+    """Write a list of dicts as a CSV; the last one has all keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with new_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def write_png(path, pixels):
+    """Write uint8 (H, W) or (H, W, 3) as PNG."""
+    with new_file(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")
+
+
+def write_npy(path, arrays, shape):
+    """Write an iterable of equal arrays, bool or uint8, as uint8 of the full `shape`; one at a time
+    is in memory. A memory map would end with SIGBUS on a full disk."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with new_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(array.astype(np.uint8).tobytes())
+
+
+def map_threads(function, items):
+    """Yield function(item) of each item, in order, computed by all cores. Pillow and OpenCV let go
+    of Python's lock. Slices, because executor.map would submit everything at once."""
+    items = iter(items)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(items, 256)):
+            yield from pool.map(function, batch)
+
+
+def print_count(items, message):
+    """Print how many items there are, if any, and the first."""
+    if items:
+        print(f"{len(items)} {message} (the first: {items[0]})")
+
+
+# ------------------------------------------------------------------ what the command lines share
+
+def dataset_name(text):
+    """Return --dataset of the other scripts, the name of a folder under --data, without the slash
+    of tab completion. Raises ArgumentTypeError if it is no such name."""
+    name = text.rstrip("/")
+    if not name or "/" in name or name in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give the folder "
+                                         "above it with --data, or to prepare_data.py with --out")
+    return name
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help of every script: the docstring as it is written, and each flag's default."""
+
+
+def check_numbers(parser, args, **minimum):
+    """Exit if a number of `args` is below its minimum, infinite or nan."""
+    for name, low in minimum.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} is not a number from {low} up")
+
+
+def drop_unused(parser, args, flags):
+    """Return args with the defaults of `flags`, which this command does not use; name those that
+    were given."""
+    used = vars(args).copy()
+    for flag in flags:
+        if used[flag] != parser.get_default(flag):
+            print(f"not used here and ignored: --{flag.replace('_', '-')}")
+            used[flag] = parser.get_default(flag)
+    return argparse.Namespace(**used)
+
+
+def name_suffix(parser, args, prefixes):
+    """Return what flags other than their defaults add to a name, such as "-encoder-e20"."""
+    name = ""
+    for flag, prefix in prefixes.items():
+        value = getattr(args, flag)
+        if str(value) != str(parser.get_default(flag)):     # --labels 1 is not all, 1.0
+            name += f"-{prefix}{value}"
+    return name
+
+
+def interrupt(signum, frame):
+    """End on SIGTERM as on Ctrl-C."""
+    raise KeyboardInterrupt("stopped by SIGTERM")
+
+
+def run_script(main, advice):
+    """Run a script's main(); exit in one line on SIGTERM, Ctrl-C, errors of the system, and too
+    little memory."""
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="replace")        # for names that the terminal cannot show
+    try:
+        main()
+    except (OSError, csv.Error, re.error, KeyboardInterrupt) as error:
+        sys.exit(f"{script}: {str(error) or 'interrupted'}; {advice}")
+    except RuntimeError as error:                   # torch's
+        text = str(error).lower()
+        if "shared memory" in text or "bus error" in text:
+            sys.exit(f"{script}: shared memory (/dev/shm) is too small for the processes that load "
+                     "images: --workers 0, or more of it (docker run --shm-size 1g)")
+        if "out of memory" in text or "allocate memory" in text:
+            sys.exit(f"{script}: out of memory: a smaller --batch-size, or pictures prepared at a "
+                     "smaller --size")
+        raise
 
 
 if __name__ == "__main__":

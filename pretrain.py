@@ -8,24 +8,22 @@ encoder; without any label.
     torchrun --standalone --nproc-per-node 4 pretrain.py --dataset xray
 
 Reads data/<dataset>/ (see prepare_data.py), writes
-runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command resumes where it was
-stopped, on a CPU bit for bit.
+runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command resumes after the last
+whole epoch, on a CPU bit for bit.
 """
 
 import argparse
 import atexit
+import collections
 import contextlib
-import csv
 import datetime
-import functools
-import hashlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,7 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torchvision
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -53,6 +50,7 @@ from baselines.simmim import SimMIM
 from baselines.simsiam import SimSiam
 from losses import LOSSES
 from models import BACKBONES, build_unet, export_encoder, load_encoder
+from prepare_data import new_file, open_part, read_json, write_json
 
 # ImageNet's mean and standard deviation, timm's defaults for both backbones; (3, 1, 1)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -64,38 +62,39 @@ cv2.setNumThreads(0)                                    # the loader's workers a
 
 THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
 # Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa count pixels, of pages of
-# about 2 ** 20; is_bright scales them, or at 224 x 224 the prior would dominate.
+# about 2 ** 20; bright_pixels scales them, or at 224 x 224 the prior would dominate.
 GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25
 GHT_PIXELS = 2 ** 20
 
 
 def otsu_threshold(gray):
-    """uint8 (H, W) -> int t; foreground is gray > t (Otsu 1979, by OpenCV)."""
+    """Return Otsu's threshold (1979) of uint8 (H, W), an int t; foreground is gray > t."""
     return int(cv2.threshold(gray, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0])
 
 
 def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA):
-    """uint8 (H, W) -> int t by Generalized Histogram Thresholding; foreground is gray > t (Barron,
-    ECCV 2020, section 3). nu >= 0: strength (in pixels) of the prior that the Gaussians on either
-    side of t have standard deviation tau; kappa >= 0: of the prior that a share omega of the pixels
-    is at or below t. Ties give the mean of the tied thresholds, as in Barron's code."""
+    """Return the Generalized Histogram Threshold of uint8 (H, W), an int t; foreground is gray > t
+    (Barron, ECCV 2020, section 3). nu >= 0: strength, in pixels, of the prior that the Gaussians on
+    either side of t have deviation tau; kappa >= 0: of the prior that a fraction omega of the
+    pixels is at or below t. Ties give the mean of the tied thresholds, as in Barron's code."""
     counts = np.bincount(gray.ravel(), minlength=256).astype(np.float64)
     levels = np.arange(256.0)
 
-    def side(n, x, share):                              # cumulated over levels 0..t, t = 0..254
+    def side_score(n, x, fraction):                     # cumulated over levels 0..t, t = 0..254
         w = np.maximum(np.cumsum(n)[:-1], 1e-30)
         mean = np.cumsum(n * x)[:-1] / w
         d = np.cumsum(n * x ** 2)[:-1] - w * mean ** 2  # sum of squared deviations
         p = w / n.sum()
         v = np.maximum((p * nu * tau ** 2 + d) / (p * nu + w), 1e-30)
-        return -d / v - w * np.log(v) + 2 * (w + kappa * share) * np.log(w)
+        return -d / v - w * np.log(v) + 2 * (w + kappa * fraction) * np.log(w)
 
-    score = side(counts, levels, omega) + side(counts[::-1], levels[::-1], 1 - omega)[::-1]
+    score = side_score(counts, levels, omega)
+    score += side_score(counts[::-1], levels[::-1], 1 - omega)[::-1]
     return int(np.flatnonzero(score == score.max()).mean())
 
 
-def is_bright(gray, method):
-    """uint8 (H, W) -> bool (H, W): what one of THRESHOLDS calls bright."""
+def bright_pixels(gray, method):
+    """Return what one of THRESHOLDS calls bright in uint8 (H, W), a bool (H, W)."""
     if method == "otsu":
         return gray > otsu_threshold(gray)
     if method == "fixed":
@@ -111,16 +110,16 @@ def is_bright(gray, method):
 
 
 def pseudo_mask(images, method="otsu", foreground="bright"):
-    """uint8 (B, H, W, 3) RGB -> uint8 {0, 1} (B, H, W): the label that an image gives itself
-    (Algorithm 1). "dark" is the complement of "bright" at the same threshold; an image of one gray
-    value has no foreground. Raises ValueError for words other than THRESHOLDS, "bright", "dark"."""
+    """Return the label that each image gives itself (Algorithm 1): uint8 (B, H, W, 3) RGB -> uint8
+    {0, 1} (B, H, W). "dark" is the complement of "bright" at the same threshold; an image of one
+    gray value has no foreground. Raises ValueError for other words."""
     if method not in THRESHOLDS or foreground not in ("bright", "dark"):
         raise ValueError(f"no pseudo-mask {method!r} / {foreground!r}")
     masks = np.zeros(images.shape[:3], np.uint8)
     for image, mask in zip(images, masks, strict=True):
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         if gray.min() < gray.max():
-            mask[:] = is_bright(gray, method) == (foreground == "bright")
+            mask[:] = bright_pixels(gray, method) == (foreground == "bright")
     return masks
 
 
@@ -130,8 +129,8 @@ CHANNELS = ("gray", "red", "green", "blue")
 REFINEMENTS = ("channel", "frame", "position")
 
 
-def one_channel(image, channel="gray", foreground="dark"):
-    """uint8 (H, W, 3) RGB -> uint8 (H, W), dark where the foreground is."""
+def foreground_dark_channel(image, channel="gray", foreground="dark"):
+    """Return a channel of uint8 (H, W, 3) RGB in which the foreground is dark, uint8 (H, W)."""
     if channel == "gray":
         values = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     else:
@@ -140,29 +139,29 @@ def one_channel(image, channel="gray", foreground="dark"):
 
 
 def separability(values):
-    """uint8 (H, W) -> float in [0, 1]: variance between the two classes of Otsu's threshold over
-    the total variance (Otsu 1979, eq. 12)."""
-    above = values > otsu_threshold(values)
-    share = above.mean()
-    if not 0 < share < 1:
+    """Return the variance between the two classes of Otsu's threshold over the total variance of
+    uint8 (H, W), a float in [0, 1] (Otsu 1979, eq. 12)."""
+    bright = values > otsu_threshold(values)
+    fraction = bright.mean()
+    if not 0 < fraction < 1:
         return 0.0
-    gap = values[above].mean() - values[~above].mean()
-    return float(share * (1 - share) * gap ** 2 / values.var())
+    gap = values[bright].mean() - values[~bright].mean()
+    return float(fraction * (1 - fraction) * gap ** 2 / values.var())
 
 
 def choose_channel(images):
-    """uint8 (N, H, W, 3), may be mapped -> (one of CHANNELS, {channel: mean separability}): that
-    which Otsu's threshold separates best; gray wins ties. Skin lesions stand out more in blue."""
+    """Return the one of CHANNELS that Otsu's threshold separates best in uint8 (N, H, W, 3), and
+    {channel: mean separability}. Gray wins ties. Skin lesions stand out more in blue."""
     means = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
-            means[channel] += separability(one_channel(image, channel)) / len(images)
+            means[channel] += separability(foreground_dark_channel(image, channel)) / len(images)
     return max(CHANNELS, key=lambda channel: round(means[channel], 6)), means
 
 
 def dark_mask(values, frame):
-    """uint8 (H, W) -> bool (H, W): not above Otsu's threshold. `frame`, bool (H, W), is neither
-    counted in the histogram nor foreground. Nothing where all values are alike."""
+    """Return what is not above Otsu's threshold in uint8 (H, W), a bool (H, W). `frame`, bool
+    (H, W), is neither counted nor foreground. Nothing is foreground if all values are equal."""
     counted = values[~frame][:, None]
     if not counted.size or counted.min() == counted.max():
         return np.zeros(values.shape, bool)
@@ -170,38 +169,38 @@ def dark_mask(values, frame):
 
 
 def connected(mask, starts):
-    """bool (H, W) twice -> bool (H, W): 4-connected components of `mask` that hold a start."""
+    """Return the 4-connected components of `mask` that hold a start; all are bool (H, W)."""
     _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     return np.isin(labels, labels[mask & starts])
 
 
-def common_frame(often):
-    """bool (H, W), what is dark in most images -> bool (H, W): the part connected to the border.
-    Objects rarely lie there; lens corners, letterboxes, collimators do."""
-    border = np.ones(often.shape, bool)
+def shared_frame(frequent):
+    """Return the part of `frequent`, what is dark in most images, that is connected to the border;
+    both bool (H, W). Objects rarely lie there; lens corners, letterboxes, collimators do."""
+    border = np.ones(frequent.shape, bool)
     border[1:-1, 1:-1] = False
-    return connected(often, border)
+    return connected(frequent, border)
 
 
-def frame_of(values, common):
-    """uint8 (H, W) of one_channel -> bool (H, W), the frame of one image: `common`, and what is at
-    most .55 of the median and connected to a corner; dilated by 1/32 of the side, because the edge
-    of a lens is blurred."""
+def image_frame(values, shared):
+    """Return the frame of one image, bool (H, W): `shared`, and what of foreground_dark_channel is
+    at most .55 of the median and connected to a corner. It is dilated by 1/32 of the side, because
+    the edge of a lens is blurred."""
     corners = np.zeros(values.shape, bool)
     corners[[0, 0, -1, -1], [0, -1, 0, -1]] = True
-    frame = common | connected(values <= 0.55 * np.median(values), corners)
+    frame = shared | connected(values <= 0.55 * np.median(values), corners)
     side = 2 * (max(values.shape) // 32) + 1
     return cv2.dilate(frame.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
 
 
 def position_map(masks, n, splits=8):
-    """An iterable of n masks, bool (H, W) -> (float (H, W), reliability in [0, 1]): how often each
-    place is foreground, as far as the images agree on it.
+    """Return how often each place is foreground, as far as the images agree on it, float (H, W),
+    and how reliable that is, in [0, 1]. masks: an iterable of n bool (H, W).
 
-    The smoothed mean mask p, drawn towards its mean where such maps of random halves do not
-    correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c) of their mean correlation c
-    (Spearman 1910, Brown 1910). c is lowered by two standard deviations over the splits: of 60 sets
-    of 8 images with objects anywhere, 6 lost objects without this, none with it."""
+    The smoothed mean mask p is pulled to its mean as far as such maps of random halves do not
+    correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c), c their mean correlation
+    (Spearman 1910, Brown 1910) less two standard deviations, or small sets would lose objects.
+    """
     generator = np.random.default_rng(0)
     is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
     for row in is_counted[1:]:
@@ -222,62 +221,54 @@ def position_map(masks, n, splits=8):
 
 @dataclass
 class Refinement:
-    """What --refine has decided on the training images; draw() then needs one image at a time."""
+    """What --refine has decided on the training images. refine_mask then needs one image."""
     foreground: str
     channel: str = "gray"
-    common: np.ndarray | None = None                    # common_frame; None: no frame is taken off
+    shared: np.ndarray | None = None                    # shared_frame; None: no frame is left out
     positions: list = field(default_factory=list)       # of position_map, one after the other
 
-    def draw(self, image):
-        """uint8 (H, W, 3) -> bool (H, W), the refined mask."""
-        values = one_channel(image, self.channel, self.foreground)
+    def refine_mask(self, image):
+        """Return the refined mask of uint8 (H, W, 3), a bool (H, W)."""
+        values = foreground_dark_channel(image, self.channel, self.foreground)
         frame = np.zeros(values.shape, bool)
-        if self.common is not None:
-            frame = frame_of(values, self.common)
+        if self.shared is not None:
+            frame = image_frame(values, self.shared)
         mask = dark_mask(values, frame)
         for position in self.positions:                 # what reaches no likely place is dropped
             mask = connected(mask, position >= 0.5 * position.max())
         return mask
 
-    def draw_all(self, images):
-        """The masks of uint8 (N, H, W, 3), may be mapped, one after the other, by all cores."""
-        with prepare_data.thread_pool() as pool:
-            for start in range(0, len(images), 256):
-                yield from pool.map(self.draw, map(np.array, images[start:start + 256]))
+    def refine_masks(self, images):
+        """Yield the masks of uint8 (N, H, W, 3), which may be mapped, computed by all cores."""
+        return prepare_data.map_threads(self.refine_mask, images)
 
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
-    """Training images uint8 (N, H, W, 3), may be mapped -> (Refinement, evidence). Holds at most
-    256 images. parts: of REFINEMENTS. evidence, a dict: channel and separability, common_frame (a
-    share of the picture), reliability of position_map."""
+    """Return the Refinement of training images, uint8 (N, H, W, 3), by some of REFINEMENTS, and the
+    evidence for it, a dict: separability of the channels, the fraction of a picture that
+    shared_frame covers, reliability of position_map."""
     refinement = Refinement(foreground)
     evidence = {}
     if "channel" in parts:
         refinement.channel, evidence["separability"] = choose_channel(images)
     evidence["channel"] = refinement.channel
     if "frame" in parts:
-        times_dark = sum(m.astype(np.int64) for m in refinement.draw_all(images))
-        refinement.common = common_frame(times_dark > 0.7 * len(images))
-        evidence["common_frame"] = float(refinement.common.mean())
+        times_dark = sum(mask.astype(np.int64) for mask in refinement.refine_masks(images))
+        refinement.shared = shared_frame(times_dark > 0.7 * len(images))
+        evidence["shared_frame"] = float(refinement.shared.mean())
     if "position" in parts:
         for _ in range(2):                              # again, from the masks of the first
-            position, reliability = position_map(refinement.draw_all(images), len(images))
+            masks = refinement.refine_masks(images)
+            position, evidence["reliability"] = position_map(masks, len(images))
             refinement.positions.append(position)
-        evidence["reliability"] = reliability
     return refinement, evidence
-
-
-def refined_masks(images, foreground, parts=REFINEMENTS):
-    """uint8 (N, H, W, 3) -> (uint8 {0, 1} (N, H, W), evidence), for images that fit into memory."""
-    refinement, evidence = decide_refinement(images, foreground, parts)
-    return np.stack(list(refinement.draw_all(images))).astype(np.uint8), evidence
 
 
 # ---------------------------------------------------------------------- augmentation (appendix D)
 
 def warp(image, matrix):
-    """uint8 (3, H, W) -> the same: the pixel at (x, y) is taken from matrix @ (x, y, 1), bilinear;
-    of a tv_tensors.Mask (1, H, W) the nearest. Outside is the mirror image of the inside:
+    """Warp uint8 (3, H, W), or a tv_tensors.Mask (1, H, W): the pixel at (x, y) is taken from
+    matrix @ (x, y, 1), bilinear, of a mask the nearest. Outside is the mirror image of the inside:
     torchvision's black would be dark foreground to Otsu."""
     interpolation = cv2.INTER_LINEAR
     if isinstance(image, tv_tensors.Mask):
@@ -306,8 +297,8 @@ class Rotation(v2.RandomAffine):
 
 
 def paper_augmentation():
-    """uint8 (3, H, W), or with its tv_tensors.Mask (1, H, W) -> the same. The paper's list and
-    order; it gives no strengths, these are mild, common ones."""
+    """Return the paper's transforms, in its order, of uint8 (3, H, W), alone or with its
+    tv_tensors.Mask (1, H, W). The paper gives no strengths; these are mild, common ones."""
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
     return v2.Compose([
         v2.RandomChoice([jitter, Perspective(distortion_scale=0.2, p=1.0)]),
@@ -318,33 +309,46 @@ def paper_augmentation():
 
 # ------------------------------------------------------------------------------------- the method
 
-class MedSASS(nn.Module):
-    """A U-Net that learns to draw the pseudo-mask of the very image it sees (section 3.3.1,
-    Algorithm 1).
+@dataclass
+class ViewAndMask:
+    """What one image becomes: uint8 (3, H, W) -> [view uint8 (3, H, W), uint8 {0, 1} (1, H, W)].
+    The mask is that of the view itself; a given tv_tensors.Mask is moved with the image instead."""
+    transform: nn.Module
+    threshold: str
+    foreground: str
 
-    augment(image): uint8 (3, H, W) -> [view uint8 (3, H, W), pseudo-mask uint8 {0, 1} (1, H, W)],
-    in the workers; with refine, augment(image, mask): masks come from files. plain: the same
-    without augmentation. train_part "encoder" or "decoder": only that part learns; the other stays
-    as it is, its BatchNorm in eval mode (section 4.1). The rest is as in every class of baselines/.
-    """
+    def __call__(self, image, mask=None):
+        if mask is not None:
+            return self.transform(image, mask)
+        view = self.transform(image)
+        pixels = view.permute(1, 2, 0).numpy()[None]    # (1, H, W, 3)
+        return [view, torch.from_numpy(pseudo_mask(pixels, self.threshold, self.foreground))]
+
+
+class MedSASS(nn.Module):
+    """A U-Net that learns to predict the pseudo-mask of the very image it sees (section 3.3.1,
+    Algorithm 1). plain is augment without augmentation. With refine the masks come from files.
+    train_part "encoder" or "decoder": only that part learns, the other stays as it is, its
+    BatchNorm in eval mode (section 4.1). Other members are as in every class of baselines/."""
 
     backbones = tuple(BACKBONES)
     keep_best = True
-    mask_kind = "pseudo"
 
     def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu",
                  foreground="bright", loss="focal_tversky", train_part="end2end", refine=()):
         super().__init__()
         self.unet = build_unet(backbone, img_size)
-        self.foreground, self.refine, self.train_part = foreground, refine, train_part
+        self.foreground = foreground
+        self.refine = refine
+        self.train_part = train_part
         self.loss = LOSSES[loss]
-        self.lr, self.weight_decay = 3.6e-4, 1e-5       # not in the paper: its authors' other code
+        self.lr = 3.6e-4                                # not in the paper: its authors' other code
+        self.weight_decay = 1e-5
+        self.plain = ViewAndMask(v2.Identity(), threshold, foreground)
+        self.augment = ViewAndMask(paper_augmentation(), threshold, foreground)
         if train_part != "end2end":
             self.unet.requires_grad_(train_part == "decoder")
             self.unet.encoder.requires_grad_(train_part == "encoder")
-        draw = None if refine else (threshold, foreground)
-        self.plain = functools.partial(view_and_mask, v2.Identity(), draw)
-        self.augment = functools.partial(view_and_mask, paper_augmentation(), draw)
 
     @property
     def encoder(self):
@@ -360,44 +364,38 @@ class MedSASS(nn.Module):
     def forward(self, views):
         images, masks = views
         logits = self.unet(normalise(images))           # (B, 1, H, W)
-        self.shares = masks.float().mean(), (logits.detach() > 0).float().mean()
+        self.target_foreground = masks.float().mean()
+        self.predicted_foreground = (logits.detach() > 0).float().mean()
         return self.loss(logits, masks)
 
     def optimizer(self):
-        """Adam over what learns."""
+        """Return Adam over what learns."""
         learning = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.Adam(learning, self.lr, weight_decay=self.weight_decay, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
-        """The learning rate is constant."""
+        """Keep the learning rate constant."""
 
     def after_backward(self):
-        """No clipping, nothing frozen."""
+        """Clip nothing, freeze nothing."""
 
     def after_step(self, step, total_steps):
-        """No moving average."""
+        """Keep no moving average."""
 
     def health(self):
-        """Shares of foreground in the last batch: of the masks, and of what was drawn."""
-        share, predicted = self.shares
-        return {f"{self.mask_kind}_foreground": share.item(),
-                "predicted_foreground": predicted.item()}
-
-    def collapsed(self, health):
-        """A line that says what to try where the network draws one class only, else None."""
-        if health["predicted_foreground"] in (0, 1):
-            name = "foreground" if health["predicted_foreground"] else "background"
-            return (f"the network calls every pixel {name}, as with --loss bce in appendix B.1: if "
-                    "it stays so, try a smaller --lr")
+        """Return the foreground fractions of masks and predictions. Predictions of 0 or 1: the
+        network has collapsed, as in appendix B.1."""
+        return dict(target_foreground=self.target_foreground.item(),
+                    predicted_foreground=self.predicted_foreground.item())
 
     def samples(self, views):
-        """{title: pictures (B, 1 or 3, H, W)}: what it saw and drew."""
+        """Return {title: pictures (B, 1 or 3, H, W)}: what it saw and predicted."""
         images, masks = views
         columns = {"image": images}
         if self.refine:
             raw = pseudo_mask(images.permute(0, 2, 3, 1).cpu().numpy(), "otsu", self.foreground)
             columns["Otsu"] = torch.from_numpy(raw)[:, None]
-        columns[f"{self.mask_kind}-mask"] = masks
+        columns["target"] = masks
         columns["prediction"] = self.unet(normalise(images)) > 0
         return columns
 
@@ -405,31 +403,22 @@ class MedSASS(nn.Module):
 METHODS = dict(medsass=MedSASS, byol=BYOL, dino=DINO, simsiam=SimSiam, mae=MAE, simmim=SimMIM)
 
 
-def view_and_mask(transform, draw, image, mask=None):
-    """uint8 (3, H, W) -> [view, uint8 {0, 1} (1, H, W)]: the mask drawn in the view by `draw`,
-    (threshold, foreground), or the given tv_tensors.Mask, moved with the image."""
-    if draw is None:
-        return transform(image, mask)
-    view = transform(image)
-    return [view, torch.from_numpy(pseudo_mask(view.permute(1, 2, 0).numpy()[None], *draw))]
-
-
 def normalise(images):
-    """uint8 (B, 3, H, W) RGB -> float, by ImageNet's mean and standard deviation."""
+    """Return uint8 (B, 3, H, W) RGB as float, normalised by ImageNet's mean and deviation."""
     return (images / 255 - MEAN.to(images.device)) / STD.to(images.device)
 
 
 # ------------------------------------------------------------------------ data and its randomness
 
 def seed_from(*key):
-    """Non-negative integers such as (seed, epoch, index) -> a 63-bit seed. Zeros at the end do not
-    count: (5,) and (5, 0) are one key."""
+    """Return a 63-bit seed of non-negative integers such as (seed, epoch, index). Zeros at the end
+    do not count: (5,) and (5, 0) are one key."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Inside, torch's CPU generator is seeded from `key`, and one thread computes, as in a loader's
+    """Seed torch's CPU generator from `key` inside, and compute on one thread, as in a loader's
     worker, so that sums round alike; afterwards both are as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -443,8 +432,8 @@ def seeded(*key):
 
 class Images(torch.utils.data.Dataset):
     """One part of a data set, or some `rows` of it. Key (epoch, k) -> (row, transform(image)), the
-    same in whatever process; with `masks`, an .npy, uint8 {0, 1} (N, S, S): (row, [view, mask]), or
-    with a list of class numbers, one for each row of the part: (row, [view, number])."""
+    same in whatever process. With `masks`, an .npy of uint8 {0, 1} (N, S, S): (row, [view, mask]).
+    With a list of class numbers, one for each row of the part: (row, [view, number])."""
 
     def __init__(self, folder, part, transform, seed, rows=None, masks=None):
         self.path = Path(folder) / f"{part}_images.npy"
@@ -452,7 +441,7 @@ class Images(torch.utils.data.Dataset):
         self.transform = transform
         self.seed = seed
         if rows is None:                                # true masks are not read in this file
-            rows = range(len(prepare_data.open_part(folder, part)[0]))
+            rows = range(len(open_part(folder, part)[0]))
         self.rows = rows
 
     def __len__(self):
@@ -473,17 +462,19 @@ class Images(torch.utils.data.Dataset):
             return row, [view, mask.as_subclass(torch.Tensor)]
 
 
+@dataclass
+class ImageSets:
+    """What train() reads: Images to learn from, the same un-augmented, for BatchNorm, and those for
+    validation. epoch_size: images an epoch, if more than there are."""
+    train: Images
+    plain: Images
+    val: Images
+    epoch_size: int = 0
+
+
 def ranks():
-    """(rank, world size)."""
+    """Return (rank, world size)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def over_ranks(*values):
-    """Numbers -> a list of their sums over all ranks, each of which has to call it."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def wait_for_ranks():
@@ -494,21 +485,20 @@ def wait_for_ranks():
 
 class Batches:
     """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
-    stored without seed. An epoch has max(n, epoch_size) items, in several passes if need be; a last
+    stored without seed. An epoch has max(n, epoch_size) items, in several passes if need be. A last
     batch of one image, or of less than half the size, joins the one before it. shard = (rank,
-    ranks): shuffled, a batch is `ranks` times as large and a rank takes every ranks-th item of it;
-    as stored, every ranks-th batch. The first `done` batches are left out."""
+    ranks): a rank takes its part of every shuffled batch, or every ranks-th batch as stored."""
 
     def __init__(self, n, batch_size, seed=None, epoch_size=0, shard=(0, 1)):
         self.n, self.seed = n, seed
         self.rank, self.ranks = shard
-        self.epoch = self.done = 0
+        self.epoch = 0
         self.epoch_size = max(n, epoch_size)
-        together = 1 if seed is None else self.ranks    # that share a batch
+        together = 1 if seed is None else self.ranks    # ranks that share a batch
         self.starts = list(range(0, self.epoch_size, batch_size * together))
-        # BatchNorm: a last batch of 2 in each epoch cost SimSiam .05 IoU (RESULTS.md).
-        least = max(min(batch_size, 2), batch_size / 2) * together
-        if len(self.starts) > 1 and self.epoch_size - self.starts[-1] < least:
+        # BatchNorm: a last batch of 2 in each epoch cost SimSiam .05 IoU.
+        minimum = max(min(batch_size, 2), batch_size / 2) * together
+        if len(self.starts) > 1 and self.epoch_size - self.starts[-1] < minimum:
             self.starts.pop()
 
     def __len__(self):
@@ -524,22 +514,14 @@ class Batches:
                 order = torch.randperm(self.n, generator=generator).tolist()
             keys += [(number, index) for index in order]
             number += 1
-        cuts = itertools.pairwise([*self.starts, self.epoch_size])
-        batches = [keys[start:end] for start, end in cuts]
+        batches = [keys[a:b] for a, b in itertools.pairwise([*self.starts, self.epoch_size])]
         if self.seed is None:
             return iter(batches[self.rank::self.ranks])
-        return iter([batch[self.rank::self.ranks] for batch in batches[self.done:]])
-
-
-def start_worker(worker):
-    """In a loader's worker: Ctrl-C and SIGTERM are for the main process, which still needs what is
-    being loaded when a whole group or job is told to stop. A worker ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return iter([batch[self.rank::self.ranks] for batch in batches])
 
 
 def end_workers():
-    """At the end of the program, kill the workers that a traceback still holds: Python would wait
+    """Kill, at the end of the program, the workers that a traceback still holds: Python would wait
     for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would report each
     for worker in multiprocessing.active_children():
@@ -547,55 +529,45 @@ def end_workers():
 
 
 def make_loader(dataset, batches, workers):
-    """Loads `batches` (their .epoch may change between passes); the workers stay alive."""
+    """Return a loader of `batches`, whose .epoch may change between passes; its workers stay
+    alive."""
     atexit.register(end_workers)
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
+        dataset, batch_sampler=batches, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
-def write_masks(masks, shape, path):
-    """Write an iterator of masks (S, S), bool or uint8 {0, 1}: an .npy, uint8 of `shape`
-    (N, S, S), whole or not at all."""
-    header = dict(descr="|u1", fortran_order=False, shape=shape)
-
-    def write(temporary):
-        with open(temporary, "wb") as file, contextlib.closing(masks):     # on a full disk too
-            np.lib.format.write_array_header_1_0(file, header)
-            for mask in masks:
-                file.write(mask.astype(np.uint8).tobytes())
-
-    write_atomically(path, write)
-
-
-def draw_refined(data, foreground, parts, folder):
-    """The refined masks of a data set, into train_masks.npy and val_masks.npy of a run's folder;
-    the evidence goes into its config.json."""
-    images = prepare_data.open_part(data, "train")[0]
-    refinement, evidence = decide_refinement(images, foreground, parts)
+def write_refined_masks(data, method, folder):
+    """Write the refined masks of a data set into a run's folder, the evidence into its config.json.
+    """
+    images, _ = open_part(data, "train")
+    refinement, evidence = decide_refinement(images, method.foreground, method.refine)
     print(f"refined masks: {evidence}")
-    if evidence.get("common_frame", 0) > 0.4:
+    if evidence.get("shared_frame", 0) > 0.4:
         print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
               "is right, leave the frame out, --refine channel position")
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | dict(refinement=evidence))
     for part in ("train", "val"):                       # the last shows that all is there
-        images = prepare_data.open_part(data, part)[0]
-        write_masks(refinement.draw_all(images), images.shape[:3], folder / f"{part}_masks.npy")
+        images, _ = open_part(data, part)
+        masks = refinement.refine_masks(images)
+        prepare_data.write_npy(folder / f"{part}_masks.npy", masks, images.shape[:3])
 
 
 def image_sets(method, data, seed, folder):
-    """Three Images, none with labels: training, the same un-augmented, validation."""
+    """Return the ImageSets of pre-training, none with labels."""
     train_masks = val_masks = None
     if getattr(method, "refine", ()):
-        train_masks, val_masks = folder / "train_masks.npy", folder / "val_masks.npy"
+        train_masks = folder / "train_masks.npy"
+        val_masks = folder / "val_masks.npy"
         if ranks()[0] == 0 and not val_masks.exists():
-            draw_refined(data, method.foreground, method.refine, folder)
+            write_refined_masks(data, method, folder)
         wait_for_ranks()
     plain = getattr(method, "plain", method.augment)
-    return (Images(data, "train", method.augment, seed, masks=train_masks),
-            Images(data, "train", v2.Identity(), seed),
-            Images(data, "val", plain, seed, masks=val_masks))
+    return ImageSets(
+        train=Images(data, "train", method.augment, seed, masks=train_masks),
+        plain=Images(data, "train", v2.Identity(), seed),
+        val=Images(data, "val", plain, seed, masks=val_masks))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -609,90 +581,6 @@ class Options:
     seed: int
     amp: str                                            # "off", "bf16" or "fp16"
     workers: int
-    save_minutes: float = 10
-
-
-class Trainer:
-    """A method with its optimiser and its place in the run: all that last.pt holds. A step whose
-    loss is not finite on some rank, or whose gradient overflows in fp16, is left out."""
-
-    STATEFUL = ("method", "optimizer", "scaler")
-    # Where it is, and the sums of the epoch so far.
-    PROGRESS = ("epoch", "done", "best", "stale", "sums", "skipped")
-
-    def __init__(self, method, options, device, epoch_steps):
-        self.method, self.options, self.device = method, options, device
-        self.epoch_steps = epoch_steps
-        self.optimizer = method.optimizer()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-        self.epoch = self.stale = 0
-        self.best = math.inf
-        self.begin_epoch()
-        self.network = method
-        if ranks()[1] > 1:
-            self.network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
-
-    def begin_epoch(self):
-        self.done, self.sums, self.skipped = 0, {}, 0
-
-    def finished(self):
-        """Whether the epochs are done, or `patience` of them brought no better validation loss."""
-        options = self.options
-        return self.epoch >= options.epochs or 0 < options.patience <= self.stale
-
-    def autocast(self):
-        """The context in which networks run."""
-        dtype = torch.float16 if self.options.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.options.amp != "off")
-
-    def step(self, views, n, stopping):
-        """Learn from a batch of n images -> ({name: figure}, empty where it was left out; whether
-        some rank is `stopping`)."""
-        step = self.epoch * self.epoch_steps + self.done
-        total = self.options.epochs * self.epoch_steps
-        torch.manual_seed(seed_from(self.options.seed, step, ranks()[0]))
-        self.method.before_step(self.optimizer, step, total, self.epoch_steps)
-        self.optimizer.zero_grad()
-        with self.autocast():
-            loss = self.network(to_device(views, self.device))
-        bad, stopping = over_ranks(not math.isfinite(loss.item()), stopping)
-        if not bad:
-            scale = self.scaler.get_scale()
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            self.method.after_backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            bad = self.scaler.get_scale() < scale
-        self.done += 1
-        if bad:
-            self.skipped += 1
-            return {}, stopping
-        self.method.after_step(step, total)
-        figures = dict(train_loss=loss.item(), **self.method.health())
-        for name, value in dict(n=1, **figures).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * n
-        return figures, stopping
-
-    def state_dict(self):
-        """What last.pt holds; of a finished run the position alone: its weights are in best.pt."""
-        state = {name: getattr(self, name) for name in self.PROGRESS} | dict(ranks=ranks()[1])
-        if not self.finished():
-            state |= {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        return state
-
-    def load_state_dict(self, state):
-        for name, value in state.items():
-            if name in self.STATEFUL:
-                getattr(self, name).load_state_dict(value)
-            else:
-                setattr(self, name, value)
-        self.done = self.done * state["ranks"] // ranks()[1]    # after about as many images
-
-
-def network_of(method):
-    """The U-Net of MedSASS, the encoder of a baseline."""
-    return getattr(method, "unet", method.encoder)
 
 
 def to_device(views, device):
@@ -708,12 +596,11 @@ def to_device(views, device):
 
 @torch.no_grad()
 def update_batchnorm(method, loader, device, batches=64):
-    """BatchNorm's statistics become their mean over un-augmented training images under the weights
-    as they are now (Wu & Johnson 2021, "precise BN"): the usual running average covers about ten
-    steps: in short epochs, a network that has since changed. torch.optim.swa_utils.update_bn would
-    reset the BatchNorm of a frozen part, too."""
+    """Set BatchNorm's statistics to their mean over un-augmented training images under the present
+    weights (Wu & Johnson 2021, "precise BN"): the running average is of ten steps, in which a young
+    network changes. torch.optim.swa_utils.update_bn would reset a frozen part, too."""
     method.train()
-    network = network_of(method)
+    network = getattr(method, "unet", method.encoder)
     norms = []
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and module.training:
@@ -729,122 +616,135 @@ def update_batchnorm(method, loader, device, batches=64):
 
 @torch.no_grad()
 def validate(method, loader, device, seed):
-    """Mean loss over the validation images: the same views and masks each time."""
+    """Return the mean loss over the validation images: the same views and masks each time."""
     method.eval()
-    rank, n_ranks = ranks()
-    loss = n = 0
+    total = torch.zeros(2, dtype=torch.float64)         # of losses, of images
     for batch, (index, views) in enumerate(loader):
-        # MAE and SimMIM draw what they hide in forward
-        torch.manual_seed(seed_from(seed, rank + batch * n_ranks))
-        loss += method(to_device(views, device)).item() * len(index)
-        n += len(index)
-    loss, n = over_ranks(loss, n)
-    return loss / n
+        torch.manual_seed(seed_from(seed, batch))       # MAE and SimMIM choose what they hide
+        loss = method(to_device(views, device)).item()
+        total += torch.tensor([loss * len(index), len(index)])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
 
 
-@contextlib.contextmanager
-def asked_to_stop():
-    """Inside, SIGTERM (a cluster's pre-emption) and SIGINT (Ctrl-C) do not end the program; their
-    numbers are appended to the yielded list."""
-    signals = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, lambda number, frame: signals.append(number))
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(method, sets, options, folder, device, epoch_size=0):
-    """Train, validate, log, save, maybe stop: until the epochs are done. The first rank writes.
-
-    sets: training, plain training (for BatchNorm) and validation data, as Images. epoch_size:
-    images an epoch, if more than there are. Ends the program on SIGTERM and Ctrl-C, after it has
-    saved, and after an epoch of which every step was left out.
-    """
-    rank, _ = ranks()
-    train_set, plain_set, val_set = sets
+def train(method, sets, options, folder, device):
+    """Train on ImageSets, validate, log, save, maybe stop, until the epochs are done; or go on with
+    what `folder` holds. The first rank writes. Exits if a loss is not finite."""
+    # ===== data =====
+    rank, n_ranks = ranks()
     seed, size = options.seed, options.batch_size
-    batches = Batches(len(train_set), size, seed, epoch_size, ranks())
-    val_workers = min(options.workers, 1)
-    train_loader = make_loader(train_set, batches, options.workers)
-    plain_loader = make_loader(plain_set, Batches(len(plain_set), size, seed), val_workers)
-    val_loader = make_loader(val_set, Batches(len(val_set), size, shard=ranks()), val_workers)
-    steps = len(batches)
-    trainer = Trainer(method, options, device, steps)
-    module = getattr(method, "unet", method)            # MedSASS has no weights but its U-Net's
-    print(f"{folder}: precision {options.amp}")
-    log = []
+    batches = Batches(len(sets.train), size, seed, sets.epoch_size, (rank, n_ranks))
+    val_batches = Batches(len(sets.val), size, shard=(rank, n_ranks))
+    few = min(options.workers, 1)
+    train_loader = make_loader(sets.train, batches, options.workers)
+    plain_loader = make_loader(sets.plain, Batches(len(sets.plain), size, seed), few)
+    val_loader = make_loader(sets.val, val_batches, few)
+    epoch_steps = len(batches)
+    total_steps = options.epochs * epoch_steps
+
+    # ===== network, optimiser, precision =====
+    network = method
+    if n_ranks > 1:
+        network = nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+    optimizer = method.optimizer()
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    dtype = torch.float16 if options.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=options.amp != "off")
+
+    # ===== where it was stopped =====
+    epoch = epochs_without_improvement = 0
+    best, finished, log = math.inf, False, []
     if (folder / "last.pt").exists():
-        trainer.load_state_dict(load_checkpoint(folder / "last.pt", device))
-        print(f"{folder}: going on after {trainer.epoch} epochs and {trainer.done} steps")
-        log = read_log(folder)[:trainer.epoch]
-    bar = tqdm(total=options.epochs * steps, initial=trainer.epoch * steps + trainer.done,
-               unit=" steps", mininterval=1, disable=rank > 0)
+        state = load_checkpoint(folder / "last.pt", device)
+        epoch, best, finished = state["epoch"], state["best"], state["finished"]
+        epochs_without_improvement = state["epochs_without_improvement"]
+        log = prepare_data.read_csv(folder / "log.csv")[:epoch]
+        if not finished:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+    print(f"{folder}: precision {options.amp}, {epoch} epochs are done")
+    config = folder / "config.json"                     # open_run has written it anew
+    config_time = config.stat().st_mtime_ns
 
-    def save(name, content):
-        if rank == 0:
-            write_atomically(folder / name, functools.partial(torch.save, content))
+    bar = tqdm(total=total_steps, initial=epoch * epoch_steps, unit=" steps", mininterval=1,
+               disable=rank > 0)
+    while not finished:
+        # ===== train =====
+        bar.set_description(f"epoch {epoch + 1}")
+        batches.epoch = epoch
+        method.train()
+        sums = collections.Counter()
+        data_seconds = 0
+        start = before = time.time()
+        for step, (index, views) in enumerate(train_loader, epoch * epoch_steps):
+            data_seconds += time.time() - before
+            torch.manual_seed(seed_from(seed, step, rank))
+            method.before_step(optimizer, step, total_steps, epoch_steps)
+            optimizer.zero_grad()
+            with autocast:
+                loss = network(to_device(views, device))
+            if not math.isfinite(loss.item()):
+                sys.exit(f"{folder}: the loss of step {step + 1} is not finite: try --amp off, or "
+                         "a smaller --lr")
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            method.after_backward()
+            scaler.step(optimizer)
+            scaler.update()
+            method.after_step(step, total_steps)
+            metrics = dict(train_loss=loss.item(), **method.health())
+            for name, value in dict(n=1, **metrics).items():
+                sums[name] += value * len(index)
+            bar.set_postfix(metrics, refresh=False)
+            bar.update()
+            before = time.time()
 
-    with asked_to_stop() as signals, bar:
-        while not trainer.finished():
-            bar.set_description(f"epoch {trainer.epoch + 1}")
-            batches.epoch, batches.done = trainer.epoch, trainer.done
-            method.train()
-            waited = 0
-            start = saved = before = time.time()
-            for index, views in train_loader:
-                waited += time.time() - before
-                figures, stopping = trainer.step(views, len(index), bool(signals))
-                before = time.time()
-                bar.set_postfix(figures, refresh=False)
-                bar.update()
-                if stopping or before - saved > 60 * options.save_minutes:
-                    save("last.pt", trainer.state_dict())
-                    saved = time.time()
-                if stopping:
-                    step = trainer.epoch * steps + trainer.done
-                    sys.exit(f"stopped after step {step}; the same command, without --overwrite, "
-                             "goes on from there")
-            if not trainer.sums:
-                sys.exit(f"epoch {trainer.epoch + 1}: no loss was finite, or every gradient "
-                         "overflowed: try --amp off, or a smaller --lr")
-            sums = dict(zip(trainer.sums, over_ranks(*trainer.sums.values()), strict=True))
-            n = sums.pop("n")
-            figures = {name: total / n for name, total in sums.items()}
-            with trainer.autocast():
-                update_batchnorm(method, plain_loader, device)
-                val_loss = validate(method, val_loader, device, seed)
-            row = dict(epoch=trainer.epoch + 1, val_loss=val_loss, **figures,
-                       skipped=trainer.skipped, seconds=time.time() - start, waited=waited)
-            log.append({name: f"{value:.6g}" for name, value in row.items()})
-            if method.collapsed(figures):
-                bar.write(f"epoch {trainer.epoch + 1}: {method.collapsed(figures)}")
-            is_better = val_loss < trainer.best
-            trainer.stale += 1
-            if is_better:
-                trainer.best, trainer.stale = val_loss, 0
-            trainer.epoch += 1
-            trainer.begin_epoch()
-            if rank == 0:
-                write_csv(folder / "log.csv", log)
-            if is_better or not method.keep_best:       # a loss that says little: the last is kept
-                model = module.state_dict()
-                save("best.pt", dict(epoch=trainer.epoch, val_loss=val_loss, model=model))
-            save("last.pt", trainer.state_dict())
-    if rank == 0:                                       # the last files of a run
-        kept = load_checkpoint(folder / "best.pt", device)
-        module.load_state_dict(kept["model"])
-        print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
-        write_atomically(folder / "encoder.pth", functools.partial(export_encoder, method))
-        write_samples(method, val_set, seed, folder / "samples.png", device)
+        # ===== validate =====
+        with autocast:
+            update_batchnorm(method, plain_loader, device)
+            val_loss = validate(method, val_loader, device, seed)
+        epoch += 1
+        epochs_without_improvement += 1
+        if val_loss < best:
+            epochs_without_improvement = 0
+            best = val_loss
+        finished = epoch == options.epochs or 0 < options.patience <= epochs_without_improvement
+        if rank > 0:
+            continue
+
+        # ===== log and save =====
+        if not config.exists() or config.stat().st_mtime_ns != config_time:
+            sys.exit(f"{config} is no longer of this process: another one trains here now")
+        n = sums.pop("n")
+        row = dict(epoch=epoch, val_loss=val_loss) | {name: sums[name] / n for name in sums}
+        row |= dict(seconds=time.time() - start, data_seconds=data_seconds)
+        log.append({name: f"{value:.6g}" for name, value in row.items()})
+        prepare_data.write_csv(folder / "log.csv", log)
+        if epochs_without_improvement == 0 or not method.keep_best:
+            model = getattr(method, "unet", method).state_dict()
+            with new_file(folder / "best.pt") as file:
+                torch.save(dict(epoch=epoch, val_loss=val_loss, model=model), file)
+        state = dict(epoch=epoch, best=best, finished=finished,
+                     epochs_without_improvement=epochs_without_improvement)
+        if not finished:                                # else the weights are in best.pt
+            state |= dict(method=method.state_dict(), optimizer=optimizer.state_dict(),
+                          scaler=scaler.state_dict())
+        with new_file(folder / "last.pt") as file:
+            torch.save(state, file)
+    bar.close()
 
 
 @torch.no_grad()
-def write_samples(method, val_set, seed, path, device):
-    """samples.png: what the method sees and makes of validation images (its samples())."""
+def finish_run(method, val_set, seed, folder, device):
+    """Write the last files of a run, of the weights that are kept, which `method` then has:
+    encoder.pth, and samples.png, what it sees and makes of validation images."""
+    kept = load_checkpoint(folder / "best.pt", device)
+    getattr(method, "unet", method).load_state_dict(kept["model"])
+    print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
+    with new_file(folder / "encoder.pth") as file:
+        export_encoder(method, file)
     method.eval()
     items = [val_set[0, k] for k in range(len(val_set))[:6]]
     _, views = torch.utils.data.default_collate(items)
@@ -856,66 +756,14 @@ def write_samples(method, val_set, seed, path, device):
         if pictures.is_floating_point():
             pictures = (pictures * STD + MEAN).mul(255).round().clamp(0, 255)
         columns.append(pictures.byte().permute(0, 2, 3, 1).squeeze(3).numpy())
-    image = prepare_data.contact_sheet(list(zip(*columns, strict=True)), list(samples))
-    write_png(path, image)
+    sheet = prepare_data.contact_sheet(list(zip(*columns, strict=True)), list(samples))
+    prepare_data.write_png(folder / "samples.png", sheet)
 
 
 # ------------------------------------------------------------------------------------ run folders
 
-def write_atomically(path, write):
-    """write(temporary path), then rename: never half a file under the real name."""
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:                       # torch.save on a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path):
-    """A dict from a JSON file, an empty one where there is no file; ends the program where it holds
-    none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError):
-        sys.exit(f"{path} cannot be read: delete it, and run its command again")
-
-
-def write_json(path, content):
-    """A dict as JSON, whole or not at all."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def write_png(path, pixels):
-    """uint8 (H, W) or (H, W, 3) as PNG, whole or not at all."""
-    write_atomically(path, functools.partial(Image.fromarray(pixels).save, format="PNG"))
-
-
-def write_csv(path, rows):
-    """A list of dicts as a CSV, whole or not at all; the last has all keys."""
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
-
-
-def read_log(folder):
-    """The rows of a run's log.csv, a list of dicts; none where there is no file."""
-    path = folder / "log.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def load_checkpoint(path, device):
-    """A checkpoint of this file, a dict; ends the program with one line where it cannot be read."""
+    """Return a checkpoint of this file, a dict; exit in one line if it cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                          # torch raises a dozen kinds
@@ -924,8 +772,8 @@ def load_checkpoint(path, device):
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there; ends the program where the one asked for is
-    not."""
+    """Return a torch.device; "auto" is cuda, mps or cpu, whichever there is. Exit if the one asked
+    for cannot be used."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -938,8 +786,8 @@ def pick_device(name):
 
 
 def pick_precision(asked, device, method):
-    """--amp -> "off", "bf16" or "fp16". DINO is never trained in fp16 (its authors advise against
-    it for small patches): ends the program where that is asked for."""
+    """Return "off", "bf16" or "fp16" for --amp. DINO is never trained in fp16 (its authors advise
+    against it for small patches): exit if that is asked for."""
     not_fp16 = isinstance(method, DINO)
     if asked == "fp16" and not_fp16:
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
@@ -954,7 +802,7 @@ def pick_precision(asked, device, method):
 
 @contextlib.contextmanager
 def exit_on_value_error():
-    """A ValueError inside, as of models.py, ends the program with its message."""
+    """Exit with the message of a ValueError inside, such as one of models.py."""
     try:
         yield
     except ValueError as error:
@@ -962,121 +810,90 @@ def exit_on_value_error():
 
 
 def build_method(args, meta):
-    """The method, its weights drawn from --seed; ends the program where there is no such one."""
+    """Return the method with weights initialised from --seed, or from --encoder; exit if there is
+    no such one."""
     flags = {}
     if args.method == "medsass":
         flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
                      foreground=args.foreground or meta["foreground"], refine=args.refine or ())
     torch.manual_seed(seed_from(args.seed))
-    batch_size = args.batch_size * ranks()[1]
+    batch_size = min(args.batch_size * ranks()[1], meta["counts"]["train"])
     with exit_on_value_error():
         method = METHODS[args.method](args.backbone, meta["size"], batch_size, **flags)
-    least = 2 * ranks()[1]
-    if min(batch_size, meta["counts"]["train"]) < least and isinstance(method, (BYOL, SimSiam)):
-        sys.exit(f"{args.method}'s BatchNorm needs at least 2 images a step on each rank: "
-                 f"--batch-size 2 or more, and {least} training images")
-    return method
-
-
-def start_from(method, source, backbone):
-    """--encoder: load the weights of a file, or timm's of ImageNet, into a method's encoder and its
-    moving average. Returns their sha256; ends the program where that cannot be done."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = source
-        if source == "imagenet":
-            path = Path(folder, "imagenet.pth")         # torch.save writes the name into the file
-            try:
-                model = timm.create_model(BACKBONES[backbone], pretrained=True)
-            except Exception as error:                  # whatever its hub client raises
-                sys.exit("--encoder imagenet: timm cannot fetch its weights "
-                         f"({type(error).__name__}): check the network, or give --encoder FILE")
-            torch.save(model.state_dict(), path)
+    if args.lr is not None:
+        method.lr = args.lr
+    if args.weight_decay is not None:
+        method.weight_decay = args.weight_decay
+    if args.encoder == "imagenet":
+        try:
+            model = timm.create_model(BACKBONES[args.backbone], pretrained=True)
+        except Exception as error:                      # whatever its hub client raises
+            sys.exit(f"--encoder imagenet: timm cannot fetch its weights ({type(error).__name__}): "
+                     "check the network, or give --encoder FILE")
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            torch.save(model.state_dict(), file.name)
+            load_encoder(getattr(method, "unet", method), file.name)
+    elif args.encoder:
         with exit_on_value_error():
-            load_encoder(getattr(method, "unet", method), path)
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            load_encoder(getattr(method, "unet", method), args.encoder)
     for name in ("target", "student"):                  # BYOL's and DINO's other copy of it, a head
         copied = getattr(method, name, None)
         if isinstance(copied, nn.Module):
             copied[0].load_state_dict(method.encoder.state_dict())
-    return digest
-
-
-MEDSASS_FLAGS = ("train", "threshold", "loss", "foreground", "refine")
-# Flags that enter a run folder's name when they are not defaults, and the prefix of each value.
-VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
-               patience="p", lr="lr", weight_decay="wd", amp="")
-# Flags that do not change what a run computes.
-NOT_SETTINGS = ("compile", "save_minutes", "workers", "data", "out", "device", "overwrite")
-
-
-def run_settings(args, method, meta):
-    """(a dict of all settings that decide what a run computes; its folder, whose name holds those
-    that are not defaults, in flag order). Flags that only MedSASS uses are named and ignored for a
-    baseline."""
-    defaults = vars(parse_args(["--dataset", args.dataset]))
-    defaults |= dict(foreground=meta["foreground"], patience=5 if method.keep_best else 0,
-                     lr=method.lr, weight_decay=method.weight_decay)
-    settings = defaults.copy()
-    for name, value in vars(args).items():
-        if value in (None, defaults[name]):
-            continue
-        if args.method != "medsass" and name in MEDSASS_FLAGS:
-            print(f"--{name} is not used by {args.method} and ignored")
-        else:
-            settings[name] = value
-    variant = args.method
-    if settings["refine"]:
-        variant += "+"
-        if settings["refine"] != list(REFINEMENTS):
-            variant += "-".join(settings["refine"])
-    if args.encoder:
-        settings["encoder"] = Path(args.encoder).name
-        variant += f"-from-{Path(args.encoder).stem}"
-    for name, prefix in VARIANT.items():
-        if settings[name] != defaults[name]:
-            variant += f"-{prefix}{settings[name]}"
-    folder = Path(args.out) / args.dataset / args.backbone / variant / f"seed{args.seed}"
-    if args.method != "medsass":
-        settings["train"] = "encoder"
-    for name in defaults:
-        if name in NOT_SETTINGS or settings[name] is None:
-            del settings[name]
-    return settings | dict(img_size=meta["size"], data=meta["fingerprint"]), folder
-
-
-def clear_run(folder):
-    """Delete what a run has written into its folder."""
-    for name in ("config.json", "last.pt", "best.pt", "encoder.pth", "samples.png", "log.csv",
-                 "train_masks.npy", "val_masks.npy", "decision.json"):
-        (folder / name).unlink(missing_ok=True)
+    return method
 
 
 def open_run(settings, folder, command, overwrite):
-    """Make a run's folder with its config.json; ends the program where one is there of other
-    settings."""
+    """Make a run's folder with its config.json; exit if it holds a run of other settings. It is
+    written anew also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
-    if path.exists() and not overwrite:
-        there = read_json(path).get("settings", {})
-        for name, value in settings.items():
-            if there.get(name) != value:
-                sys.exit(f"{folder} holds a run with another {name} ({there.get(name)} there, "
-                         f"{value} asked): --overwrite starts it afresh")
-        return
-    clear_run(folder)
     versions = {"python": platform.python_version()}
     for library in (torch, torchvision, timm, cv2, np):
         versions[library.__name__] = library.__version__
-    write_json(path, dict(settings=settings, command=command, ranks=ranks()[1], versions=versions))
+    config = dict(settings=settings, command=command, ranks=ranks()[1], versions=versions)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    elif path.exists():
+        config = read_json(path)
+        existing = config.get("settings", {})
+        for name, value in settings.items():
+            if existing.get(name) != value:
+                sys.exit(f"{folder} holds a run with another {name} ({existing.get(name)} there, "
+                         f"{value} asked): --overwrite starts it afresh")
+    prepare_data.remove_leftovers(folder)
+    write_json(path, config)
 
 
 def is_finished(folder):
-    """Whether a run folder is complete: samples.png is the last file that a run writes."""
+    """Return whether a run folder is complete: samples.png is the last file that a run writes."""
     return (folder / "samples.png").exists()
 
 
 # ------------------------------------------------------------------------------------------ flags
 
+# Flags that enter a run folder's name if they are not defaults, and what stands before each value.
+VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
+               patience="p", lr="lr", weight_decay="wd", amp="")
+# Flags that do not change what a run computes.
+NOT_SETTINGS = ("compile", "workers", "data", "out", "device", "overwrite")
+MEDSASS_FLAGS = ("train", "threshold", "loss", "foreground", "refine")
+
+
+def add_training_flags(add):
+    """Add the flags that training has in both stages, by a parser's add_argument."""
+    add("--batch-size", type=int, default=16,
+        help="images a step, of each process (Tables 7, 8: 8, 16, 32)")
+    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
+        help="precision of the networks; losses stay in float32. auto: bf16 on a GPU that has it, "
+        "else fp16 there, off on a CPU")
+    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
+        help="processes that load and augment; their number changes no result")
+    add("--data", default="data", metavar="DIR", help="where prepared data sets are")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
 def parse_args(argv=None):
+    """Return the flags, and the name that they give to the method: its variant."""
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS,
                                      allow_abbrev=False, formatter_class=prepare_data.Help)
     add = parser.add_argument
@@ -1090,55 +907,46 @@ def parse_args(argv=None):
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
         "without the frame of the picture, without what lies where objects never lie; no PART: "
-        "channel frame position. Unset: off, as in the paper")
+        "channel frame position. Without this flag: off, as in the paper")
     add("--encoder", metavar="FILE",
         help="start from this encoder, a checkpoint of ours, timm's or torchvision's, or from "
-        "\"imagenet\", timm's weights. Unset: from scratch, as in the paper")
+        "\"imagenet\", timm's weights. Default: from scratch, as in the paper")
     add("--loss", default="focal_tversky", choices=LOSSES,
-        help="between drawn and pseudo-mask (Table 4; bce: appendix B.1)")
+        help="between prediction and pseudo-mask (Table 4; bce: appendix B.1)")
     add("--foreground", choices=["bright", "dark"],
-        help="objects against what is around them; unset: what prepare_data.py decided")
+        help="objects against what is around them. Default: what prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
-    add("--batch-size", type=int, default=16, help="images a step (Tables 7, 8: 8, 16, 32)")
     add("--patience", type=int,
-        help="early stopping: epochs without a better validation loss; 0: never. Unset: 5; for "
+        help="early stopping: epochs without a better validation loss; 0: never. Default: 5; for "
         "byol, dino, simsiam, whose loss says nothing about quality, 0")
-    add("--lr", type=float, help="unset: the method's own (medsass: 3.6e-4)")
-    add("--weight-decay", type=float, help="unset: the method's own (medsass: 1e-5)")
+    add("--lr", type=float, help="default: the method's own (medsass: 3.6e-4)")
+    add("--weight-decay", type=float, help="default: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
-        help="precision of the networks; losses stay in float32. auto: bf16 on a GPU that has it, "
-        "else fp16 there, off on a CPU")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--save-minutes", type=float, default=10, help="minutes between saves within an epoch")
-    add("--sync-batchnorm", action="store_true", default=None,
-        help="BatchNorm over the images of all GPUs")
-    add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
-        help="processes that load and augment; their number changes no result")
-    add("--data", default="data", metavar="DIR", help="where prepared data sets are")
+    add_training_flags(add)
     add("--out", default="runs", metavar="DIR", help="where runs are kept")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--overwrite", action="store_true", help="start afresh in a folder that holds another run")
     args = parser.parse_args(argv)
-    check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0, weight_decay=0, seed=0,
-                  workers=0, save_minutes=0)
+    prepare_data.check_numbers(parser, args, epochs=1, batch_size=1, patience=0, lr=0,
+                               weight_decay=0, seed=0, workers=0)
+    if args.method != "medsass":
+        args = prepare_data.drop_unused(parser, args, MEDSASS_FLAGS)
     if args.refine is not None:                         # in one order, each once; none: all
         args.refine = sorted(set(args.refine or REFINEMENTS))
-        if args.threshold != "otsu" and args.method == "medsass":
+        if args.threshold != "otsu":
             parser.error("--refine refines Otsu's masks: leave out --threshold")
-    return args
-
-
-def check_numbers(parser, args, **least):
-    """End the program where a number of `args` is below its least, infinite or nan."""
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value} is not a number from {low} up")
+    variant = args.method
+    if args.refine:
+        variant += "+"
+        if args.refine != list(REFINEMENTS):
+            variant += "-".join(args.refine)
+    if args.encoder:
+        variant += f"-from-{Path(args.encoder).stem}"
+    return args, variant + prepare_data.name_suffix(parser, args, VARIANT)
 
 
 def join_ranks():
-    """Under torchrun: find the other processes; all but the first are silent."""
+    """Find the other processes under torchrun; all but the first are silent."""
     if dist.is_torchelastic_launched():
         backend = "gloo"
         if torch.cuda.is_available():
@@ -1150,67 +958,49 @@ def join_ranks():
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    flags = sys.argv[1:] if argv is None else argv
+    args, variant = parse_args(argv)
     join_ranks()
     rank, n_ranks = ranks()
     data = Path(args.data) / args.dataset
+    folder = Path(args.out, args.dataset, args.backbone, variant, f"seed{args.seed}")
     meta = prepare_data.read_meta(data)
     device = pick_device(args.device)
-    if args.sync_batchnorm and (device.type != "cuda" or n_ranks == 1):
-        sys.exit("--sync-batchnorm is for several GPUs, under torchrun")
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
     method = build_method(args, meta)
-    settings, folder = run_settings(args, method, meta)
-    settings["amp"] = pick_precision(args.amp, device, method)
-    method.lr, method.weight_decay = settings["lr"], settings["weight_decay"]
-    if args.encoder:
-        settings["encoder_sha256"] = start_from(method, args.encoder, args.backbone)
     method.to(device, memory_format=torch.channels_last)
     if args.compile:
         method.compile()
-    if args.sync_batchnorm:
+    if n_ranks > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    options = Options(args.epochs, args.batch_size, settings["patience"], args.seed,
-                      settings["amp"], args.workers, args.save_minutes)
-    with prepare_data.only_one(folder / ".lock") if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            command = shlex.join(["python", "pretrain.py", *flags])
-            open_run(settings, folder, command, args.overwrite)
-        wait_for_ranks()
-        if is_finished(folder):
-            print(f"{folder} is finished: nothing to do")
-        else:
-            sets = image_sets(method, data, args.seed, folder)
-            train(method, sets, options, folder, device)
-        wait_for_ranks()                                # until the first has written the last file
+    patience = args.patience
+    if patience is None:
+        patience = 5 if method.keep_best else 0
+    options = Options(args.epochs, args.batch_size, patience, args.seed,
+                      pick_precision(args.amp, device, method), args.workers)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= dict(
+        foreground=args.foreground or meta["foreground"], patience=patience, lr=method.lr,
+        weight_decay=method.weight_decay, amp=options.amp, variant=variant, img_size=meta["size"],
+        data=meta["fingerprint"])
+    if args.method != "medsass":
+        settings["train"] = "encoder"
+    if rank == 0:
+        flags = sys.argv[1:] if argv is None else argv
+        open_run(settings, folder, shlex.join(["python", "pretrain.py", *flags]), args.overwrite)
+    wait_for_ranks()
+    if is_finished(folder):
+        print(f"{folder} is finished: nothing to do")
+        return
+    sets = image_sets(method, data, args.seed, folder)
+    train(method, sets, options, folder, device)
+    if rank == 0:
+        finish_run(method, sets.val, args.seed, folder, device)
         if args.method != "medsass":                    # heads and copies that nobody reads again
-            (folder / "best.pt").unlink(missing_ok=True)
-    print(folder / "samples.png")                       # run_all.sh finds the run by this line
-
-
-def explain_memory(error):
-    """End the program with one line where a RuntimeError of torch means too little memory."""
-    text = str(error).lower()
-    if "shared memory" in text or "bus error" in text:
-        sys.exit("shared memory (/dev/shm) is too small for the processes that load images: "
-                 "--workers 0, or more of it (docker run --shm-size 1g)")
-    if "out of memory" in text or "allocate memory" in text:
-        sys.exit("out of memory: a smaller --batch-size, or pictures prepared at a smaller --size")
-
-
-def end_on_sigterm(signum, frame):
-    """SIGTERM outside of training, where there is nothing to save, ends the program as Ctrl-C."""
-    raise KeyboardInterrupt("stopped by SIGTERM")
+            (folder / "best.pt").unlink()
+        print(folder / "samples.png")
+    wait_for_ranks()                                    # until the first has written the last file
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end_on_sigterm)
-    try:
-        main()
-    except (OSError, KeyboardInterrupt) as error:       # a full disk, a forbidden folder, Ctrl-C
-        sys.exit(f"pretrain.py: {str(error) or 'interrupted'}; the same command, without "
-                 "--overwrite, goes on from where it was saved last")
-    except RuntimeError as error:
-        explain_memory(error)
-        raise
+    prepare_data.run_script(
+        main, "the same command, without --overwrite, goes on from the last whole epoch")

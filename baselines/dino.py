@@ -184,13 +184,6 @@ class DINO(nn.Module):
         single = torch.special.entr(self.q).sum(dim=-1).mean() / log_k
         return {"entropy_mean": of_mean.item(), "entropy_single": single.item()}
 
-    def collapsed(self, health):
-        """A line that says what to try, or None."""
-        if health["entropy_mean"] < 0.1:
-            return "the teacher gives every image to one prototype: try a smaller --lr"
-        if health["entropy_single"] > 0.99:
-            return "the teacher spreads every image over all prototypes alike: train longer"
-
     def samples(self, views):
         """{title: pictures (B, 3, S, S)}: what the network sees."""
         return {"view 1": views[0], "view 2": views[1]}

@@ -48,7 +48,7 @@ def sincos_positions(dim, side):
 
 
 class MAE(nn.Module):
-    """A ViT that sees a quarter of the patches, and a small decoder that draws the others."""
+    """A ViT that sees a quarter of the patches, and a small decoder that predicts the others."""
 
     backbones = ("vit_small",)
     keep_best = True                      # the loss is an error: the best is worth keeping
@@ -132,8 +132,8 @@ class MAE(nn.Module):
     def forward(self, views):
         latent, mask, restore = self.encode(views[0])
         target = self.target(views[0])
-        drawn = self.decode(latent, restore)
-        error = ((drawn - target) ** 2).mean(dim=-1)        # (B, N)
+        predicted = self.decode(latent, restore)
+        error = ((predicted - target) ** 2).mean(dim=-1)        # (B, N)
         self.error = error[mask].mean()                     # of hidden patches only
         hidden = target[mask].unflatten(1, (3, 64))         # (patches, 3, 64)
         self.constant_error = hidden.var(dim=(0, 2), correction=0).mean()
@@ -165,16 +165,14 @@ class MAE(nn.Module):
         1 = no structure learnt."""
         return {"error": (self.error / self.constant_error).item()}
 
-    def collapsed(self, health):
-        """A reconstruction does not collapse: never a warning."""
-
     @torch.no_grad()
     def samples(self, views):
-        """{title: pictures (B, 3, S, S)}: image, what the encoder sees, what the decoder draws."""
+        """{title: pictures (B, 3, S, S)}: image, what the encoder sees, what the decoder makes of it.
+        """
         latent, mask, restore = self.encode(views[0])
         patches = self.patchify(views[0])
         hidden = mask[..., None]
         std, mean = torch.std_mean(patches, dim=-1, keepdim=True)
-        drawn = self.decode(latent, restore) * std + mean   # each patch's own, as in the target
+        predicted = self.decode(latent, restore) * std + mean   # each patch's own, as in the target
         return {"image": views[0], "masked": self.unpatchify(patches * ~hidden),
-                "reconstruction": self.unpatchify(torch.where(hidden, drawn, patches))}
+                "reconstruction": self.unpatchify(torch.where(hidden, predicted, patches))}

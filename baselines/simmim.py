@@ -29,8 +29,8 @@ def augmentation(img_size):
 
 
 class SimMIM(nn.Module):
-    """A ViT in which a learnt token stands for the hidden patches, and one linear layer that draws
-    their pixels."""
+    """A ViT in which a learnt token stands for the hidden patches, and one linear layer that
+    predicts their pixels."""
 
     backbones = ("vit_small",)
     keep_best = True                      # the loss is an error: the best is worth keeping
@@ -63,7 +63,7 @@ class SimMIM(nn.Module):
         """uint8 (3, H, W) -> [float view (3, S, S)]."""
         return [self.view(image)]
 
-    def draw_mask(self, batch, device=None):
+    def random_mask(self, batch, device=None):
         """60 % of the 32-pixel blocks, at random: bool (B, S/8, S/8), True = hidden. Where 32 does
         not divide the side, the last row and column of blocks are cut."""
         blocks = math.ceil(self.side * self.patch / self.mask_patch)
@@ -91,7 +91,7 @@ class SimMIM(nn.Module):
 
     def forward(self, views):
         images = views[0]
-        mask = self.draw_mask(len(images), images.device)
+        mask = self.random_mask(len(images), images.device)
         pixels = self.pixels_of(mask)
         error = (self.reconstruct(images, mask) - images).abs() * pixels
         self.loss = error.sum() / pixels.sum() / 3      # L1 on hidden pixels, a mean (equation 1)
@@ -130,15 +130,12 @@ class SimMIM(nn.Module):
         1 = no structure learnt."""
         return {"error": (self.loss.detach() / self.constant_error).item()}
 
-    def collapsed(self, health):
-        """A reconstruction does not collapse: never a warning."""
-
     @torch.no_grad()
     def samples(self, views):
-        """{title: pictures (B, 3, S, S)}: image, what the network sees of it, what it draws of the
-        rest."""
+        """{title: pictures (B, 3, S, S)}: image, what the network sees of it, what it predicts of
+        the rest."""
         images = views[0]
-        mask = self.draw_mask(len(images), images.device)
+        mask = self.random_mask(len(images), images.device)
         hidden = self.pixels_of(mask)
-        drawn = torch.where(hidden, self.reconstruct(images, mask), images)
-        return {"image": images, "masked": images * ~hidden, "reconstruction": drawn}
+        reconstruction = torch.where(hidden, self.reconstruct(images, mask), images)
+        return {"image": images, "masked": images * ~hidden, "reconstruction": reconstruction}

@@ -119,12 +119,6 @@ class SimSiam(nn.Module):
         std = F.normalize(self.z.float(), dim=1).std(dim=0).mean()
         return {"std": (std * self.z.shape[1] ** 0.5).item()}
 
-    def collapsed(self, health):
-        """A line that says what to try, or None."""
-        if health["std"] < 0.1:
-            return (f"the projections have collapsed (std {health['std']:.3f} of 1): try a smaller "
-                    "--lr or a larger --batch-size")
-
     def samples(self, views):
         """{title: pictures (B, 3, S, S)}: what the network sees."""
         return {"view 1": views[0], "view 2": views[1]}
