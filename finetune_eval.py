@@ -53,7 +53,7 @@ from pretrain import Images, MedSASS, exit_on_value_error, load_checkpoint, norm
 BATCH = 16                                  # test images at a time; no score depends on it
 LABEL_PROTOCOLS = ("frozen", "finetune", "semi", "supervised", "classify")     # that train
 REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold_inverted",
-             "refined_threshold", "random_init", "best_constant")
+             "refined_threshold", "refined_trusted", "random_init", "best_constant")
 COUNTS = ("tp", "fp", "fn", "tn")
 # What random numbers of one seed are for: pre-training's own weights have 0.
 DECODER_SEED, LABELS_SEED, PROBE_SEED, SECOND_HALF_SEED = 1, 2, 3, 4
@@ -446,7 +446,7 @@ def fit(method, sets, job, epochs, subfolder=""):
     pretrain.open_run(settings, folder, job.command, overwrite=False)
     if not pretrain.is_finished(folder):
         pretrain.train(method, sets, options, folder, job.device)
-        pretrain.finish_run(method, sets.val, options.seed, folder, job.device)
+        pretrain.finish_run(method, sets, options.seed, folder, job.device)
     kept = load_checkpoint(folder / "best.pt", "cpu")
     getattr(method, "unet", method).load_state_dict(kept["model"])
     steps = len(pretrain.Batches(len(sets.train), args.batch_size, epoch_size=sets.epoch_size))
@@ -526,12 +526,10 @@ def fit_semi(method, sets, job, epochs):
 
 # --------------------------------------------------------------------------------------- protocols
 
-def refine_masks_of(job, parts, images):
-    """Return the masks of --refine for uint8 (N, S, S, 3), an iterable of bool (S, S), and what was
-    decided on the training images, a dict."""
+def refinement_of(job, parts):
+    """Return the Refinement of a job's data set, and the evidence for it."""
     training, _ = open_part(job.data, "train")
-    refinement, evidence = pretrain.decide_refinement(training, job.head["foreground"], parts)
-    return refinement.refine_masks(images), evidence
+    return pretrain.decide_refinement(training, job.head["foreground"], parts)
 
 
 def best_median_worst(unet, images, masks, names, iou, job):
@@ -544,7 +542,8 @@ def best_median_worst(unet, images, masks, names, iou, job):
     raw = pretrain.pseudo_mask(shown, head["threshold"], head["foreground"])
     columns = {"image": shown, head["threshold"]: raw}
     if head["refine"]:
-        columns["refined mask"], _ = refine_masks_of(job, head["refine"], shown)
+        refinement, _ = refinement_of(job, head["refine"])
+        columns["refined mask"] = refinement.refine_masks(shown)
     columns["prediction"] = predict_masks(unet, shown, job.device, job.args.flips)
     columns["truth"] = masks[three]
     captions = []
@@ -600,14 +599,16 @@ def best_constant(masks):
 
 def reference(job):
     """Score what needs no training on the same test images: REFERENCE. Only best_constant uses
-    labels. Returns the result, the rows of its CSV, and no sheet."""
+    labels; refined_trusted is of the better ones of the test images' refined masks alone. Returns
+    the result, the rows of its CSV, and no sheet."""
     head = job.head
     images, masks, names = open_test(job.data)
     torch.manual_seed(seed_from(head["seed"]))      # the very weights that pre-training starts from
     with exit_on_value_error():
         unet = build_unet(head["backbone"], head["img_size"])
     unet = unet.to(job.device, memory_format=torch.channels_last).eval()
-    refined, evidence = refine_masks_of(job, pretrain.REFINEMENTS, images)
+    refinement, evidence = refinement_of(job, pretrain.REFINEMENTS)
+    is_trusted, _ = refinement.choose_trusted(images)
     other = "dark" if head["foreground"] == "bright" else "bright"
     training_masks = open_part(job.data, "train")[1]
 
@@ -623,16 +624,20 @@ def reference(job):
         all_background=everywhere(False),
         raw_threshold=thresholded(head["foreground"]),
         raw_threshold_inverted=thresholded(other),
-        refined_threshold=refined,
+        refined_threshold=refinement.refine_masks(images),
         random_init=predict_masks(unet, images, job.device))
     if training_masks is not None:
         predicted["best_constant"] = everywhere(best_constant(training_masks))
+    counts = {name: count_masks(pred, masks) for name, pred in predicted.items()}
+    counts["refined_trusted"] = counts["refined_threshold"][is_trusted]
     result = dict(n_test=len(names))
     rows = []
-    for name, pred in predicted.items():
-        counts = count_masks(pred, masks)
-        result[name] = summarise(counts, groups_of(names))
-        rows += image_rows(name, counts, names)
+    for name, table in counts.items():
+        shown = names
+        if name == "refined_trusted":
+            shown = [names[k] for k in np.flatnonzero(is_trusted)]
+        result[name] = dict(n_test=len(shown)) | summarise(table, groups_of(shown))
+        rows += image_rows(name, table, shown)
     result["refined_threshold"] |= evidence
     if "best_constant" in result:
         result["best_constant"]["uses_labels"] = True
@@ -897,6 +902,8 @@ def read_result(path):
             raise ValueError(f"{len(images)} images in its CSV")
         row["groups"] = groups_of(images)
         row["used"] = "0"
+        if row["n_test"] < result["n_test"]:            # refined_trusted: of some images only
+            row["used"] = f"0, {row['n_test']} images"
         if row["n_labels_train"]:
             row["used"] = f"{row['n_labels_train']} + {row['n_labels_val']}"
         if "uses_labels" in block:
@@ -951,7 +958,7 @@ def difference(cell, other):
     """Return the paired difference of two cells in words: "+0.0123 [-0.0045, +0.0291] ≈"; ≈ if the
     interval holds 0. Empty if there is no other, or it is the same. The same resampled images are
     scored for both: what is hard for all cancels (Efron & Tibshirani 1993)."""
-    if other is None or other is cell:
+    if other is None or other is cell or other["groups"] != cell["groups"]:
         return ""
     low, high = interval(cell["samples"] - other["samples"])
     sign = " ≈" if low <= 0 <= high else ""

@@ -18,6 +18,7 @@ import collections
 import contextlib
 import datetime
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -126,7 +127,8 @@ def pseudo_mask(images, method="otsu", foreground="bright"):
 # ------------------------------------ refined pseudo-masks, without labels (not in the paper)
 
 CHANNELS = ("gray", "red", "green", "blue")
-REFINEMENTS = ("channel", "frame", "position")
+REFINEMENTS = ("channel", "frame", "position", "trust")
+QUALITY = ("separability", "solidity", "position")      # the scores of mask_quality
 
 
 def foreground_dark_channel(image, channel="gray", foreground="dark"):
@@ -138,15 +140,14 @@ def foreground_dark_channel(image, channel="gray", foreground="dark"):
     return values if foreground == "dark" else 255 - values
 
 
-def separability(values):
-    """Return the variance between the two classes of Otsu's threshold over the total variance of
-    uint8 (H, W), a float in [0, 1] (Otsu 1979, eq. 12)."""
-    bright = values > otsu_threshold(values)
-    fraction = bright.mean()
+def separability(values, mask):
+    """Return the variance between the classes `mask`, bool (H, W), and not mask over the total
+    variance of uint8 (H, W), a float in [0, 1] (Otsu 1979, eq. 12); 0 if a class is empty."""
+    fraction = mask.mean()
     if not 0 < fraction < 1:
         return 0.0
-    gap = values[bright].mean() - values[~bright].mean()
-    return float(fraction * (1 - fraction) * gap ** 2 / values.var())
+    gap = values[mask].mean() - values[~mask].mean()
+    return float(fraction * (1 - fraction) * gap ** 2 / max(values.var(), 1e-9))
 
 
 def choose_channel(images):
@@ -155,13 +156,14 @@ def choose_channel(images):
     means = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
-            means[channel] += separability(foreground_dark_channel(image, channel)) / len(images)
+            values = foreground_dark_channel(image, channel)
+            means[channel] += separability(values, values > otsu_threshold(values)) / len(images)
     return max(CHANNELS, key=lambda channel: round(means[channel], 6)), means
 
 
 def dark_mask(values, frame):
-    """Return what is not above Otsu's threshold in uint8 (H, W), a bool (H, W). `frame`, bool
-    (H, W), is neither counted nor foreground. Nothing is foreground if all values are equal."""
+    """Return what is not above Otsu's threshold in uint8 (H, W), bool (H, W): nothing if all values
+    are equal. `frame`, bool (H, W), is neither counted nor foreground."""
     counted = values[~frame][:, None]
     if not counted.size or counted.min() == counted.max():
         return np.zeros(values.shape, bool)
@@ -174,18 +176,16 @@ def connected(mask, starts):
     return np.isin(labels, labels[mask & starts])
 
 
-def shared_frame(frequent):
-    """Return the part of `frequent`, what is dark in most images, that is connected to the border;
-    both bool (H, W). Objects rarely lie there; lens corners, letterboxes, collimators do."""
-    border = np.ones(frequent.shape, bool)
+def touching_border(mask):
+    """Return the components of bool (H, W) that touch the border of the picture."""
+    border = np.ones(mask.shape, bool)
     border[1:-1, 1:-1] = False
-    return connected(frequent, border)
+    return connected(mask, border)
 
 
 def image_frame(values, shared):
-    """Return the frame of one image, bool (H, W): `shared`, and what of foreground_dark_channel is
-    at most .55 of the median and connected to a corner. It is dilated by 1/32 of the side, because
-    the edge of a lens is blurred."""
+    """Return the frame of one image (a lens, a letterbox, a collimator), bool (H, W): `shared`, and
+    what is at most .55 of the median and connected to a corner; dilated, its edge is blurred."""
     corners = np.zeros(values.shape, bool)
     corners[[0, 0, -1, -1], [0, -1, 0, -1]] = True
     frame = shared | connected(values <= 0.55 * np.median(values), corners)
@@ -193,74 +193,181 @@ def image_frame(values, shared):
     return cv2.dilate(frame.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
 
 
-def position_map(masks, n, splits=8):
-    """Return how often each place is foreground, as far as the images agree on it, float (H, W),
-    and how reliable that is, in [0, 1]. masks: an iterable of n bool (H, W).
+def ellipse(radius):
+    """Return OpenCV's elliptic structuring element of 2 radius + 1 pixels a side."""
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
-    The smoothed mean mask p is pulled to its mean as far as such maps of random halves do not
-    correlate: p' = mean(p) + r (p - mean(p)), r = 2 c / (1 + c), c their mean correlation
-    (Spearman 1910, Brown 1910) less two standard deviations, or small sets would lose objects.
+
+def open_mask(mask, radius):
+    """Return bool (H, W) without what is thinner than a disc of `radius`, such as bridges to air
+    beside an object. It goes on beyond the picture's border."""
+    if radius == 0:
+        return mask
+    padded = np.pad(mask.astype(np.uint8), radius, mode="edge")
+    padded = cv2.morphologyEx(padded, cv2.MORPH_OPEN, ellipse(radius))
+    return padded[radius:-radius, radius:-radius] > 0
+
+
+def position_reliability(masks, n, splits=8):
+    """Return (reliability, radius) of an iterable of n masks, bool (H, W).
+
+    reliability, in [0, 1]: how far they agree on where objects lie, 2 c / (1 + c) of the
+    correlation c of smoothed mean masks of random halves (Spearman 1910, Brown 1910), less two
+    standard deviations over the splits, or small sets would lose objects. radius, in pixels: a
+    seventh of the median thickness, an object's largest distance to the background.
     """
     generator = np.random.default_rng(0)
     is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
     for row in is_counted[1:]:
         row[generator.permutation(n)[n // 2:]] = 0
     sums = 0
+    thickness = []
     for mask, weights in zip(masks, is_counted.T, strict=True):
         sums = sums + weights[:, None, None] * mask
+        thickness.append(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5).max())
     sigma = max(sums.shape[1:]) / 24
     whole, *halves = [cv2.GaussianBlur(s, (0, 0), sigma).astype(np.float64) for s in sums]
     with np.errstate(invalid="ignore"):                 # nan where a half is flat, counted as 0
         pairs = [np.corrcoef(half.ravel(), (whole - half).ravel()) for half in halves]
     correlations = np.nan_to_num(pairs)[:, 0, 1]
     c = max(0.0, float(correlations.mean() - 2 * correlations.std()))
-    reliability = 2 * c / (1 + c)
-    p = whole / n
-    return p.mean() + reliability * (p - p.mean()), reliability
+    return 2 * c / (1 + c), int(np.median(thickness) // 7)
+
+
+def likely_positions(masks, n, reliability, radius):
+    """Return where objects lie by n masks, bool (H, W): the smoothed mean of the opened ones, less
+    what touches the border, is at least half of its maximum. It is pulled to its own mean as far as
+    positions are not reliable, until all places are likely."""
+    inner = 0
+    for mask in masks:
+        opened = open_mask(mask, radius)
+        inner = inner + (opened & ~touching_border(opened))
+    p = cv2.GaussianBlur(inner / n, (0, 0), max(inner.shape) / 24)
+    p = p.mean() + reliability * (p - p.mean())
+    return p >= 0.5 * p.max()
+
+
+def position_mask(mask, radius, likely):
+    """Return bool (H, W) without what lies only where objects never lie, or as it was if all does.
+    People outline outside of a blurred edge, and Otsu's threshold lies in its middle, so a rim of
+    half the radius is added. Nothing is changed if objects are thin."""
+    if radius == 0:
+        return mask
+    kept = connected(open_mask(mask, radius), likely).astype(np.uint8)
+    if kept.any():
+        mask = mask & (cv2.dilate(kept, ellipse(radius)) > 0)
+    return cv2.dilate(mask.astype(np.uint8), ellipse((radius + 1) // 2)) > 0
+
+
+def position_masks(masks):
+    """Return position_mask of each of bool (N, H, W), and the reliability of their positions."""
+    reliability, radius = position_reliability(masks, len(masks))
+    likely = likely_positions(masks, len(masks), reliability, radius)
+    return np.stack([position_mask(mask, radius, likely) for mask in masks]), reliability
+
+
+def mask_quality(mask, values, mean_mask):
+    """Return three scores of how far bool (H, W) looks like an object; more is better.
+
+    Separability of foreground_dark_channel, uint8 (H, W), by the mask. Solidity, the area of its
+    outer contours over that of their convex hulls: objects are compact, leaks are not. Position,
+    the mean of the training images' mean mask, float (H, W), inside of it.
+    """
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    area = sum(cv2.contourArea(contour) for contour in contours)
+    hull = sum(cv2.contourArea(cv2.convexHull(contour)) for contour in contours)
+    position = mean_mask[mask].mean() if mask.any() else 0.0
+    return separability(values, mask), area / max(1.0, hull), float(position)
+
+
+def trusted(quality, reliability):
+    """Return which masks are learnt from, bool (N,): the best 1 - reliability / 2 of them by the
+    sum of ranks in mask_quality, (N, 3); ties share their mean rank, equal sums keep their order.
+    Where objects lie anywhere, there is little to choose by, and leaving out half costs variety."""
+    sums = np.zeros(len(quality))
+    for scores in np.transpose(quality):
+        _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+        sums += (np.cumsum(counts) - (counts - 1) / 2)[place]
+    kept = max(1, int(len(sums) * (1 - reliability / 2)))
+    is_trusted = np.zeros(len(sums), bool)
+    is_trusted[np.argsort(-sums, kind="stable")[:kept]] = True
+    return is_trusted
+
+
+def of_two_kinds(quality, is_trusted):
+    """Return whether one of the scores of mask_quality, (N, 3), has two peaks, and those that are
+    trusted, bool (N,), are one of them: such as images with an object and images without."""
+    for scores in (255 * quality.T).astype(np.uint8):
+        upper = scores > otsu_threshold(scores)
+        if separability(scores, upper) > 0.82 and (upper == is_trusted).mean() > 0.85:
+            return True
+    return False
 
 
 @dataclass
 class Refinement:
-    """What --refine has decided on the training images. refine_mask then needs one image."""
+    """What --refine has decided on the training images. Then refine_mask needs one image."""
     foreground: str
     channel: str = "gray"
-    shared: np.ndarray | None = None                    # shared_frame; None: no frame is left out
-    positions: list = field(default_factory=list)       # of position_map, one after the other
+    frame: np.ndarray | None = None                     # what images share; None: not left out
+    radius: int = 0
+    likely: np.ndarray | None = None                    # likely_positions
+    reliability: float = 0.0
+    mean_mask: np.ndarray | None = None                 # of the training images, for mask_quality
 
     def refine_mask(self, image):
         """Return the refined mask of uint8 (H, W, 3), a bool (H, W)."""
         values = foreground_dark_channel(image, self.channel, self.foreground)
         frame = np.zeros(values.shape, bool)
-        if self.shared is not None:
-            frame = image_frame(values, self.shared)
-        mask = dark_mask(values, frame)
-        for position in self.positions:                 # what reaches no likely place is dropped
-            mask = connected(mask, position >= 0.5 * position.max())
-        return mask
+        if self.frame is not None:
+            frame = image_frame(values, self.frame)
+        return position_mask(dark_mask(values, frame), self.radius, self.likely)
 
     def refine_masks(self, images):
         """Yield the masks of uint8 (N, H, W, 3), which may be mapped, computed by all cores."""
         return prepare_data.map_threads(self.refine_mask, images)
 
+    def choose_trusted(self, images):
+        """Return which of uint8 (N, H, W, 3) have a mask to learn from, bool (N,), and the scores
+        that tell, (N, 3)."""
+        def quality_of(image):
+            values = foreground_dark_channel(image, self.channel, self.foreground)
+            return mask_quality(self.refine_mask(image), values, self.mean_mask)
+
+        quality = np.array([*prepare_data.map_threads(quality_of, images)])
+        return trusted(quality, self.reliability), quality
+
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
     """Return the Refinement of training images, uint8 (N, H, W, 3), by some of REFINEMENTS, and the
-    evidence for it, a dict: separability of the channels, the fraction of a picture that
-    shared_frame covers, reliability of position_map."""
+    evidence for it, a dict: separability of the channels, fraction of a picture that the shared
+    frame covers, reliability and radius of positions, fraction of components that are dropped."""
     refinement = Refinement(foreground)
+    n = len(images)
     evidence = {}
     if "channel" in parts:
         refinement.channel, evidence["separability"] = choose_channel(images)
     evidence["channel"] = refinement.channel
-    if "frame" in parts:
+    if "frame" in parts:                                # objects rarely lie there
         times_dark = sum(mask.astype(np.int64) for mask in refinement.refine_masks(images))
-        refinement.shared = shared_frame(times_dark > 0.7 * len(images))
-        evidence["shared_frame"] = float(refinement.shared.mean())
+        refinement.frame = touching_border(times_dark > 0.7 * n)
+        evidence["shared_frame"] = float(refinement.frame.mean())
+    if "position" in parts or "trust" in parts:
+        reliability, radius = position_reliability(refinement.refine_masks(images), n)
+        refinement.reliability = evidence["reliability"] = reliability
     if "position" in parts:
-        for _ in range(2):                              # again, from the masks of the first
-            masks = refinement.refine_masks(images)
-            position, evidence["reliability"] = position_map(masks, len(images))
-            refinement.positions.append(position)
+        likely = likely_positions(refinement.refine_masks(images), n, reliability, radius)
+        before = after = 0
+        for mask in refinement.refine_masks(images):
+            opened = open_mask(mask, radius)
+            before += cv2.connectedComponents(opened.astype(np.uint8), connectivity=4)[0] - 1
+            kept = connected(opened, likely).astype(np.uint8)
+            after += cv2.connectedComponents(kept, connectivity=4)[0] - 1
+        evidence |= dict(radius=radius, dropped_components=1 - after / max(1, before))
+        refinement.radius, refinement.likely = radius, likely
+    if "trust" in parts:
+        times = sum(mask.astype(np.int64) for mask in refinement.refine_masks(images))
+        refinement.mean_mask = times / n
     return refinement, evidence
 
 
@@ -311,8 +418,8 @@ def paper_augmentation():
 
 @dataclass
 class ViewAndMask:
-    """What one image becomes: uint8 (3, H, W) -> [view uint8 (3, H, W), uint8 {0, 1} (1, H, W)].
-    The mask is that of the view itself; a given tv_tensors.Mask is moved with the image instead."""
+    """uint8 (3, H, W) -> [view uint8 (3, H, W), its pseudo-mask uint8 {0, 1} (1, H, W)]; a given
+    tv_tensors.Mask is moved with the image instead."""
     transform: nn.Module
     threshold: str
     foreground: str
@@ -364,8 +471,7 @@ class MedSASS(nn.Module):
     def forward(self, views):
         images, masks = views
         logits = self.unet(normalise(images))           # (B, 1, H, W)
-        self.target_foreground = masks.float().mean()
-        self.predicted_foreground = (logits.detach() > 0).float().mean()
+        self.last_batch = logits.detach() > 0, masks > 0
         return self.loss(logits, masks)
 
     def optimizer(self):
@@ -383,10 +489,12 @@ class MedSASS(nn.Module):
         """Keep no moving average."""
 
     def health(self):
-        """Return the foreground fractions of masks and predictions. Predictions of 0 or 1: the
-        network has collapsed, as in appendix B.1."""
-        return dict(target_foreground=self.target_foreground.item(),
-                    predicted_foreground=self.predicted_foreground.item())
+        """Return, of the last batch, the foreground fractions of masks and predictions, and their
+        IoU. Predictions of 0 or 1: the network has collapsed, as in appendix B.1."""
+        predicted, target = self.last_batch
+        both = (predicted & target).sum() / (predicted | target).sum().clamp(min=1)
+        return dict(target_foreground=target.float().mean().item(),
+                    predicted_foreground=predicted.float().mean().item(), agreement=both.item())
 
     def samples(self, views):
         """Return {title: pictures (B, 1 or 3, H, W)}: what it saw and predicted."""
@@ -418,8 +526,8 @@ def seed_from(*key):
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Seed torch's CPU generator from `key` inside, and compute on one thread, as in a loader's
-    worker, so that sums round alike; afterwards both are as before."""
+    """Seed torch's CPU generator from `key`, and compute on one thread, as in a loader's worker, so
+    that sums round alike; afterwards both are as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -464,12 +572,14 @@ class Images(torch.utils.data.Dataset):
 
 @dataclass
 class ImageSets:
-    """What train() reads: Images to learn from, the same un-augmented, for BatchNorm, and those for
+    """What train() reads: Images to learn from, un-augmented ones for BatchNorm, and those for
     validation. epoch_size: images an epoch, if more than there are."""
     train: Images
     plain: Images
     val: Images
     epoch_size: int = 0
+    shown: list = field(default_factory=list)           # Images in samples.png, if not those of val
+    captions: list = field(default_factory=list)
 
 
 def ranks():
@@ -537,37 +647,58 @@ def make_loader(dataset, batches, workers):
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
-def write_refined_masks(data, method, folder):
-    """Write the refined masks of a data set into a run's folder, the evidence into its config.json.
-    """
-    images, _ = open_part(data, "train")
-    refinement, evidence = decide_refinement(images, method.foreground, method.refine)
-    print(f"refined masks: {evidence}")
+def write_refined_masks(method, data, folder):
+    """Write the refined masks of training and validation images into a run's folder, with trust
+    also which of them are learnt from, and what was decided into its config.json."""
+    training, _ = open_part(data, "train")
+    refinement, evidence = decide_refinement(training, method.foreground, method.refine)
     if evidence.get("shared_frame", 0) > 0.4:
         print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
-              "is right, leave the frame out, --refine channel position")
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", config | dict(refinement=evidence))
-    for part in ("train", "val"):                       # the last shows that all is there
+              "is right, leave the frame out, --refine channel position trust")
+    for part in ("train", "val"):
         images, _ = open_part(data, part)
         masks = refinement.refine_masks(images)
         prepare_data.write_npy(folder / f"{part}_masks.npy", masks, images.shape[:3])
+        if "trust" in method.refine:
+            is_trusted, quality = refinement.choose_trusted(images)
+            prepare_data.write_npy(folder / f"{part}_trusted.npy", is_trusted, is_trusted.shape)
+            for name, chosen in dict(trusted=is_trusted, distrusted=~is_trusted).items():
+                means = quality[chosen].sum(axis=0) / max(1, chosen.sum())
+                scores = dict(zip(QUALITY, means.round(3).tolist(), strict=True))
+                evidence[f"{part}_{name}"] = dict(images=int(chosen.sum())) | scores
+            if of_two_kinds(quality, is_trusted):
+                print(f"warning: the {part} images are of two kinds, and only one of them is "
+                      "learnt from: see samples.png; --refine channel frame position takes all")
+    print(f"refined masks: {json.dumps(evidence)}")
+    config = read_json(folder / "config.json")          # the last: it shows that all is there
+    write_json(folder / "config.json", config | dict(refinement=evidence))
 
 
 def image_sets(method, data, seed, folder):
     """Return the ImageSets of pre-training, none with labels."""
-    train_masks = val_masks = None
-    if getattr(method, "refine", ()):
-        train_masks = folder / "train_masks.npy"
-        val_masks = folder / "val_masks.npy"
-        if ranks()[0] == 0 and not val_masks.exists():
-            write_refined_masks(data, method, folder)
-        wait_for_ranks()
+    masks = dict(train=None, val=None)
+    rows = dict(train=None, val=None)                   # all
+    refine = getattr(method, "refine", ())
+    if refine and ranks()[0] == 0 and "refinement" not in read_json(folder / "config.json"):
+        write_refined_masks(method, data, folder)
+    wait_for_ranks()
+    for part in ("train", "val"):
+        if refine:
+            masks[part] = folder / f"{part}_masks.npy"
+        if "trust" in refine:
+            rows[part] = np.flatnonzero(np.load(folder / f"{part}_trusted.npy")).tolist()
     plain = getattr(method, "plain", method.augment)
-    return ImageSets(
-        train=Images(data, "train", method.augment, seed, masks=train_masks),
+    sets = ImageSets(
+        train=Images(data, "train", method.augment, seed, rows["train"], masks["train"]),
         plain=Images(data, "train", v2.Identity(), seed),
-        val=Images(data, "val", plain, seed, masks=val_masks))
+        val=Images(data, "val", plain, seed, rows["val"], masks["val"]))
+    sets.epoch_size = len(sets.plain)                   # as many images as without trust
+    if "trust" in refine:
+        distrusted = sorted({*sets.plain.rows} - {*rows["train"]})
+        for caption, of_kind in dict(trusted=rows["train"], distrusted=distrusted).items():
+            sets.shown += [Images(data, "train", plain, seed, of_kind[:2], masks["train"])]
+            sets.captions += [f"{caption} training image"] * len(of_kind[:2])
+    return sets
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -596,9 +727,9 @@ def to_device(views, device):
 
 @torch.no_grad()
 def update_batchnorm(method, loader, device, batches=64):
-    """Set BatchNorm's statistics to their mean over un-augmented training images under the present
-    weights (Wu & Johnson 2021, "precise BN"): the running average is of ten steps, in which a young
-    network changes. torch.optim.swa_utils.update_bn would reset a frozen part, too."""
+    """Set BatchNorm's statistics to their mean over un-augmented images under the present weights
+    (Wu & Johnson 2021, "precise BN"): the running average is of ten steps, in which a young network
+    changes. torch.optim.swa_utils.update_bn would reset a frozen part, too."""
     method.train()
     network = getattr(method, "unet", method.encoder)
     norms = []
@@ -616,16 +747,20 @@ def update_batchnorm(method, loader, device, batches=64):
 
 @torch.no_grad()
 def validate(method, loader, device, seed):
-    """Return the mean loss over the validation images: the same views and masks each time."""
+    """Return the mean loss over the validation images, the same views and masks each time, and the
+    method's health on them, a dict."""
     method.eval()
-    total = torch.zeros(2, dtype=torch.float64)         # of losses, of images
+    sums = collections.Counter()
     for batch, (index, views) in enumerate(loader):
         torch.manual_seed(seed_from(seed, batch))       # MAE and SimMIM choose what they hide
         loss = method(to_device(views, device)).item()
-        total += torch.tensor([loss * len(index), len(index)])
+        for name, value in dict(n=1, loss=loss, **method.health()).items():
+            sums[name] += value * len(index)
+    total = torch.tensor([sums["loss"], sums["n"]], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    means = {f"val_{name}": value / sums["n"] for name, value in sums.items() if name != "n"}
+    return means | dict(val_loss=(total[0] / total[1]).item())
 
 
 def train(method, sets, options, folder, device):
@@ -676,10 +811,8 @@ def train(method, sets, options, folder, device):
         batches.epoch = epoch
         method.train()
         sums = collections.Counter()
-        data_seconds = 0
-        start = before = time.time()
+        start = time.time()
         for step, (index, views) in enumerate(train_loader, epoch * epoch_steps):
-            data_seconds += time.time() - before
             torch.manual_seed(seed_from(seed, step, rank))
             method.before_step(optimizer, step, total_steps, epoch_steps)
             optimizer.zero_grad()
@@ -699,12 +832,12 @@ def train(method, sets, options, folder, device):
                 sums[name] += value * len(index)
             bar.set_postfix(metrics, refresh=False)
             bar.update()
-            before = time.time()
 
         # ===== validate =====
         with autocast:
             update_batchnorm(method, plain_loader, device)
-            val_loss = validate(method, val_loader, device, seed)
+            validation = validate(method, val_loader, device, seed)
+        val_loss = validation["val_loss"]
         epoch += 1
         epochs_without_improvement += 1
         if val_loss < best:
@@ -718,8 +851,8 @@ def train(method, sets, options, folder, device):
         if not config.exists() or config.stat().st_mtime_ns != config_time:
             sys.exit(f"{config} is no longer of this process: another one trains here now")
         n = sums.pop("n")
-        row = dict(epoch=epoch, val_loss=val_loss) | {name: sums[name] / n for name in sums}
-        row |= dict(seconds=time.time() - start, data_seconds=data_seconds)
+        row = dict(epoch=epoch) | validation | {name: sums[name] / n for name in sums}
+        row["seconds"] = time.time() - start
         log.append({name: f"{value:.6g}" for name, value in row.items()})
         prepare_data.write_csv(folder / "log.csv", log)
         if epochs_without_improvement == 0 or not method.keep_best:
@@ -737,16 +870,20 @@ def train(method, sets, options, folder, device):
 
 
 @torch.no_grad()
-def finish_run(method, val_set, seed, folder, device):
-    """Write the last files of a run, of the weights that are kept, which `method` then has:
-    encoder.pth, and samples.png, what it sees and makes of validation images."""
+def finish_run(method, sets, seed, folder, device):
+    """Write encoder.pth and samples.png, what the method sees and makes of some images, of the
+    weights that are kept, which `method` then has. Print what a person should look at."""
     kept = load_checkpoint(folder / "best.pt", device)
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    print(f"{folder}: the weights of epoch {kept['epoch']} are kept")
+    row = prepare_data.read_csv(folder / "log.csv")[kept["epoch"] - 1]
+    metrics = ", ".join(f"{name} {value}" for name, value in row.items() if "val_" in name)
+    print(f"{folder}: epoch {kept['epoch']} is kept: {metrics}; look at samples.png")
     with new_file(folder / "encoder.pth") as file:
         export_encoder(method, file)
     method.eval()
-    items = [val_set[0, k] for k in range(len(val_set))[:6]]
+    items = []
+    for images in sets.shown or [sets.val]:
+        items += [images[0, k] for k in range(len(images))[:6]]
     _, views = torch.utils.data.default_collate(items)
     torch.manual_seed(seed_from(seed))
     samples = method.samples(to_device(views, device))
@@ -756,7 +893,8 @@ def finish_run(method, val_set, seed, folder, device):
         if pictures.is_floating_point():
             pictures = (pictures * STD + MEAN).mul(255).round().clamp(0, 255)
         columns.append(pictures.byte().permute(0, 2, 3, 1).squeeze(3).numpy())
-    sheet = prepare_data.contact_sheet(list(zip(*columns, strict=True)), list(samples))
+    rows = list(zip(*columns, strict=True))
+    sheet = prepare_data.contact_sheet(rows, list(samples), sets.captions)
     prepare_data.write_png(folder / "samples.png", sheet)
 
 
@@ -906,8 +1044,9 @@ def parse_args(argv=None):
     add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label: from the channel that Otsu separates best, "
-        "without the frame of the picture, without what lies where objects never lie; no PART: "
-        "channel frame position. Without this flag: off, as in the paper")
+        "without the frame of the picture, without what lies where objects never lie, and learning "
+        "from those masks that look like objects; no PART: channel frame position trust. Without "
+        "this flag: off, as in the paper")
     add("--encoder", metavar="FILE",
         help="start from this encoder, a checkpoint of ours, timm's or torchvision's, or from "
         "\"imagenet\", timm's weights. Default: from scratch, as in the paper")
@@ -932,7 +1071,7 @@ def parse_args(argv=None):
     if args.method != "medsass":
         args = prepare_data.drop_unused(parser, args, MEDSASS_FLAGS)
     if args.refine is not None:                         # in one order, each once; none: all
-        args.refine = sorted(set(args.refine or REFINEMENTS))
+        args.refine = [part for part in REFINEMENTS if part in (args.refine or REFINEMENTS)]
         if args.threshold != "otsu":
             parser.error("--refine refines Otsu's masks: leave out --threshold")
     variant = args.method
@@ -994,7 +1133,7 @@ def main(argv=None):
     sets = image_sets(method, data, args.seed, folder)
     train(method, sets, options, folder, device)
     if rank == 0:
-        finish_run(method, sets.val, args.seed, folder, device)
+        finish_run(method, sets, args.seed, folder, device)
         if args.method != "medsass":                    # heads and copies that nobody reads again
             (folder / "best.pt").unlink()
         print(folder / "samples.png")
