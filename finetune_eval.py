@@ -12,16 +12,15 @@ masks for a folder of images.
 
 transfer: the pre-trained network as it is; an encoder alone gets a fresh, seeded decoder that
 nobody trained (section 4.1). frozen: the decoder is trained, the encoder stays. finetune: all is
-trained. semi: all is trained, on the labelled images and, if these are too few, on the others with
-the pre-trained network's masks (self-training). supervised: all is trained, from scratch. classify:
-a linear probe on the encoder's pooled features (appendix D). reference: what needs no training, on
-the same test images. One JSON per evaluation, under results/, with a CSV of its test images;
---report writes results/README.md from them.
+trained. semi: an average of the weights before and after finetune, as much of each as two folds of
+the labelled images say. supervised: all is trained, from scratch. classify: a linear probe on the
+encoder's pooled features (appendix D). reference: what needs no training, on the same test images.
+One JSON per evaluation, under results/, with a CSV of its test images; --report writes
+results/README.md from them.
 """
 
 import argparse
 import collections
-import copy
 import csv
 import functools
 import importlib.util
@@ -56,7 +55,8 @@ REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold
              "refined_threshold", "refined_trusted", "random_init", "best_constant")
 COUNTS = ("tp", "fp", "fn", "tn")
 # What random numbers of one seed are for: pre-training's own weights have 0.
-DECODER_SEED, LABELS_SEED, PROBE_SEED, SECOND_HALF_SEED = 1, 2, 3, 4
+DECODER_SEED, LABELS_SEED, PROBE_SEED, FOLDS_SEED, VAL_SEED = 1, 2, 3, 4, 5
+WEIGHTS = (0, 0.25, 0.5, 0.75, 1)           # of the tuned network in the average of semi
 
 # -------------------------------------------------------------------------- metrics (appendix G)
 
@@ -307,27 +307,28 @@ def labelled_rows(names, rows, fraction, seed):
     return chosen[:max(1, round(fraction * len(rows)))]
 
 
-class PartlyLabelled(Images):
-    """All training images with the masks of one file. Even draws are of the labelled `rows`, odd
-    ones of all, each in stored order, over and over."""
+class Joined(torch.utils.data.Dataset):
+    """Several Images, one after the other; key (epoch, k)."""
 
-    def __init__(self, folder, transform, seed, rows, masks):
-        super().__init__(folder, "train", transform, seed, masks=masks)
-        self.labelled = rows
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return sum(map(len, self.parts))
 
     def __getitem__(self, key):
         epoch, k = key
-        draw = epoch * len(self) + k        # from the beginning of the run
-        row = draw // 2 % len(self)
-        if draw % 2 == 0:
-            row = self.labelled[draw // 2 % len(self.labelled)]
-        return super().__getitem__((draw, row))
+        for images in self.parts:
+            if k < len(images):
+                return images[epoch, k]
+            k -= len(images)
+        raise IndexError(key)
 
 
 class FineTuning(MedSASS):
     """MedSASS's U-Net, loss and optimiser, with true masks. The paper gives no schedule: the rate
     rises over the first tenth of the steps and falls to 0 by a cosine, and the last weights are
-    kept, because one or two validation labels cannot choose."""
+    kept, because all labels are trained on."""
 
     keep_best = False
 
@@ -395,133 +396,149 @@ class Probe(nn.Module):
         return {"image": views[0]}
 
 
-def labelled_sets(job, classes=()):
-    """Return the ImageSets of the images of --labels, with their masks, or with the number of their
-    label among `classes`. A count of labels is a fraction of the training images that have one, and
-    as large a fraction of the validation images goes with them. An epoch is as long for few labels
-    as for all, so that every method has the same steps. Exits if there are too few."""
-    seed, fraction = job.head["seed"], job.args.labels
-    sets = {}
-    for part, transform in dict(train=pretrain.paper_augmentation(), val=v2.Identity()).items():
+def choose_labels(job, classes=()):
+    """Return the labelled images of --labels, a list of (part, row) of train and val, and how many
+    images an epoch has: as many as there are, so that every method has the same steps.
+
+    A count is a fraction of the training images that have a mask, or a label among `classes`; as
+    large a fraction of the validation images goes with them. Exits if there are too few.
+    """
+    fraction = job.args.labels
+    labels = []
+    epoch_size = 0
+    for part in ("train", "val"):
         names = read_names(job.data, part)
+        masks = open_part(job.data, part)[1]
         if classes:
             rows = [k for k, row in enumerate(names) if row["label"]]
-            targets = [["", *classes].index(row["label"]) - 1 for row in names]
+        elif masks is None:
+            sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
         else:
-            masks = open_part(job.data, part)[1]
-            if masks is None:
-                sys.exit(f"{job.data} has no {part} masks: {job.args.protocol} needs them")
             rows = range(len(masks))
-            targets = job.data / f"{part}_masks.npy"
-        if part == "train":
-            epoch_size = len(rows) if classes else len(names)
-            if fraction > len(rows):
-                sys.exit(f"--labels {fraction}: {job.data} has {len(rows)} training images of "
-                         f"which the {'class' if classes else 'mask'} is known")
-            if isinstance(fraction, int):
-                fraction /= len(rows)
-        rows = labelled_rows(names, rows, fraction, seed)
+        epoch_size += len(rows) if classes else len(names)
+        if fraction > len(rows) and part == "train":
+            sys.exit(f"--labels {fraction}: {job.data} has {len(rows)} training images of which "
+                     f"the {'class' if classes else 'mask'} is known")
+        if isinstance(fraction, int):
+            fraction /= len(rows)
+        rows = labelled_rows(names, rows, fraction, job.head["seed"])
+        labels += [(part, row) for row in rows]
+        job.head[f"n_labels_{part}"] = len(rows)
         print(f"{len(rows)} {part} images are labelled")
-        sets[part] = Images(job.data, part, transform, seed, rows, targets)
-    plain = Images(job.data, "train", v2.Identity(), seed, sets["train"].rows)
-    return pretrain.ImageSets(sets["train"], plain, sets["val"], epoch_size)
+    return labels, epoch_size
+
+
+def mask_sets(job, labels, epoch_size):
+    """Return the ImageSets of labelled images, (part, row), with their masks. Training and
+    validation part are both trained on: nothing is chosen or stopped by them. The same images,
+    un-augmented, are logged as validation."""
+    seed = job.head["seed"]
+    augmented, plain, masked = [], [], []
+    for part, part_seed in (("train", seed), ("val", seed_from(seed, VAL_SEED))):
+        rows = [row for of_part, row in labels if of_part == part]
+        masks = job.data / f"{part}_masks.npy"
+        augmentation = pretrain.paper_augmentation()
+        augmented.append(Images(job.data, part, augmentation, part_seed, rows, masks))
+        plain.append(Images(job.data, part, v2.Identity(), seed, rows))
+        masked.append(Images(job.data, part, v2.Identity(), seed, rows, masks))
+    return pretrain.ImageSets(Joined(augmented), Joined(plain), Joined(masked), epoch_size)
 
 
 def fit(method, sets, job, epochs, subfolder=""):
-    """Train `method` on labelled_sets by pretrain.py's loop in a run folder of its own, or go on
-    with what is there; then it has the weights that are kept. Returns a dict: n_labels_train,
-    n_labels_val, budget_steps."""
+    """Train `method` on ImageSets by pretrain.py's loop in a run folder of its own, or go on with
+    what is there; then it has the weights that are kept. Returns the number of steps."""
     args, folder = job.args, job.folder / subfolder
     patience = 5 if method.keep_best else 0
     amp = pretrain.pick_precision(args.amp, job.device, method)
-    options = pretrain.Options(epochs, args.batch_size, patience, sets.train.seed, amp,
+    options = pretrain.Options(epochs, args.batch_size, patience, job.head["seed"], amp,
                                args.workers)
-    n_labels = dict(n_labels_train=len(sets.plain), n_labels_val=len(sets.val))
-    settings = job.head | n_labels | dict(
-        variant=f"{job.head['variant']}-{job.folder.name}", train="end2end", epochs=epochs,
-        batch_size=args.batch_size, lr=method.lr, weight_decay=method.weight_decay, amp=amp,
-        weights=str(job.weights), run=job.run)
-    if args.protocol == "classify":
-        settings["train"] = "encoder"
+    settings = training_settings(job, method) | dict(epochs=epochs, amp=amp)
     pretrain.open_run(settings, folder, job.command, overwrite=False)
     if not pretrain.is_finished(folder):
         pretrain.train(method, sets, options, folder, job.device)
         pretrain.finish_run(method, sets, options.seed, folder, job.device)
     kept = load_checkpoint(folder / "best.pt", "cpu")
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    steps = len(pretrain.Batches(len(sets.train), args.batch_size, epoch_size=sets.epoch_size))
-    return n_labels | dict(budget_steps=epochs * steps)
+    return epochs * len(pretrain.Batches(len(sets.train), args.batch_size,
+                                         epoch_size=sets.epoch_size))
 
 
-def compare_tuned(unet, pretrained, tuned, sets, job):
-    """Return whether the network tuned on the labels is better than the pre-trained one: a dict,
-    `trusted` and the IoUs that decide, kept in labels/decision.json of the run folder. Writes the
-    pre-trained one's masks, with the true ones if there are labels, into labels/train_masks.npy.
-
-    Two differences of IoUs are added up, and the tuned network is trusted if the sum is not
-    negative. On the labelled validation images: its IoU minus the pre-trained one's. On training
-    images: IoU(tuned, pre-trained) on the unlabelled minus IoU(pre-trained, truth) on the labelled.
-    This assumes that the pre-trained one has the same error rate on both. If all are labelled,
-    there is only the first.
-    """
-    path = job.folder / "labels" / "decision.json"
-    if path.exists():
-        return read_json(path)
-    images, truth = open_part(job.data, "train")
-    labelled = sets.train.rows
-    others = sorted({*range(len(images))} - {*labelled})
-    unet.eval()
-
-    def iou(weights, images, masks, rows):
-        unet.load_state_dict(weights)
-        predicted = predict_masks(unet, (images[k] for k in rows), job.device)
-        counts = [count_pixels(pred, masks[k] > 0)
-                  for pred, k in zip(predicted, rows, strict=True)]
-        return float(scores_from_counts(sum(counts))["iou"])
-
-    val = *open_part(job.data, "val"), sets.val.rows
-    result = dict(tuned_val_iou=iou(tuned, *val), pretrained_val_iou=iou(pretrained, *val))
-    gain = result["tuned_val_iou"] - result["pretrained_val_iou"]
-    masks = np.stack([*predict_masks(unet, images, job.device)])    # of the pre-trained one
-    for k in labelled:
-        masks[k] = truth[k] > 0
-    prepare_data.write_npy(path.with_name("train_masks.npy"), masks, masks.shape)
-    if others:
-        pretrained_iou = iou(pretrained, images, truth, labelled)
-        agreement = iou(tuned, images, masks, others)
-        result |= dict(pretrained_iou=pretrained_iou, agreement=agreement)
-        gain += agreement - pretrained_iou
-    result["trusted"] = gain >= 0
-    write_json(path, result)
-    return result
+def training_settings(job, method):
+    """Return what the config.json of a training on labels says, a dict."""
+    train_part = "encoder" if job.head["protocol"] == "classify" else "end2end"
+    return job.head | dict(
+        variant=f"{job.head['variant']}-{job.folder.name}", train=train_part, lr=method.lr,
+        batch_size=job.args.batch_size, weight_decay=method.weight_decay,
+        weights=str(job.weights), run=job.run)
 
 
-def fit_semi(method, sets, job, epochs):
-    """As fit, on the labelled images and, if these are too few, also on the others, with the
-    pre-trained network's masks (self-training: Lee 2013).
+def halve(job, labels):
+    """Return labelled images, (part, row), as two lists of half of their groups in a seeded order;
+    the first is empty if they are of one group."""
+    groups = collections.defaultdict(list)
+    group_of = {part: groups_of(read_names(job.data, part)) for part in ("train", "val")}
+    for part, row in labels:
+        groups[group_of[part][row]].append((part, row))
+    generator = np.random.default_rng(seed_from(job.head["seed"], FOLDS_SEED))
+    order = generator.permutation(sorted(groups)).tolist()
+    middle = len(order) // 2
+    folds = []
+    for half in (order[:middle], order[middle:]):
+        folds.append([label for group in half for label in groups[group]])
+    return folds
 
-    For half of the epochs the pre-trained network is tuned on the labels alone. If that can be
-    trusted (compare_tuned), it goes on so. Else the pre-trained one starts again: half of what it
-    sees are labelled images, half are all images, with its own masks if there is no label. Order
-    and augmentation of the second half are of another seed.
-    """
-    pretrained = copy.deepcopy(method.unet.state_dict())
-    first_half = fit(method, sets, job, epochs // 2, "labels")
-    tuned = copy.deepcopy(method.unet.state_dict())
-    decision = compare_tuned(method.unet, pretrained, tuned, sets, job)
-    use = "is trained further" if decision["trusted"] else "is dropped: too few labels"
-    scores = ", ".join(f"{name} {value:.3g}" for name, value in decision.items())
-    print(f"the network tuned on the labels {use} ({scores})")
-    method.unet.load_state_dict(tuned)
-    sets.train.seed = seed_from(job.head["seed"], SECOND_HALF_SEED)
-    if not decision["trusted"]:
+
+def fit_semi(method, labels, epoch_size, job, epochs):
+    """Average the weights of the network before and after it is tuned on all labels (Wortsman et
+    al. 2022). How much of each is said by two folds of the labels: tuned on one for half of the
+    epochs, scored on the other. Returns the result, a dict; the run folder has the network."""
+    pretrained = load_checkpoint(job.weights, "cpu")["model"]
+    plain = Images(job.data, "train", v2.Identity(), job.head["seed"])
+    loader = pretrain.make_loader(plain, pretrain.Batches(len(plain), BATCH, job.head["seed"]), 0)
+    arrays = {part: open_part(job.data, part) for part in ("train", "val")}
+
+    def tune(labels, epochs, subfolder):
         method.unet.load_state_dict(pretrained)
-        sets.train = PartlyLabelled(job.data, sets.train.transform, sets.train.seed,
-                                    sets.train.rows, job.folder / "labels" / "train_masks.npy")
-    method.lr /= 3                          # lower: the network is trained
-    result = fit(method, sets, job, epochs - epochs // 2)
-    result["budget_steps"] += first_half["budget_steps"]
-    return result | decision
+        steps = fit(method, mask_sets(job, labels, epoch_size), job, epochs, subfolder)
+        return steps, load_checkpoint(job.folder / subfolder / "best.pt", "cpu")["model"]
+
+    def load_average(tuned, weight):        # BatchNorm settles on all training images
+        average = pretrained.copy()
+        for name, value in pretrained.items():
+            if value.is_floating_point():
+                average[name] = value.lerp(tuned[name], weight)
+        method.unet.load_state_dict(average)
+        pretrain.update_batchnorm(method, loader, job.device)
+        method.eval()
+
+    result, weight = {}, 0.5                # of one group: nothing can be said
+    folds = halve(job, labels)
+    if folds[0]:
+        counts = np.zeros((len(WEIGHTS), 4), np.int64)
+        for k, (fold, other) in enumerate((folds, folds[::-1]), 1):
+            steps, tuned = tune(fold, max(1, epochs // 2), f"fold{k}")
+            for w, total in zip(WEIGHTS, counts, strict=True):
+                load_average(tuned, w)
+                shown = (arrays[part][0][row] for part, row in other)
+                predicted = predict_masks(method.unet, shown, job.device)
+                for pred, (part, row) in zip(predicted, other, strict=True):
+                    total += count_pixels(pred, arrays[part][1][row] > 0)
+        scores = scores_from_counts(counts)["iou"]
+        weight = WEIGHTS[scores.argmax()]   # of equals the smallest
+        result = dict(fold_scores=dict(zip(map(str, WEIGHTS), scores.tolist(), strict=True)),
+                      fold_labels=[len(fold) for fold in folds], fold_steps=steps)
+    steps, tuned = tune(labels, epochs, "tuned")
+    load_average(tuned, weight)
+    print(f"semi: the average has {weight} of the tuned network. IoU on labelled images that were "
+          f"not trained on, by that weight: {result.get('fold_scores', 'one image or group only')}")
+    settings = training_settings(job, method)
+    pretrain.open_run(settings, job.folder, job.command, overwrite=False)
+    with new_file(job.folder / "best.pt") as file:
+        torch.save(dict(epoch=epochs, weight=weight, model=method.unet.state_dict()), file)
+    sheet = (job.folder / "tuned" / "samples.png").read_bytes()
+    with new_file(job.folder / "samples.png") as file:      # the last file of a run
+        file.write(sheet)
+    return result | dict(weight=weight, budget_steps=steps)
 
 
 # --------------------------------------------------------------------------------------- protocols
@@ -568,16 +585,19 @@ def segment(job):
     else:           # the encoder that pre-training starts from: all else is as in fine-tuning one
         torch.manual_seed(seed_from(seed))
         method.unet.encoder.load_state_dict(build_unet(backbone, size).encoder.state_dict())
-    if job.decoder == "fresh" or args.protocol == "semi":
+    if job.decoder == "fresh":
         method.lr = 1e-3
     if args.lr is not None:
         method.lr = args.lr
     method.to(job.device, memory_format=torch.channels_last)
     result = {}
-    if args.protocol == "semi":
-        result = fit_semi(method, labelled_sets(job), job, args.epochs)
-    elif args.protocol in LABEL_PROTOCOLS:
-        result = fit(method, labelled_sets(job), job, args.epochs)
+    if args.protocol in LABEL_PROTOCOLS:
+        labels, epoch_size = choose_labels(job)
+        if args.protocol == "semi":
+            result = fit_semi(method, labels, epoch_size, job, args.epochs)
+        else:
+            sets = mask_sets(job, labels, epoch_size)
+            result = dict(budget_steps=fit(method, sets, job, args.epochs))
     unet = method.unet.eval()
     counts = count_masks(predict_masks(unet, images, job.device, args.flips), masks)
     iou = scores_from_counts(counts)["iou"]
@@ -668,7 +688,15 @@ def classify(job):
     if job.args.lr is not None:
         probe.lr = job.args.lr
     probe.to(job.device, memory_format=torch.channels_last)
-    result = fit(probe, labelled_sets(job, classes), job, job.args.epochs)
+    labels, epoch_size = choose_labels(job, classes)
+    images = {}
+    for part, transform in dict(train=pretrain.paper_augmentation(), val=v2.Identity()).items():
+        numbers = [["", *classes].index(row["label"]) - 1 for row in read_names(job.data, part)]
+        rows = [row for of_part, row in labels if of_part == part]
+        images[part] = Images(job.data, part, transform, job.head["seed"], rows, numbers)
+    plain = Images(job.data, "train", v2.Identity(), job.head["seed"], images["train"].rows)
+    sets = pretrain.ImageSets(images["train"], plain, images["val"], epoch_size)
+    result = dict(budget_steps=fit(probe, sets, job, job.args.epochs))
     probe.eval()
     images, _ = open_part(job.data, "test")
     names = read_names(job.data, "test")
@@ -1141,13 +1169,12 @@ def parse_args(argv):
         help="what to do before scoring")
     add("--labels", type=share_or_count, default=1.0,
         help="labelled training images: 0.1 is a share of those that have a mask or class, 10 a "
-        "count; the same share of the validation images goes with them")
+        "count; the same share of the validation images goes with them, and is trained on, too")
     add("--epochs", type=int, default=50,
         help="of training on labels (appendices C, D); an epoch has the steps of all training "
         "images, however few are labelled")
     add("--lr", type=float,
-        help="peak rate of Adam. Default: 1e-3 with a fresh decoder and for semi (a third of it in "
-        "its second half), else 3.6e-4")
+        help="peak rate of Adam. Default: 1e-3 with a fresh decoder, else 3.6e-4")
     add("--seed", type=int, help="of fresh weights, labels, order. Default: the run's, or 0")
     pretrain.add_training_flags(add)
     add("--flips", action="store_true", help="predict with the mean over a picture's four flips")
@@ -1169,8 +1196,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.report:
         return args, ""
-    prepare_data.check_numbers(parser, args, epochs=1 + (args.protocol == "semi"), batch_size=1,
-                               lr=0, seed=0, workers=0, page=0)
+    prepare_data.check_numbers(parser, args, epochs=1, batch_size=1, lr=0, seed=0, workers=0,
+                               page=0)
     if args.tile and args.tile < 16:
         parser.error("--tile is at least 16 pixels")
     scores = not (args.predict or args.export)

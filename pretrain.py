@@ -176,6 +176,11 @@ def connected(mask, starts):
     return np.isin(labels, labels[mask & starts])
 
 
+def count_components(mask):
+    """Return how many 4-connected components bool (H, W) has."""
+    return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
+
+
 def touching_border(mask):
     """Return the components of bool (H, W) that touch the border of the picture."""
     border = np.ones(mask.shape, bool)
@@ -357,12 +362,11 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
         refinement.reliability = evidence["reliability"] = reliability
     if "position" in parts:
         likely = likely_positions(refinement.refine_masks(images), n, reliability, radius)
-        before = after = 0
+        before = after = 0                              # components
         for mask in refinement.refine_masks(images):
             opened = open_mask(mask, radius)
-            before += cv2.connectedComponents(opened.astype(np.uint8), connectivity=4)[0] - 1
-            kept = connected(opened, likely).astype(np.uint8)
-            after += cv2.connectedComponents(kept, connectivity=4)[0] - 1
+            before += count_components(opened)
+            after += count_components(connected(opened, likely))
         evidence |= dict(radius=radius, dropped_components=1 - after / max(1, before))
         refinement.radius, refinement.likely = radius, likely
     if "trust" in parts:
@@ -958,27 +962,31 @@ def build_method(args, meta):
     batch_size = min(args.batch_size * ranks()[1], meta["counts"]["train"])
     with exit_on_value_error():
         method = METHODS[args.method](args.backbone, meta["size"], batch_size, **flags)
+        if args.encoder == "imagenet":
+            with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+                save_imagenet_weights(args.backbone, file.name)
+                load_encoder(getattr(method, "unet", method), file.name)
+        elif args.encoder:
+            load_encoder(getattr(method, "unet", method), args.encoder)
+    for copied in (getattr(method, "target", None), getattr(method, "student", None)):
+        if isinstance(copied, nn.Module):               # BYOL's and DINO's other copy of it, a head
+            copied[0].load_state_dict(method.encoder.state_dict())
     if args.lr is not None:
         method.lr = args.lr
     if args.weight_decay is not None:
         method.weight_decay = args.weight_decay
-    if args.encoder == "imagenet":
-        try:
-            model = timm.create_model(BACKBONES[args.backbone], pretrained=True)
-        except Exception as error:                      # whatever its hub client raises
-            sys.exit(f"--encoder imagenet: timm cannot fetch its weights ({type(error).__name__}): "
-                     "check the network, or give --encoder FILE")
-        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-            torch.save(model.state_dict(), file.name)
-            load_encoder(getattr(method, "unet", method), file.name)
-    elif args.encoder:
-        with exit_on_value_error():
-            load_encoder(getattr(method, "unet", method), args.encoder)
-    for name in ("target", "student"):                  # BYOL's and DINO's other copy of it, a head
-        copied = getattr(method, name, None)
-        if isinstance(copied, nn.Module):
-            copied[0].load_state_dict(method.encoder.state_dict())
     return method
+
+
+def save_imagenet_weights(backbone, path):
+    """Write timm's weights of ImageNet. Raises ValueError if its hub cannot be reached."""
+    try:
+        model = timm.create_model(BACKBONES[backbone], pretrained=True)
+    except Exception as error:                          # whatever its client raises
+        raise ValueError("--encoder imagenet: timm cannot fetch its weights "
+                         f"({type(error).__name__}): check the network, or give --encoder FILE"
+                         ) from None
+    torch.save(model.state_dict(), path)
 
 
 def open_run(settings, folder, command, overwrite):
