@@ -55,7 +55,7 @@ REFERENCE = ("all_foreground", "all_background", "raw_threshold", "raw_threshold
              "refined_threshold", "refined_trusted", "random_init", "best_constant")
 COUNTS = ("tp", "fp", "fn", "tn")
 # What random numbers of one seed are for: pre-training's own weights have 0.
-DECODER_SEED, LABELS_SEED, PROBE_SEED, FOLDS_SEED, VAL_SEED = 1, 2, 3, 4, 5
+DECODER_SEED, LABELS_SEED, PROBE_SEED, FOLDS_SEED = 1, 2, 3, 4
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)           # of the tuned network in the average of semi
 
 # -------------------------------------------------------------------------- metrics (appendix G)
@@ -183,16 +183,14 @@ def make_job(args, name, command):
     run = read_run(Path(args.run)) if args.run else {}
     data = Path(args.data) / (args.dataset or run["dataset"])
     meta = prepare_data.read_meta(data)
-    is_other_split = run.get("dataset") == data.name and run["data"] != meta["fingerprint"]
-    if "protocol" in run:
-        if args.protocol in LABEL_PROTOCOLS:
-            sys.exit(f"{args.run} has seen labels: train on labels from a run of pretrain.py")
-        if is_other_split:
+    saw_labels = "protocol" in run
+    if saw_labels and args.protocol in LABEL_PROTOCOLS:
+        sys.exit(f"{args.run} has seen labels: train on labels from a run of pretrain.py")
+    if run.get("dataset") == data.name and run["data"] != meta["fingerprint"]:
+        if saw_labels:
             sys.exit(f"{args.run} was trained on another preparation of {data.name}, perhaps on "
                      "images that are test images now: prepare it as it was, or train again")
-    elif is_other_split:
-        print(f"{args.run} saw another preparation of {data.name}: if its split was another, then "
-              "test images, too, though no labels")
+        print(f"{args.run} saw another preparation of {data.name}: perhaps test images, too")
 
     # ===== the weights =====
     decoder, weights = "fresh", args.encoder
@@ -202,42 +200,39 @@ def make_job(args, name, command):
             sys.exit(f"{args.run}: a ViT U-Net needs one size: prepare {data.name} with --size "
                      f"{run['img_size']}")
     elif args.protocol == "semi":
-        sys.exit("semi uses masks of the network: it needs a --run of pretrain.py that trained a "
+        sys.exit("semi averages whole networks: it needs a --run of pretrain.py that trained a "
                  f"whole U-Net, and {args.run or args.encoder} is none")
     if args.run:
         weights = Path(args.run, "best.pt" if decoder == "pretrained" else "encoder.pth")
 
     # ===== the names =====
-    variant = run.get("variant", args.protocol)
-    if args.encoder:
+    if args.encoder:                        # of a run: all are called encoder.pth
         origin = read_json(Path(args.encoder).with_name("config.json")).get("settings")
-        variant = f"file-{Path(args.encoder).stem}"     # not the name of a method
-        if origin:                          # of a run: all are called encoder.pth
+        variant = f"file-{Path(args.encoder).stem}"
+        if origin:
             variant = "{dataset}-{backbone}-{variant}-seed{seed}".format(**origin)
+        network = dict(method=variant, variant=variant, train="encoder")
+    else:
+        network = dict(method=args.protocol, variant=args.protocol, train=None)
+    network |= dict(backbone=args.backbone, labels=0.0, threshold="otsu", refine=None,
+                    foreground=meta["foreground"], n_labels_train=0, n_labels_val=0, seed=0)
+    head = {key: run.get(key, value) for key, value in network.items()}
+    head |= dict(dataset=data.name, protocol=args.protocol, img_size=meta["size"],
+                 data=meta["fingerprint"])
     if run.get("dataset", data.name) != data.name:
-        variant += f"-from-{run['dataset']}"
+        head["variant"] += f"-from-{run['dataset']}"
         name += f"-on-{data.name}"
-    seed = run.get("seed", 0) if args.seed is None else args.seed
-    if args.protocol == "transfer" and decoder == "pretrained":
-        seed = run["seed"]                  # nothing is random
-    head = dict(
-        dataset=data.name, backbone=run.get("backbone", args.backbone),
-        method=run.get("method", variant), variant=variant,
-        train=run.get("train", "encoder" if args.encoder else None), protocol=args.protocol,
-        labels=run.get("labels", 0.0), seed=seed, name=name + "-flips" * args.flips,
-        threshold=run.get("threshold", "otsu"), refine=run.get("refine"),
-        foreground=run.get("foreground", meta["foreground"]), img_size=meta["size"],
-        data=meta["fingerprint"], n_labels_train=run.get("n_labels_train", 0),
-        n_labels_val=run.get("n_labels_val", 0))
+    if args.seed is not None and (args.protocol != "transfer" or decoder == "fresh"):
+        head["seed"] = args.seed            # else nothing is random
     if args.protocol in LABEL_PROTOCOLS:
         head |= dict(labels=args.labels, decoder=decoder)
-    folder = Path(args.runs, data.name, head["backbone"], variant, f"seed{seed}", name)
+    folder = Path(args.runs, data.name, head["backbone"], head["variant"], f"seed{head['seed']}")
     if args.run:
-        folder = Path(args.run, name)
-        if run["seed"] != seed:
-            folder = Path(args.run, f"{name}-seed{seed}")       # another draw of labels
-    device = pretrain.pick_device(args.device)
-    return Job(args, data, head, run, weights, decoder, folder, device, command)
+        folder = Path(args.run)
+    other_labels = f"-seed{head['seed']}" * (head["seed"] != run.get("seed", head["seed"]))
+    head["name"] = name + "-flips" * args.flips
+    return Job(args, data, head, run, weights, decoder, folder / (name + other_labels),
+               pretrain.pick_device(args.device), command)
 
 
 # ------------------------------------------------------------------------- networks and batches
@@ -305,24 +300,6 @@ def labelled_rows(names, rows, fraction, seed):
     for group in generator.permutation(sorted(groups)).tolist():
         chosen += groups[group]
     return chosen[:max(1, round(fraction * len(rows)))]
-
-
-class Joined(torch.utils.data.Dataset):
-    """Several Images, one after the other; key (epoch, k)."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __len__(self):
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, key):
-        epoch, k = key
-        for images in self.parts:
-            if k < len(images):
-                return images[epoch, k]
-            k -= len(images)
-        raise IndexError(key)
 
 
 class FineTuning(MedSASS):
@@ -433,15 +410,11 @@ def mask_sets(job, labels, epoch_size):
     validation part are both trained on: nothing is chosen or stopped by them. The same images,
     un-augmented, are logged as validation."""
     seed = job.head["seed"]
-    augmented, plain, masked = [], [], []
-    for part, part_seed in (("train", seed), ("val", seed_from(seed, VAL_SEED))):
-        rows = [row for of_part, row in labels if of_part == part]
-        masks = job.data / f"{part}_masks.npy"
-        augmentation = pretrain.paper_augmentation()
-        augmented.append(Images(job.data, part, augmentation, part_seed, rows, masks))
-        plain.append(Images(job.data, part, v2.Identity(), seed, rows))
-        masked.append(Images(job.data, part, v2.Identity(), seed, rows, masks))
-    return pretrain.ImageSets(Joined(augmented), Joined(plain), Joined(masked), epoch_size)
+    return pretrain.ImageSets(
+        train=Images(job.data, labels, pretrain.paper_augmentation(), seed, job.data),
+        plain=Images(job.data, labels, v2.Identity(), seed),
+        val=Images(job.data, labels, v2.Identity(), seed, job.data),
+        epoch_size=epoch_size)
 
 
 def fit(method, sets, job, epochs, subfolder=""):
@@ -493,7 +466,7 @@ def fit_semi(method, labels, epoch_size, job, epochs):
     al. 2022). How much of each is said by two folds of the labels: tuned on one for half of the
     epochs, scored on the other. Returns the result, a dict; the run folder has the network."""
     pretrained = load_checkpoint(job.weights, "cpu")["model"]
-    plain = Images(job.data, "train", v2.Identity(), job.head["seed"])
+    plain = Images(job.data, pretrain.rows_of(job.data, "train"), v2.Identity(), 0)
     loader = pretrain.make_loader(plain, pretrain.Batches(len(plain), BATCH, job.head["seed"]), 0)
     arrays = {part: open_part(job.data, part) for part in ("train", "val")}
 
@@ -689,47 +662,47 @@ def classify(job):
         probe.lr = job.args.lr
     probe.to(job.device, memory_format=torch.channels_last)
     labels, epoch_size = choose_labels(job, classes)
-    images = {}
-    for part, transform in dict(train=pretrain.paper_augmentation(), val=v2.Identity()).items():
-        numbers = [["", *classes].index(row["label"]) - 1 for row in read_names(job.data, part)]
-        rows = [row for of_part, row in labels if of_part == part]
-        images[part] = Images(job.data, part, transform, job.head["seed"], rows, numbers)
-    plain = Images(job.data, "train", v2.Identity(), job.head["seed"], images["train"].rows)
-    sets = pretrain.ImageSets(images["train"], plain, images["val"], epoch_size)
+    numbers = {}
+    for part in prepare_data.PARTS:
+        for row, name in enumerate(read_names(job.data, part)):
+            if name["label"]:
+                numbers[part, row] = classes.index(name["label"])
+    seed = job.head["seed"]
+    train = [(part, row) for part, row in labels if part == "train"]
+    val = [(part, row) for part, row in labels if part == "val"]
+    sets = pretrain.ImageSets(
+        train=Images(job.data, train, pretrain.paper_augmentation(), seed, numbers),
+        plain=Images(job.data, train, v2.Identity(), seed),
+        val=Images(job.data, val, v2.Identity(), seed, numbers),
+        epoch_size=epoch_size)
     result = dict(budget_steps=fit(probe, sets, job, job.args.epochs))
     probe.eval()
     images, _ = open_part(job.data, "test")
     names = read_names(job.data, "test")
-    labelled = [k for k, row in enumerate(names) if row["label"]]
+    labelled = [row for part, row in numbers if part == "test"]
     pred = []
     with torch.inference_mode():
         for start in range(0, len(labelled), BATCH):
             batch = torch.from_numpy(images[labelled[start:start + BATCH]]).permute(0, 3, 1, 2)
             pred += probe.logits(batch.to(job.device)).argmax(dim=1).tolist()
-    names = [names[k] for k in labelled]
-    truth = [classes.index(row["label"]) for row in names]
+    names = [names[row] for row in labelled]
+    truth = [numbers["test", row] for row in labelled]
     result |= dict(n_test=len(names), classes=classes, stage=probe.stage)
-    result |= class_scores(np.array(truth), np.array(pred), classes)
+    result |= class_scores(np.array(truth), np.array(pred), len(classes))
     rows = [row | dict(prediction=classes[k]) for row, k in zip(names, pred, strict=True)]
     return result, rows, None
 
 
-def class_scores(truth, pred, classes):
+def class_scores(truth, pred, n_classes):
     """Return scores of int (N,) twice, a dict: macro_recall, the mean over the classes that the
     test part has; accuracy, and that of always saying the commonest class; confusion, truth by
-    rows; recall of each class."""
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    rows."""
+    confusion = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(confusion, (truth, pred), 1)
-    recall = {}
-    for name, row, right in zip(classes, confusion, confusion.diagonal(), strict=True):
-        if row.any():
-            recall[name] = float(right / row.sum())
-    return dict(
-        macro_recall=float(np.mean(list(recall.values()))),
-        accuracy=float((truth == pred).mean()),
-        majority_accuracy=float(confusion.sum(axis=1).max() / len(truth)),
-        confusion=confusion.tolist(),
-        class_recall=recall)
+    images = confusion.sum(axis=1)          # of each class
+    recall = confusion.diagonal()[images > 0] / images[images > 0]
+    return dict(macro_recall=float(recall.mean()), accuracy=float((truth == pred).mean()),
+                majority_accuracy=float(images.max() / len(truth)), confusion=confusion.tolist())
 
 
 def image_rows(row, counts, names):

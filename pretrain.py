@@ -29,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -507,7 +507,7 @@ class MedSASS(nn.Module):
         if self.refine:
             raw = pseudo_mask(images.permute(0, 2, 3, 1).cpu().numpy(), "otsu", self.foreground)
             columns["Otsu"] = torch.from_numpy(raw)[:, None]
-        columns["target"] = masks
+        columns["refined mask" if self.refine else "target"] = masks
         columns["prediction"] = self.unet(normalise(images)) > 0
         return columns
 
@@ -543,35 +543,38 @@ def seeded(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """One part of a data set, or some `rows` of it. Key (epoch, k) -> (row, transform(image)), the
-    same in whatever process. With `masks`, an .npy of uint8 {0, 1} (N, S, S): (row, [view, mask]).
-    With a list of class numbers, one for each row of the part: (row, [view, number])."""
+    """Images of a data set, `rows`: a list of (part, row). Key (epoch, k) -> (row, what transform
+    makes of the k-th), the same in whatever process. masks: the folder of {part}_masks.npy, uint8
+    {0, 1} (N, S, S), then (row, [view, mask]); or {(part, row): class number}."""
 
-    def __init__(self, folder, part, transform, seed, rows=None, masks=None):
-        self.path = Path(folder) / f"{part}_images.npy"
-        self.masks = masks
+    def __init__(self, folder, rows, transform, seed, masks=None):
+        self.folder = Path(folder)
+        self.rows = rows
         self.transform = transform
         self.seed = seed
-        if rows is None:                                # true masks are not read in this file
-            rows = range(len(open_part(folder, part)[0]))
-        self.rows = rows
+        self.masks = masks
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, key):
         epoch, k = key
-        row = self.rows[k]
-        # mapped afresh: nothing to send to a worker
-        image = torch.tensor(np.load(self.path, mmap_mode="r")[row]).permute(2, 0, 1)   # (3, S, S)
+        part, row = self.rows[k]                        # mapped afresh: nothing to send to a worker
+        image = np.load(self.folder / f"{part}_images.npy", mmap_mode="r")[row]
+        image = torch.tensor(image).permute(2, 0, 1)    # (3, S, S)
         with seeded(self.seed, epoch, row):
             if self.masks is None:
                 return row, self.transform(image)
-            if isinstance(self.masks, list):
-                return row, [self.transform(image), self.masks[row]]
-            mask = tv_tensors.Mask(np.load(self.masks, mmap_mode="r")[row][None].copy())
-            view, mask = self.transform(image, mask)
+            if isinstance(self.masks, dict):
+                return row, [self.transform(image), self.masks[part, row]]
+            mask = np.load(self.masks / f"{part}_masks.npy", mmap_mode="r")[row]
+            view, mask = self.transform(image, tv_tensors.Mask(mask[None].copy()))
             return row, [view, mask.as_subclass(torch.Tensor)]
+
+
+def rows_of(folder, part):
+    """Return (part, row) of all images of a part, a list. True masks are not read in this file."""
+    return [(part, row) for row in range(len(open_part(folder, part)[0]))]
 
 
 @dataclass
@@ -582,8 +585,8 @@ class ImageSets:
     plain: Images
     val: Images
     epoch_size: int = 0
-    shown: list = field(default_factory=list)           # Images in samples.png, if not those of val
-    captions: list = field(default_factory=list)
+    shown: Images | None = None                         # in samples.png; default: those of val
+    captions: list | None = None
 
 
 def ranks():
@@ -670,38 +673,40 @@ def write_refined_masks(method, data, folder):
                 means = quality[chosen].sum(axis=0) / max(1, chosen.sum())
                 scores = dict(zip(QUALITY, means.round(3).tolist(), strict=True))
                 evidence[f"{part}_{name}"] = dict(images=int(chosen.sum())) | scores
-            if of_two_kinds(quality, is_trusted):
-                print(f"warning: the {part} images are of two kinds, and only one of them is "
+            if part == "train" and of_two_kinds(quality, is_trusted):
+                print("warning: the training images are of two kinds, and only one of them is "
                       "learnt from: see samples.png; --refine channel frame position takes all")
-    print(f"refined masks: {json.dumps(evidence)}")
+    evidence = json.loads(json.dumps(evidence), parse_float=lambda text: round(float(text), 4))
+    print(f"refined masks: {evidence}")
     config = read_json(folder / "config.json")          # the last: it shows that all is there
     write_json(folder / "config.json", config | dict(refinement=evidence))
 
 
 def image_sets(method, data, seed, folder):
     """Return the ImageSets of pre-training, none with labels."""
-    masks = dict(train=None, val=None)
-    rows = dict(train=None, val=None)                   # all
-    refine = getattr(method, "refine", ())
-    if refine and ranks()[0] == 0 and "refinement" not in read_json(folder / "config.json"):
-        write_refined_masks(method, data, folder)
-    wait_for_ranks()
-    for part in ("train", "val"):
-        if refine:
-            masks[part] = folder / f"{part}_masks.npy"
-        if "trust" in refine:
-            rows[part] = np.flatnonzero(np.load(folder / f"{part}_trusted.npy")).tolist()
+    rows = {part: rows_of(data, part) for part in ("train", "val")}
+    learnt = rows.copy()
+    masks = None
+    if refine := getattr(method, "refine", ()):
+        masks = folder
+        if ranks()[0] == 0 and "refinement" not in read_json(folder / "config.json"):
+            write_refined_masks(method, data, folder)
+        wait_for_ranks()
+    if "trust" in refine:
+        for part in rows:
+            is_trusted = np.load(folder / f"{part}_trusted.npy")
+            learnt[part] = [(part, row) for row in np.flatnonzero(is_trusted).tolist()]
     plain = getattr(method, "plain", method.augment)
     sets = ImageSets(
-        train=Images(data, "train", method.augment, seed, rows["train"], masks["train"]),
-        plain=Images(data, "train", v2.Identity(), seed),
-        val=Images(data, "val", plain, seed, rows["val"], masks["val"]))
-    sets.epoch_size = len(sets.plain)                   # as many images as without trust
+        train=Images(data, learnt["train"], method.augment, seed, masks),
+        plain=Images(data, rows["train"], v2.Identity(), seed),
+        val=Images(data, learnt["val"], plain, seed, masks),
+        epoch_size=len(rows["train"]))                  # as many as without trust
     if "trust" in refine:
-        distrusted = sorted({*sets.plain.rows} - {*rows["train"]})
-        for caption, of_kind in dict(trusted=rows["train"], distrusted=distrusted).items():
-            sets.shown += [Images(data, "train", plain, seed, of_kind[:2], masks["train"])]
-            sets.captions += [f"{caption} training image"] * len(of_kind[:2])
+        distrusted = sorted({*rows["train"]} - {*learnt["train"]})
+        sets.shown = Images(data, learnt["train"][:2] + distrusted[:2], plain, seed, masks)
+        sets.captions = ["trusted training image"] * len(learnt["train"][:2])
+        sets.captions += ["distrusted training image"] * len(distrusted[:2])
     return sets
 
 
@@ -885,9 +890,8 @@ def finish_run(method, sets, seed, folder, device):
     with new_file(folder / "encoder.pth") as file:
         export_encoder(method, file)
     method.eval()
-    items = []
-    for images in sets.shown or [sets.val]:
-        items += [images[0, k] for k in range(len(images))[:6]]
+    shown = sets.shown or sets.val
+    items = [shown[0, k] for k in range(len(shown))[:6]]
     _, views = torch.utils.data.default_collate(items)
     torch.manual_seed(seed_from(seed))
     samples = method.samples(to_device(views, device))

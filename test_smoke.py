@@ -522,10 +522,10 @@ def test_warps_are_torchvisions_inside_and_mirror_outside(warp):
 
 def test_image_and_mask_are_augmented_alike(tmp_path):
     _, truth = spot(48, 48)
-    path = tmp_path / "train_masks.npy"
-    np.save(path, truth[None])
+    np.save(tmp_path / "train_masks.npy", truth[None])
     np.save(tmp_path / "train_images.npy", np.repeat(truth[None, ..., None] * 200 + 20, 3, axis=3))
-    labelled = pretrain.Images(tmp_path, "train", pretrain.paper_augmentation(), 0, masks=path)
+    rows = [("train", 0)]
+    labelled = pretrain.Images(tmp_path, rows, pretrain.paper_augmentation(), 0, tmp_path)
     moved = 0
     for epoch in range(30):
         _, (view, mask) = labelled[epoch, 0]
@@ -1146,7 +1146,8 @@ def test_refined_run_learns_from_trusted_masks(lens_data, tmp_path, capfd):
         assert (masks == truth).mean() > .95 > (otsu == truth).mean()
     method = pretrain.MedSASS("resnet50", 48, refine=pretrain.REFINEMENTS)
     sets = pretrain.image_sets(method, lens_data / "demo", 0, folder)
-    assert sets.train.rows == np.flatnonzero(np.load(folder / "train_trusted.npy")).tolist()
+    is_trusted = np.load(folder / "train_trusted.npy")
+    assert [row for _, row in sets.train.rows] == np.flatnonzero(is_trusted).tolist()
     assert (len(sets.plain), sets.epoch_size, len(sets.captions)) == (14, 14, 4)
 
 
@@ -1184,7 +1185,7 @@ def test_two_kinds_of_images_are_warned_of(tmp_path, capfd):
         save_image(tmp_path / "raw" / f"{k}.png", picture)
     prepare(tmp_path / "raw", tmp_path, "--name", "demo", "--foreground", "bright")
     train(tmp_path, tmp_path / "runs", "--refine", epochs=1)
-    assert "train images are of two kinds" in capfd.readouterr().out
+    assert "training images are of two kinds" in capfd.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
@@ -1192,7 +1193,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     for n in (300, 1200):
         np.save(tmp_path / "train_images.npy", rng.integers(0, 256, (n, 64, 64, 3), np.uint8))
         tracemalloc.start()
-        images = pretrain.Images(tmp_path, "train", torchvision.transforms.v2.Identity(), 0)
+        rows = pretrain.rows_of(tmp_path, "train")
+        images = pretrain.Images(tmp_path, rows, torchvision.transforms.v2.Identity(), 0)
         assert images[0, n - 1][1].shape == (3, 64, 64)
         mapped = np.load(tmp_path / "train_images.npy", mmap_mode="r")
         pretrain.decide_refinement(mapped, "dark")
@@ -2561,7 +2563,8 @@ def test_input_path(tmp_path):
     """Read, augment, pseudo-mask, batches of 16 at 224 px, one worker."""
     images = np.stack([photograph(224, 224) for _ in range(160)])
     np.save(tmp_path / "train_images.npy", images)
-    dataset = pretrain.Images(tmp_path, "train", pretrain.MedSASS("resnet50").augment, 0)
+    rows = pretrain.rows_of(tmp_path, "train")
+    dataset = pretrain.Images(tmp_path, rows, pretrain.MedSASS("resnet50").augment, 0)
     ours = pretrain.make_loader(dataset, pretrain.Batches(160, 16, 0), 1)
     augment = transforms.BYOLTransform(transforms.BYOLView1Transform(input_size=224),
                                        transforms.BYOLView2Transform(input_size=224))
