@@ -171,7 +171,9 @@ def read_run(run):
     if "variant" not in settings:
         sys.exit(f"{run} is not a run folder: it has no config.json of a run (see python "
                  "pretrain.py --help)")
-    if not pretrain.is_finished(run):
+    last = run / "last.pt"                  # a copy may have config.json and best.pt alone
+    has_weights = (run / "best.pt").exists() or (run / "encoder.pth").exists()
+    if not has_weights or last.exists() and not load_checkpoint(last, "cpu")["finished"]:
         sys.exit(f"{run} is not finished: its command, run again, goes on where it stopped")
     return settings
 
@@ -422,12 +424,12 @@ def fit(method, sets, job, epochs, subfolder=""):
     what is there; then it has the weights that are kept. Returns the number of steps."""
     args, folder = job.args, job.folder / subfolder
     patience = 5 if method.keep_best else 0
-    amp = pretrain.pick_precision(args.amp, job.device, method)
+    amp = pretrain.pick_precision(args.amp, job.device, method, folder)
     options = pretrain.Options(epochs, args.batch_size, patience, job.head["seed"], amp,
                                args.workers)
     settings = training_settings(job, method) | dict(epochs=epochs, amp=amp)
     pretrain.open_run(settings, folder, job.command, overwrite=False)
-    if not pretrain.is_finished(folder):
+    if not pretrain.is_complete(folder):
         pretrain.train(method, sets, options, folder, job.device)
         pretrain.finish_run(method, sets, options.seed, folder, job.device)
     kept = load_checkpoint(folder / "best.pt", "cpu")
@@ -1098,14 +1100,14 @@ def report(out):
             title = f"{dataset} ({data[:8]})"
         same = [cell for cell in cells if (cell["dataset"], cell["data"]) == (dataset, data)]
         lines += dataset_section(title, same, out)
-    print("\n".join(lines))
+    printed = "\n".join(lines)
     lines += ["", "## Commands", "", "Of the first seed of each row.", "", "```"]
     lines += dict.fromkeys(cell["command"] for cell in cells)       # each once
     lines += ["```", ""]
     path = out / "README.md"
     with new_file(path) as file:
         file.write("\n".join(lines).encode())
-    print(f"{path}: {len(rows)} rows, {len(bad)} warnings")
+    print(f"{printed}\n{path}: {len(rows)} rows, {len(bad)} warnings")
 
 
 # ------------------------------------------------------------------------------------------ flags

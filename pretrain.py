@@ -779,11 +779,10 @@ def train(method, sets, options, folder, device):
     rank, n_ranks = ranks()
     seed, size = options.seed, options.batch_size
     batches = Batches(len(sets.train), size, seed, sets.epoch_size, (rank, n_ranks))
-    val_batches = Batches(len(sets.val), size, shard=(rank, n_ranks))
     few = min(options.workers, 1)
     train_loader = make_loader(sets.train, batches, options.workers)
     plain_loader = make_loader(sets.plain, Batches(len(sets.plain), size, seed), few)
-    val_loader = make_loader(sets.val, val_batches, few)
+    val_loader = make_loader(sets.val, Batches(len(sets.val), size, shard=(rank, n_ranks)), few)
     epoch_steps = len(batches)
     total_steps = options.epochs * epoch_steps
 
@@ -808,10 +807,10 @@ def train(method, sets, options, folder, device):
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-    print(f"{folder}: precision {options.amp}, {epoch} epochs are done")
+    print(f"{folder}: precision {options.amp}, going on after {epoch} epochs")
+    meta = prepare_data.read_meta(sets.train.folder)
     config = folder / "config.json"                     # open_run has written it anew
     config_time = config.stat().st_mtime_ns
-
     bar = tqdm(total=total_steps, initial=epoch * epoch_steps, unit=" steps", mininterval=1,
                disable=rank > 0)
     while not finished:
@@ -828,8 +827,7 @@ def train(method, sets, options, folder, device):
             with autocast:
                 loss = network(to_device(views, device))
             if not math.isfinite(loss.item()):
-                sys.exit(f"{folder}: the loss of step {step + 1} is not finite: try --amp off, or "
-                         "a smaller --lr")
+                sys.exit(f"{folder}: step {step + 1}: the loss is not finite: try a smaller --lr")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             method.after_backward()
@@ -841,7 +839,6 @@ def train(method, sets, options, folder, device):
                 sums[name] += value * len(index)
             bar.set_postfix(metrics, refresh=False)
             bar.update()
-
         # ===== validate =====
         with autocast:
             update_batchnorm(method, plain_loader, device)
@@ -855,10 +852,11 @@ def train(method, sets, options, folder, device):
         finished = epoch == options.epochs or 0 < options.patience <= epochs_without_improvement
         if rank > 0:
             continue
-
         # ===== log and save =====
         if not config.exists() or config.stat().st_mtime_ns != config_time:
             sys.exit(f"{config} is no longer of this process: another one trains here now")
+        if prepare_data.read_meta(sets.train.folder)["fingerprint"] != meta["fingerprint"]:
+            sys.exit(f"{sets.train.folder} was prepared again: epoch {epoch} is not kept")
         n = sums.pop("n")
         row = dict(epoch=epoch) | validation | {name: sums[name] / n for name in sums}
         row["seconds"] = time.time() - start
@@ -931,14 +929,15 @@ def pick_device(name):
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
 
 
-def pick_precision(asked, device, method):
-    """Return "off", "bf16" or "fp16" for --amp. DINO is never trained in fp16 (its authors advise
-    against it for small patches): exit if that is asked for."""
+def pick_precision(asked, device, method, folder):
+    """Return "off", "bf16" or "fp16" for --amp; auto is what the run in `folder` began with. Exit
+    if DINO is to be trained in fp16: its authors advise against it for small patches."""
+    begun = read_json(folder / "config.json").get("settings", {}).get("amp")
     not_fp16 = isinstance(method, DINO)
     if asked == "fp16" and not_fp16:
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
-    if asked != "auto":
-        return asked
+    if asked != "auto" or begun:
+        return begun if asked == "auto" else asked
     if device.type != "cuda":
         return "off"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -1007,15 +1006,18 @@ def open_run(settings, folder, command, overwrite):
         config = read_json(path)
         existing = config.get("settings", {})
         for name, value in settings.items():
-            if existing.get(name) != value:
+            if existing.get(name) != value and name != "variant":
                 sys.exit(f"{folder} holds a run with another {name} ({existing.get(name)} there, "
                          f"{value} asked): --overwrite starts it afresh")
+    elif list(folder.glob("*.pt")):
+        sys.exit(f"{folder} holds weights but no config.json, which says what they are: put it "
+                 "back, or move them away")
     prepare_data.remove_leftovers(folder)
     write_json(path, config)
 
 
-def is_finished(folder):
-    """Return whether a run folder is complete: samples.png is the last file that a run writes."""
+def is_complete(folder):
+    """Return whether a run folder has all its files: samples.png is the last one."""
     return (folder / "samples.png").exists()
 
 
@@ -1126,8 +1128,8 @@ def main(argv=None):
     patience = args.patience
     if patience is None:
         patience = 5 if method.keep_best else 0
-    options = Options(args.epochs, args.batch_size, patience, args.seed,
-                      pick_precision(args.amp, device, method), args.workers)
+    amp = pick_precision(args.amp, device, method, folder)
+    options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= dict(
         foreground=args.foreground or meta["foreground"], patience=patience, lr=method.lr,
@@ -1139,7 +1141,7 @@ def main(argv=None):
         flags = sys.argv[1:] if argv is None else argv
         open_run(settings, folder, shlex.join(["python", "pretrain.py", *flags]), args.overwrite)
     wait_for_ranks()
-    if is_finished(folder):
+    if is_complete(folder):
         print(f"{folder} is finished: nothing to do")
         return
     sets = image_sets(method, data, args.seed, folder)

@@ -2341,15 +2341,41 @@ def test_a_run_with_other_settings_is_refused(data, copied_run, tmp_path):
     config["settings"]["lr"] = .5
     (copied_run / "config.json").write_text(json.dumps(config))
     refused(lambda: train(data, tmp_path), copied_run, "lr (0.5 there, 0.00036 asked)")
-    (copied_run / "samples.png").unlink()
+    torch.save(dict(finished=False), copied_run / "last.pt")
     refused(lambda: score(data, tmp_path, "--run", str(copied_run)), copied_run, "not finished")
     (copied_run / "config.json").write_text("{")
     refused(lambda: train(data, tmp_path), copied_run / "config.json", "cannot be read")
+    (copied_run / "config.json").unlink()
+    refused(lambda: train(data, tmp_path), copied_run, "no config.json")
+    assert (copied_run / "best.pt").exists()
+
+
+def test_data_prepared_again_end_the_run(data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    meta = tmp_path / "data/demo/meta.json"
+
+    def prepare_again(self, step, total):
+        if step == 5:
+            meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+
+    monkeypatch.setattr(pretrain.MedSASS, "after_step", prepare_again)
+    refused(lambda: train(tmp_path / "data", tmp_path), "data/demo was prepared again")
+    [path] = tmp_path.glob("demo/*/*/*/last.pt")
+    assert load(path)["epoch"] == 1
+
+
+def test_a_copied_run_is_what_its_config_says(data, run, tmp_path):
+    network = tmp_path / "Downloads/network"
+    network.mkdir(parents=True)
+    for name in ("config.json", "best.pt"):
+        shutil.copy(run / name, network)
+    path, _ = score(data, tmp_path / "out", "--run", str(network))
+    assert path.parts[-5:] == ("demo", "resnet50", "medsass-e2", "seed0", "transfer.json")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "bce", lambda logits, target: logits.sum() * math.nan)
-    refused(lambda: train(data, tmp_path, "--loss", "bce"), "step 1 is not finite", "--lr")
+    refused(lambda: train(data, tmp_path, "--loss", "bce"), "step 1: the loss is not finite")
 
 
 @pytest.mark.parametrize("error, flag", [
