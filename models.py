@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}  # ours -> timm's name
+SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # A tensor that only this backbone has: it tells files apart, and gives their names' prefix.
 ANCHORS = {"resnet50": "layer1.0.conv1.weight", "vit_small": "blocks.0.attn.qkv.weight"}
 
@@ -224,10 +225,12 @@ def export_encoder(unet_or_backbone, path):
     return missing
 
 
-def read_encoder(path, backbone):
-    """A checkpoint file -> {timm's name: tensor} of its encoder, prefixes and wrappings taken off.
-    Raises ValueError, with the path, for a file that cannot be read or holds no such encoder."""
+def read_file(path):
+    """Return the tensors in a checkpoint, {name: tensor}, of "state_dict", "model" or "teacher" if
+    there is one. Raises ValueError, with the path, if it cannot be read."""
     try:
+        if str(path).endswith(".safetensors"):
+            return timm.models.load_state_dict(path)
         # DINO and timm save a Namespace, too
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
@@ -241,12 +244,27 @@ def read_encoder(path, backbone):
         file = wrapped[0]
         inner = [file.get(key) for key in ("state_dict", "model", "teacher")]
         wrapped = [value for value in inner if isinstance(value, dict)]
-    state = {str(name): value for name, value in file.items() if isinstance(value, torch.Tensor)}
+    return {str(name): value for name, value in file.items() if isinstance(value, torch.Tensor)}
+
+
+def read_encoder(path, backbone):
+    """Return {timm's name: tensor} of the encoder in a checkpoint, without prefixes and wrappings.
+    Raises ValueError, with the path, for a file that cannot be read or does not hold just one."""
+    state = read_file(path)
+    numbered = "4.0.conv1.weight"               # of a ResNet as a Sequential: RadImageNet, lightly
+    for prefix in [n.removesuffix(numbered) for n in state if f".{n}".endswith(f".{numbered}")]:
+        for number, child in SEQUENTIAL.items():
+            for name in [n for n in state if n.startswith(f"{prefix}{number}.")]:
+                rest = name.removeprefix(f"{prefix}{number}")
+                state[f"{prefix}{child}{rest}"] = state.pop(name)
     anchor = ANCHORS[backbone]
     prefixes = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
-    if len(prefixes) != 1:
-        raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, not one "
-                         f"({', '.join(prefixes)})")
+    if len(prefixes) > 1:
+        raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, {', '.join(prefixes)}:"
+                         " save the one that is meant")
+    if not prefixes:
+        raise ValueError(f"{path} holds no {backbone} encoder: no name ends in {anchor} or "
+                         f"{numbered}; its names are {', '.join([*state][:3]) or 'of no tensors'}")
     prefix = prefixes[0]                        # "", "module.", "backbone.", "encoder.", ...
     return {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
 
@@ -273,5 +291,5 @@ def load_encoder(unet, path):
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the "
                          f"{backbone} encoder, for example {missing[0]}")
-    print(f"{path}: encoder loaded; not used: {_modules(unused)}")
+    print(f"{path}: encoder loaded, {len(own)} tensors; not used: {_modules(unused)}")
     return unused

@@ -807,7 +807,7 @@ def train(method, sets, options, folder, device):
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-    print(f"{folder}: precision {options.amp}, going on after {epoch} epochs")
+    print(f"{folder}: precision {options.amp}" + f", going on after {epoch} epochs" * (epoch > 0))
     meta = prepare_data.read_meta(sets.train.folder)
     config = folder / "config.json"                     # open_run has written it anew
     config_time = config.stat().st_mtime_ns

@@ -426,6 +426,16 @@ def test_exported_encoder_loads_elsewhere(backbone, lacking, elsewhere, tmp_path
 def test_encoders_from_elsewhere_load(backbone, tmp_path):
     state = timm.create_model(models.BACKBONES[backbone], num_classes=10).state_dict()
     of_dino = {"teacher": prefixed("backbone.", state), "args": argparse.Namespace(arch="vit")}
+    numbers = {child: number for number, child in models.SEQUENTIAL.items()}
+    sequential = {}                                             # as RadImageNet's and lightly's
+    for name, tensor in state.items():
+        child, _, rest = name.partition(".")
+        sequential[f"backbone.{numbers.get(child, child)}.{rest}"] = tensor
+    if backbone == "resnet50":
+        torch.save(sequential, tmp_path / "f.pth")
+        unet = models.build_unet(backbone)
+        models.load_encoder(unet, tmp_path / "f.pth")
+        assert not differing(unet.encoder.state_dict(), state)
     for content in (state, {"state_dict": state, "epoch": 3},
                     {"model": prefixed("module.backbone.", state)}, of_dino):
         torch.save(content, tmp_path / "f.pth")
@@ -449,7 +459,7 @@ def test_wrong_encoder_files_are_refused(tmp_path):
     cut = complete.copy()
     del cut["bn1.weight"]
     for words, content in (
-            ("0 resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
+            ("holds no resnet50", [1, 2]), ("lacks 1 .*bn1.weight", cut),
             ("2 resnet50", prefixed("online.", complete) | prefixed("target.", complete)),
             ("mismatch for conv1.weight", complete | {"conv1.weight": torch.zeros(64, 1, 7, 7)}),
             ("bn1.weight .*not finite", complete | {"bn1.weight": torch.full((64,), math.nan)}),
