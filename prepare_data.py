@@ -60,8 +60,8 @@ MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)   
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
-PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "CMYK": "RGB", "YCbCr": "RGB",
-               "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # Pillow's mode: converted to
+CONVERTED = dict.fromkeys(("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
+CONVERTED["La"] = "LA"                          # Pillow's mode: the mode that is read
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 DAY = 24 * 60 * 60                              # seconds
 
@@ -116,8 +116,8 @@ DATASET_INFO = {
 
 @contextlib.contextmanager
 def new_file(path):
-    """Open a temporary binary file that takes the place of `path` if the block ends well: nothing
-    half-written is ever seen there. Raises OSError, which names `path`."""
+    """Open a temporary binary file that takes the place of `path` if the block ends well. Raises
+    OSError, which names `path`."""
     temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,9 +178,8 @@ def write_csv(path, rows):
 
 
 def write_npy(path, arrays, shape):
-    """Write arrays, uint8 or bool, one after the other as one uint8 .npy of the whole shape: by
-    file.write, as a memory map that is written to dies by SIGBUS on a full disk."""
-    with new_file(path) as file:
+    """Write arrays, uint8 or bool, one after the other as one uint8 .npy of the whole shape."""
+    with new_file(path) as file:                # a memory map would die by SIGBUS on a full disk
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
@@ -189,12 +188,10 @@ def write_npy(path, arrays, shape):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """Make a temporary folder that takes the place of `final` if the block ends well, and is
-    removed if it does not."""
+    """Make a temporary folder that takes the place of `final` if the block ends well."""
     final = final.resolve()                     # a link to another disk stays one
     partial = final.with_name(f".{os.getpid()}.tmp")
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -210,12 +207,11 @@ def new_folder(final):
 
 
 def map_threads(function, items):
-    """Yield function(item) for each item, in order, computed on all cores. Threads are enough:
-    Pillow and OpenCV let go of Python's lock. In slices, because the pool's map submits all that it
-    is given."""
+    """Yield function(item) for each item, in order, computed on all cores: Pillow and OpenCV let go
+    of Python's lock."""
     items = iter(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(items, 256)):
+        while batch := list(itertools.islice(items, 256)):      # pool.map submits all it is given
             yield from pool.map(function, batch)
 
 
@@ -226,10 +222,10 @@ def print_count(items, message):
 
 
 def dataset_name(text):
-    """Return --dataset of the other scripts, the name of a folder under --data, without the slash
-    of tab completion. Raises argparse.ArgumentTypeError."""
+    """Return the name of a folder under --data, without the slash of tab completion. Raises
+    argparse.ArgumentTypeError."""
     name = text.rstrip("/")
-    if not name or "/" in name or name in (".", ".."):
+    if "/" in name or name in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give the folder "
                                          "above it with --data, or to prepare_data.py with --out")
     return name
@@ -253,7 +249,7 @@ def check_numbers(parser, args, **minimum):
 
 
 def drop_unused(parser, args, flags):
-    """Return args with the defaults of `flags`, which this command does not use; name those that
+    """Return args with the defaults of `flags`, which this command does not use. Prints those that
     were given."""
     used = vars(args).copy()
     for flag in flags:
@@ -291,14 +287,12 @@ def run_script(main, advice):
         sys.exit(f"{script}: {str(error) or 'interrupted'}; {advice}")
     except RuntimeError as error:                   # torch's
         text = str(error).lower()
-        if "shared memory" in text or "bus error" in text:
-            sys.exit(f"{script}: shared memory (/dev/shm) is too small for the processes that load "
-                     "images: --workers 0, or more of it (docker run --shm-size 1g)")
-        if "out of memory" in text or "allocate memory" in text:
+        if re.search("shared memory|bus error|killed by signal", text):
+            sys.exit(f"{script}: a process that loads images was killed, or shared memory is too "
+                     f"small: --workers 0, or docker run --shm-size 1g; {advice}")
+        if re.search("out of memory|allocate memory", text):
             sys.exit(f"{script}: out of memory: a smaller --batch-size, or pictures prepared at a "
                      "smaller --size")
-        if "killed by signal" in text:
-            sys.exit(f"{script}: a process that loads images was killed; {advice}")
         raise
 
 
@@ -306,10 +300,9 @@ def run_script(main, advice):
 
 @dataclass
 class Picture:
-    """One page of an image file. pixels: gray (H, W), bool or numbers; or (H, W, 2, 3 or 4), gray
-    and alpha, RGB, RGB and alpha; values as stored. read_picture undoes orientation (the number of
+    """One page of an image file, values as stored. read_picture undoes orientation (the number of
     EXIF and TIFF) and white_is_zero."""
-    pixels: np.ndarray
+    pixels: np.ndarray                          # bool or numbers: gray (H, W), or (H, W, 2 to 4)
     pages: int = 1                              # of the file
     orientation: int = 1
     white_is_zero: bool = False
@@ -317,24 +310,20 @@ class Picture:
 
 
 def read_picture(path, page=0, as_mask=False):
-    """Read one page of an image file: a Picture, upright, with bright as the larger value.
+    """Read one page of an image file: a Picture, upright, with bright as the larger value. Raises
+    ValueError, path and reason, if a file cannot be read whole and correctly.
 
     as_mask keeps the stored values of DICOM, and the indices of palettes that start with black and
-    hold colours. Raises ValueError, path and reason, if a file cannot be read whole and correctly.
+    hold colours.
     """
     try:
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
-            head = file.peek(2)[:2]
-            if not head:
-                raise ValueError("the file is empty")
             if Path(path).suffix.lower() in DICOM:
                 picture = read_dicom(file, page, as_mask)
             else:
                 try:
                     picture = read_with_pillow(file, page, as_mask)
                 except UnidentifiedImageError:
-                    if head not in (b"II", b"MM"):
-                        raise ValueError("not an image, or of a kind that is unknown") from None
                     picture = read_with_tifffile(file, page)
         pixels = picture.pixels
         if pixels.dtype.kind in "fc" and not (np.isreal(pixels) & np.isfinite(pixels)).all():
@@ -362,20 +351,17 @@ def read_with_pillow(file, page, as_mask):
     with Image.open(file) as image:
         pages = getattr(image, "n_frames", 1)
         image.seek(page)
-        is_deep = ";16" in str(image.tile)
-        orientation = 1                         # of a TIFF: Pillow turns it by itself
-        if image.format != "TIFF":
-            orientation = image.getexif().get(274, 1)
-        elif not pillow_can_read(image):
+        if image.format == "TIFF" and not pillow_can_read(image):
             raise UnidentifiedImageError
-        image.load()
-        mode = PLAIN_MODES.get(image.mode, image.mode)
+        is_deep = ";16" in str(image.tile)
+        image.load()                            # which turns a TIFF, and resets its orientation
+        orientation = image.getexif().get(274, 1)
+        is_index = False
         if image.mode == "P" and as_mask:
             palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-            if not palette[0].any() and (palette != palette[:, :1]).any():
-                mode = "P"                      # class numbers, not colours or grays
-        if mode != image.mode:
-            image = image.convert(mode)
+            is_index = not palette[0].any() and (palette != palette[:, :1]).any()
+        if image.mode in CONVERTED and not is_index:
+            image = image.convert(CONVERTED[image.mode])
         pixels = np.asarray(image)
     if is_deep and pixels.ndim == 3:
         file.seek(0)
@@ -388,26 +374,26 @@ def pillow_can_read(image):
     """Whether Pillow reads an open page of a TIFF as it is meant: 8 bits, not signed, of known
     channels, alpha not in planes; 16 bits or floats if gray and black is zero."""
     tags, n = image.tag_v2, len(image.getbands())
+    photometric, extra = tags.get(262, 0), tags.get(338, ())        # 0: it is not said what
     kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]           # bits; 1 unsigned, 3 float
-    is_gray = tags.get(262, 0) < 2
-    extra = tags.get(338, ())                   # 0: channels of which it is not said what they are
-    if n != tags.get(277, 1) or is_gray and (n == 3 or extra == (0,)):
+    if n != tags.get(277, 1) or photometric < 2 and extra == (0,):
         return False
     if kind[0] <= 8:
         return kind[1] == 1 and not (extra and tags.get(284) == 2)
-    if n > 1 or tags.get(262) != 1:
-        return False
-    return kind == (16, 1) or kind == (32, 3) and tags.prefix == b"II"
+    is_known = kind == (16, 1) or kind == (32, 3) and tags.prefix == b"II"
+    return is_known and n == 1 and photometric == 1
 
 
 def read_with_tifffile(file, page):
     """Read an open TIFF with tifffile. Raises ValueError for what is not gray or RGB."""
+    file.seek(0)
+    if file.peek(2)[:2] not in (b"II", b"MM"):
+        raise ValueError("empty, or not an image of a known kind")
     try:
         import tifffile
     except ImportError:
         raise ValueError("a TIFF of a kind (bits, channels, byte order) that Pillow misreads: pip "
                          "install tifffile") from None
-    file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         found = tiff.pages[page]
         n = found.samplesperpixel
@@ -422,8 +408,8 @@ def read_with_tifffile(file, page):
 
 
 def read_dicom(file, page, as_mask):
-    """Read one frame of an open DICOM file with pydicom. Modality and colour lookup tables are
-    applied, and but for masks the first VOI lookup table or window. Raises ValueError."""
+    """Read one frame of an open DICOM file with pydicom. Lookup tables and, but for masks, the
+    first VOI table or window are applied. Raises ValueError."""
     try:
         import pydicom
         from pydicom import pixels as dicom
@@ -432,14 +418,13 @@ def read_dicom(file, page, as_mask):
     ds = pydicom.dcmread(file, force=True)      # some lack the mark DICM
     if "Rows" not in ds:
         raise ValueError("not a DICOM file with an image")
-    pages = int(ds.get("NumberOfFrames") or 1)
     pixels = dicom.pixel_array(ds, index=page)
     groups = [*ds.get("SharedFunctionalGroupsSequence", ())]
     groups += ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]
-    for group in groups:
+    for group in groups:                        # where enhanced files keep slope and window
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for item in group.get(name, ()):
-                ds.update(item)                 # where enhanced files keep slope and window
+                ds.update(item)
     photometric = ds.PhotometricInterpretation
     if photometric == "MONOCHROME1" and as_mask:
         raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
@@ -449,21 +434,23 @@ def read_dicom(file, page, as_mask):
             pixels = (pixels >> 8).astype(np.uint8)
     elif photometric.startswith("MONOCHROME") and not as_mask:
         pixels = dicom.apply_modality_lut(pixels, ds)
+        ends = None
         if ds.get("VOILUTSequence"):
-            white = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
-            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, white))
+            ends = 0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
         elif ds.get("WindowWidth"):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
+        if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(pixels, pages, white_is_zero=photometric == "MONOCHROME1", patient=patient)
+    return Picture(pixels, int(ds.get("NumberOfFrames") or 1),
+                   white_is_zero=photometric == "MONOCHROME1", patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
-    """Scale numbers of any type to uint8: `ends`, two values, become 0 and 255; default: the 0.1
-    and 99.9 percentiles. If both are equal, the smallest and the largest value are used."""
+    """Scale numbers of any type to uint8: the two values `ends` (default: the 0.1 and 99.9
+    percentiles; if equal, the smallest and the largest value) become 0 and 255."""
     pixels = pixels.astype(np.float64)
     low, high = np.percentile(pixels, (0.1, 99.9)) if ends is None else ends
     if high == low:
@@ -473,8 +460,8 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; other types
-    than bool and uint8 are scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated, alpha dropped, and other types than bool and
+    uint8 scaled by to_eight_bits, all channels alike."""
     pixels = np.atleast_3d(picture.pixels)
     if pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
@@ -491,7 +478,7 @@ def read_image(path, page=0):
 
 
 def resize(picture, size):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area to shrink, bilinear to
+    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area, or bilinear to
     enlarge."""
     shrinks = min(picture.shape[:2]) >= size
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
