@@ -60,8 +60,8 @@ MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)   
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
-CONVERTED = dict.fromkeys(("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
-CONVERTED["La"] = "LA"                          # Pillow's mode: the mode that is read
+CONVERTED = {"PA": "RGBA", "La": "LA"}          # Pillow's mode: the mode that is read
+CONVERTED |= dict.fromkeys(("P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 DAY = 24 * 60 * 60                              # seconds
 
@@ -78,37 +78,31 @@ class DatasetInfo:
     mask_threshold: int = 0                     # above which a mask pixel is foreground
     counts: tuple = ()                          # of train, val, test
     homepage: str = ""
-    subfolders: str = "-"                       # that --raw may name instead of what holds them
     files: tuple = ()                           # what --download fetches
 
 
-ISIC_FILES = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{}_{}"
+ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 DATASET_INFO = {
     "demo": DatasetInfo("bright"),
     "folder": DatasetInfo("auto"),
     "dm": DatasetInfo(
         "bright", 0, (1656, 240, 480),
-        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233",
-        "CD27[ _]Panel[^/]*|Labels"),
+        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
     "tissuenet": DatasetInfo(
         "bright", 0, (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
     "isic": DatasetInfo(
         "dark", 127, (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
-        "ISIC-2017_[^/]*_[^/]*",
-        [ISIC_FILES.format(part, what)
-         for part in ("Training", "Validation", "Test_v2")
-         for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
+        [f"{ISIC}{part}_{file}" for part in ("Training", "Validation", "Test_v2")
+         for file in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
     "xray": DatasetInfo(
         "dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
-        "covid19-radiography-database (free account)",
-        "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
+        "covid19-radiography-database (free account)"),
     "drone": DatasetInfo(
         "bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
-        "Dataset on Kaggle, free account)",
-        "original_images|label_images_semantic|RGB_color_image_masks|training_set(/images|/gt)?"),
+        "Dataset on Kaggle, free account)"),
     "dsb2018": DatasetInfo(
         "auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
-        files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
+        ["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
 
@@ -326,7 +320,7 @@ def read_picture(path, page=0, as_mask=False):
                 except UnidentifiedImageError:
                     picture = read_with_tifffile(file, page)
         pixels = picture.pixels
-        if pixels.dtype.kind in "fc" and not (np.isreal(pixels) & np.isfinite(pixels)).all():
+        if pixels.dtype.kind == "c" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
         reason = str(error).partition("\n")[0] or repr(error)
@@ -635,7 +629,6 @@ class Pair:
     row: int = 0                                # of the scratch file
     mask_rule: str = ""                         # how the foreground was found, in words
     foreground_fraction: float = 0              # of the mask
-    enclosed_fractions: tuple = ()              # measure_enclosed
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
     is_binary: bool = False                     # two values, as masks have
@@ -837,19 +830,18 @@ def read_table(path, columns):
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one.
-    Prints how many pictures are there twice."""
-    own = [pair.group or f"{pair.part}/{pair.name}" for pair in pairs]
-    names, groups = np.unique(own, return_inverse=True)
+    """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one."""
+    groups = np.array([pair.group or f"{pair.part}/{pair.name}" for pair in pairs])
     first, again = {}, []
     for k, pair in enumerate(pairs):
         for key in filter(None, (pair.digest, pair.patient)):
             other = first.setdefault(key, k)
-            groups[groups == groups[k]] = groups[other]
+            if groups[k] != groups[other]:
+                groups[groups == groups[k]] = groups[other]
             if other != k and key == pair.digest:
                 again.append(f"{pair.image} and {pairs[other].image}")
-    for pair, group in zip(pairs, groups, strict=True):
-        pair.split_group = str(names[group])
+    for pair, group in zip(pairs, groups.tolist(), strict=True):
+        pair.split_group = group
     print_count(again, "pictures are there twice: equal ones go into one part, unless parts are "
                 "given")
 
@@ -867,17 +859,17 @@ def split_pairs(pairs, seed, stratified=False):
         images[pair.split_group].add(pair.image)
         classes[pair.label].append(pair.split_group)
     total = sum(map(len, images.values()))
-    parts, cuts = PARTS, [int(0.7 * total), int(0.8 * total)]
     if stratified:
         test = math.ceil(0.2 * total)
         parts, cuts = ("test", "val", "train"), [test, test + math.ceil(0.13 * (total - test))]
     else:
+        parts, cuts = PARTS, [int(0.7 * total), int(0.8 * total)]
         classes = {"": sorted(images)}
     generator = np.random.default_rng(seed)
     ranked = []
     for label, groups in sorted(classes.items()):
         for k, group in enumerate(generator.permutation(groups).tolist()):
-            ranked.append(((k + 0.5) / len(groups), label, k, group))
+            ranked.append(((k + 0.5) / len(groups), label, group))
     order = list(dict.fromkeys(group for *_, group in sorted(ranked)))
     starts = np.cumsum([0] + [len(images[group]) for group in order])
     first, second = np.searchsorted(starts, cuts)           # the groups that begin at or after it
@@ -885,9 +877,10 @@ def split_pairs(pairs, seed, stratified=False):
     if 3 <= n < total:
         first = np.clip(first, 1, n - 2)
         second = np.clip(second, first + 1, n - 1)
-    place = {group: int(k >= first) + int(k >= second) for k, group in enumerate(order)}
+    part_of = dict(zip(order, np.repeat(parts, [first, second - first, n - second]).tolist(),
+                       strict=True))
     for pair in pairs:
-        pair.part = parts[place[pair.split_group]]
+        pair.part = part_of[pair.split_group]
 
 
 def assign_parts(pairs, args):
@@ -898,16 +891,20 @@ def assign_parts(pairs, args):
     labelled = [pair for pair in pairs if pair.masks] or pairs
     if not any(pair.part for pair in pairs):
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
-        held_out = {pair.split_group for pair in labelled if pair.part != "train"}
-        for pair in pairs[len(labelled):]:
-            if pair.split_group not in held_out:
-                pair.part = "train"
-        left_out = [pair.image for pair in pairs if not pair.part]
-        print_count(left_out, "images without a mask are left out: their group, patient, or an "
-                    "equal picture is in the part val or test")
-    parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
-    elsewhere = [p.image for p in pairs if p.part and p.part != part_of[p.split_group]]
+    parts = {part: [] for part in PARTS}
+    left_out, elsewhere = [], []
+    for pair in pairs:
+        part = part_of.get(pair.split_group, "train")
+        if not pair.part and part != "train":
+            left_out.append(pair.image)
+            continue
+        pair.part = pair.part or part
+        parts[pair.part].append(pair)
+        if pair.part != part:
+            elsewhere.append(pair.image)
+    print_count(left_out, "images without a mask are left out: their group, patient, or an equal "
+                "picture is in the part val or test")
     print_count(elsewhere, "images have their group, patient, or an equal picture in another part")
     unlabelled = [pair.image for pair in parts["train"] if not pair.masks]
     if len(unlabelled) < len(parts["train"]):
@@ -936,22 +933,26 @@ def unpack(archive):
             sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
 
 
-def find_all(raw, pattern, missing):
+def find_all(raw, *patterns):
     """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, near
-    ones first. A pattern without a match goes to `missing`."""
-    found = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+    ones first. Prints the patterns if there are none."""
+    found = []
+    for pattern in patterns:
+        paths = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+        found += sorted(paths, key=lambda path: (path.count("/"), path))
     if not found:
-        missing.append(pattern)
-    return [raw / path for path in sorted(found, key=lambda path: (path.count("/"), path))]
+        print(f"{raw}: nothing here is called {' or '.join(patterns)}")
+    return [raw / path for path in found]
 
 
-def images_in(raw, pattern, missing, ending=""):
-    """Return {stem without `ending`: path} of find_all's image files whose stem ends so; of equal
-    stems the nearest to raw."""
+def images_in(raw, *patterns):
+    """Return {name: path} of find_all's image files, of equal names the first. A name is the stem
+    up to _segmentation or _component."""
     found = {}
-    for path in find_all(raw, pattern, missing):
-        if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
-            found.setdefault(path.stem[:len(path.stem) - len(ending)], path)
+    for path in find_all(raw, *patterns):
+        if path.suffix.lower() in EXTENSIONS:
+            name = re.sub("_segmentation$|_component_.*", "", path.stem)
+            found.setdefault(name, path)
     return found
 
 
@@ -964,17 +965,16 @@ def pair_up(images, masks, **more):
     return pairs
 
 
-def find_isic(raw, args, missing):
-    """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
-    pairs = []
-    diseases = ["seborrheic_keratosis", "melanoma"]
+def find_isic(raw, args):
+    """ISIC-2017: the official parts; labels from Part3, nevus if neither column says 1."""
+    pairs, diseases = [], ["seborrheic_keratosis", "melanoma"]
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
         stem = f"ISIC-2017_{official}_"
-        images = images_in(raw, stem + "Data/*[0-9].*", missing)           # not *_superpixels.png
-        masks = images_in(raw, stem + "Part1_GroundTruth/*", missing, "_segmentation")
+        images = images_in(raw, stem + "Data/*[0-9].*")         # not *_superpixels.png
+        masks = images_in(raw, stem + "Part1_GroundTruth/*_segmentation.*")
         labels = {}
-        for table in find_all(raw, stem + "Part3_GroundTruth.csv", missing)[:1]:
-            for row in read_table(table, ["image_id", *diseases]):
+        for table in find_all(raw, stem + "Part3_GroundTruth.csv")[:1]:
+            for row in read_table(table, ("image_id", *diseases)):
                 found = [disease for disease in diseases if row[disease].startswith("1")]
                 labels[row["image_id"]] = ["nevus", *found][-1]
         for pair in pair_up(images, masks, part=part):
@@ -983,48 +983,40 @@ def find_isic(raw, args, missing):
     return pairs
 
 
-def find_xray(raw, args, missing):
+def find_xray(raw, args):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images = images_in(raw, f"{label}/images/*", missing)
-        masks = images_in(raw, f"{label}/masks/*", missing)
-        pairs += pair_up(images, masks, label=label)
+        images = images_in(raw, f"{label}/images/*")
+        pairs += pair_up(images, images_in(raw, f"{label}/masks/*"), label=label)
     return pairs
 
 
-def find_drone(raw, args, missing):
+def find_drone(raw, args):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
-    `unlabeled`, which is index 0 and black, so nearly everything."""
-    for layout in (("original_images/*", "label_images_semantic/*"),
-                   ("original_images/*", "RGB_color_image_masks/*"),
-                   ("training_set/images/*", "training_set/gt/semantic/label_images/*")):
-        images, masks = [images_in(raw, pattern, []) for pattern in layout]
-        if images and masks:
-            print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-            return pair_up(images, masks)
-    missing += layout
-    return []
+    `unlabeled`, which is index 0 and black."""
+    print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
+    images = images_in(raw, "original_images/*", "training_set/images/*")
+    return pair_up(images, images_in(raw, "label_images_semantic/*", "RGB_color_image_masks/*",
+                                     "training_set/gt/semantic/label_images/*"))
 
 
-def find_dsb2018(raw, args, missing):
+def find_dsb2018(raw, args):
     """BBBC038 stage 1: one folder per image, named after it; one mask per nucleus."""
     pairs = []
-    for name, path in sorted(images_in(raw, "images/*", missing).items()):
+    for name, path in sorted(images_in(raw, "images/*").items()):
         folder = path.parent.parent
         if name == folder.name:
             pairs.append(Pair(name, path, sorted(folder.glob("masks/[!.]*.*"))))
     return pairs
 
 
-def find_dm(raw, args, missing):
-    """Dermatomyositis slides, paired by what stands before `_component`, masks as in either
-    publication. Groups are slides, or patients (the first two fields of the name)."""
-    images = images_in(raw, "*_component_data.tif*", missing, "_component_data")
-    pattern = "*_component*[mM]ask*.tif*"
-    masks = images_in(raw, pattern, missing, "_component_data.tifmask")
-    masks |= images_in(raw, pattern, [], "_component_mask_labels")
-    pairs = pair_up(images, masks)
+def find_dm(raw, args):
+    """Dermatomyositis slides, masks as in either publication. Groups are slides, or patients (the
+    first two fields of the name)."""
+    images = images_in(raw, "*_component_data.tif", "*_component_data.tiff")
+    pairs = pair_up(images, images_in(raw, "*_component_mask_labels.tif*",
+                                      "*_component_data.tif[mM]ask.tif*"))
     for pair in pairs:
         pair.group = pair.name
         if args.split_by == "patient":
@@ -1032,15 +1024,15 @@ def find_dm(raw, args, missing):
     return pairs
 
 
-def find_tissuenet(raw, args, missing):
+def find_tissuenet(raw, args):
     """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)[-1:]:
-            folder = path.parent
+        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
             for i in range(len(np.load(path, mmap_mode="r"))):
-                name = f"{folder}[{i}]"
-                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part, source=(folder, i)))
+                name = f"{path.parent}[{i}]"
+                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
+                                  source=(path.parent, i)))
     return pairs
 
 
@@ -1049,32 +1041,29 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 
 
 def find_published(raw, args, bad):
-    """Find the Pairs of a published data set; prints what is missing. Exit if a whole part is."""
+    """Find the Pairs of a published data set. Exit if a whole part is missing."""
     info = DATASET_INFO[args.dataset]
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder. {info.homepage}")
-    raw = Path(re.sub(f"/({info.subfolders})$", "", raw.resolve().as_posix()))
     remove_leftovers(raw)
     for path in sorted(raw.glob("[!.]*")):
         if path.suffix.lower() in (".zip", ".npz"):
             unpack(path)
-    missing, pairs = [], []
-    for pair in FINDERS[args.dataset](raw, args, missing):
+    pairs = []
+    for pair in FINDERS[args.dataset](raw, args):
         if pair.masks:
             pairs.append(pair)
         else:
             bad.append(f"{pair.image}: has no mask")
-    if missing:
-        print(f"missing: {', '.join(missing)}; from {info.homepage}")
-    if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
-        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
-                 "nothing was written")
+    if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
+        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test: give "
+                 f"the folder that holds all files of {info.homepage}")
     return pairs
 
 
 def fetch(args):
-    """Fetch the files of a data set that needs no account into --raw, with curl. What has come of a
-    file is kept as .part, and the next call goes on from there. Exit if one cannot be had."""
+    """Fetch the published files into --raw, with curl. The next call goes on from a .part. Exit if
+    one cannot be had."""
     info = DATASET_INFO[args.dataset]
     if not info.files:
         sys.exit(f"{args.dataset} needs an account: get it from {info.homepage} and give --raw DIR")
@@ -1084,8 +1073,7 @@ def fetch(args):
             continue
         partial = path.with_name(path.name + ".part")
         command = "curl --fail --location --continue-at - --retry 5 --create-dirs --speed-limit 1"
-        ended = subprocess.run([*command.split(), "--output", partial, url])
-        if ended.returncode:
+        if subprocess.run([*command.split(), "--output", partial, url]).returncode:
             sys.exit(f"{url}: not fetched, see what curl says above. The same command goes on from "
                      f"{partial}; if the server cannot, delete that file")
         partial.replace(path)
@@ -1121,6 +1109,17 @@ def read_names(folder, part):
     return read_csv(Path(folder) / f"{part}.csv")
 
 
+def fingerprint_of(folder):
+    """Return the sha256 of the arrays of a prepared data set. Exit if they cannot be read."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        images, masks = open_part(folder, part)
+        digest.update(images)
+        if masks is not None:
+            digest.update(masks)
+    return digest.hexdigest()
+
+
 def digest_of(image):
     """Return a hash of a picture's pixels; "" if all are alike, as two blank pictures may be."""
     if (image == image[0, 0]).all():
@@ -1131,36 +1130,29 @@ def digest_of(image):
 def check(folder):
     """Read a prepared data set back. Exit with a line for each problem found."""
     meta = read_meta(folder)
-    problems, first, fingerprint = [], {}, hashlib.sha256()
+    problems, first = [], {}
     for part, n in meta["counts"].items():
-        images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        if len(rows) != n or images.shape[:2] != (n, meta["size"]):
-            problems.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows,"
-                            f" meta.json says {n} of {meta['size']} px")
-        fingerprint.update(images)
-        if masks is not None:
-            fingerprint.update(masks)
-        for row, image in zip(rows, images, strict=False):
+        if len(rows) != n:
+            problems.append(f"{part}.csv has {len(rows)} rows, meta.json says {n}")
+        for row, image in zip(rows, open_part(folder, part)[0], strict=False):
             here = f"{row['name']} of {part}"
             for what, value in (("group", row["group"]), ("picture", digest_of(image))):
                 other_part, other = first.setdefault((what, value), (part, here))
                 if value and other_part != part:
                     problems.append(f"the same {what} in two parts: {other} and {here}")
-    found = fingerprint.hexdigest()
-    if found != meta["fingerprint"]:
+    if fingerprint_of(folder) != meta["fingerprint"]:
         problems.append("not the arrays that were written: their fingerprint is another")
     if problems:
         lines = "\n".join(f"{folder}: {line}" for line in problems[:20])
         sys.exit(f"{lines}\n{len(problems)} problems found: prepare it again with --overwrite")
-    print(f"{folder}: {meta['counts']}, all is well; fingerprint {found}")
+    print(f"{folder}: {meta['counts']}, all is well; fingerprint {meta['fingerprint']}")
 
 
-def contact_sheet(rows, titles, captions=None, cell=112):
+def contact_sheet(rows, titles, captions=None):
     """Return a table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption
-    under each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (shown black and
-    white), or None (left empty)."""
-    line, width = 18, cell + 4
+    under each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S), or None (empty)."""
+    cell, width, line = 112, 116, 18            # pixels
     height = width + line * bool(captions)
     sheet = Image.new("RGB", (len(titles) * width, line + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1180,14 +1172,14 @@ def contact_sheet(rows, titles, captions=None, cell=112):
 # -------------------------------------------------------------------------------------- preparing
 
 def draw_nuclei(size, rng):
-    """One picture in the look of stained nuclei, and its true mask: uint8 (S, S, 3), uint8 {0, 1}
-    (S, S)."""
+    """Return a picture in the look of stained nuclei, uint8 (S, S, 3), and its true mask, uint8
+    {0, 1} (S, S)."""
     fine = 4 * size                             # drawn four times as fine, then averaged down
     glow = rng.uniform(10, 60, (3, 3)).astype(np.float32)
     glow = cv2.resize(glow, (size, size), interpolation=cv2.INTER_CUBIC)
     light = np.zeros((size, size), np.float32)
-    mask = np.zeros((size, size), bool)
     centres = rng.uniform(0, fine, (rng.integers(2, 6), 2))
+    mask = np.zeros((size, size), bool)
     for _ in range(rng.integers(6, 16)):
         centre = centres[rng.integers(len(centres))] + rng.normal(0, 0.13 * fine, 2)    # clumped
         axes = rng.uniform(0.04, 0.085, 2) * fine
@@ -1230,8 +1222,8 @@ def tile_slide(pair, image, mask):
 
 def load(pair, args):
     """Read an image and its masks: [(Pair, uint8 (S, S, 4))], one for each tile of a dm slide, or
-    one in all; the fourth channel is the mask {0, 1}, 0 if there is none. Sets what a Pair says of
-    its pictures. Raises ValueError with the path of the file that is bad."""
+    one in all; the fourth channel is the mask {0, 1}. Sets what a Pair says of its pictures. Raises
+    ValueError with the path of the file that is bad."""
     if args.dataset == "demo":
         image, mask = draw_nuclei(args.size, np.random.default_rng(pair.source))
     elif args.dataset == "tissuenet":
@@ -1265,15 +1257,14 @@ def load(pair, args):
         image = resize(image, args.size)
         mask = resize(mask.astype(np.float32), args.size) >= 0.5        # where half the area is
         tile.digest = digest_of(image)
-        tile.enclosed_fractions = measure_enclosed(image)
         tile.foreground_fraction = mask.mean()
         rows.append((tile, np.dstack([image, mask])))
     return rows
 
 
 def read_all(pairs, args, scratch, bad):
-    """Return the Pairs that can be read, with their rows in the file `scratch`; lines on the others
-    go to `bad`."""
+    """Return the Pairs that can be read. Writes what load returns of them to the file `scratch`,
+    and appends a line on each of the others to `bad`."""
     def attempt(pair):
         try:
             return load(pair, args)
@@ -1300,27 +1291,16 @@ def read_all(pairs, args, scratch, bad):
     return good
 
 
-def write_arrays(folder, parts, size, scratch):
-    """Write the arrays of {part: Pairs} from the rows of the file `scratch`. Returns the sha256 of
-    them all."""
-    digest = hashlib.sha256()
-
-    def read_rows(pairs, channels):
-        for pair in pairs:
-            n = size * size * 4
-            row = np.fromfile(scratch, np.uint8, n, offset=n * pair.row)
-            row = np.ascontiguousarray(row.reshape(size, size, 4)[..., channels])
-            digest.update(row)
-            yield row
-
-    for part, pairs in parts.items():
-        shape = (len(pairs), size, size, 3)
-        write_npy(folder / f"{part}_images.npy", read_rows(pairs, slice(3)), shape)
-        masked = [pair for pair in pairs if pair.masks]
-        if masked:
-            shape = (len(masked), size, size)
-            write_npy(folder / f"{part}_masks.npy", read_rows(masked, 3), shape)
-    return digest.hexdigest()
+def write_part(folder, part, pairs, rows):
+    """Write the arrays and the table of one part. rows: what load returned, (N, S, S, 4)."""
+    size = rows.shape[1]
+    images = (rows[pair.row, ..., :3] for pair in pairs)
+    write_npy(folder / f"{part}_images.npy", images, (len(pairs), size, size, 3))
+    masks = [rows[pair.row, ..., 3] for pair in pairs if pair.masks]
+    if masks:
+        write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
+    write_csv(folder / f"{part}.csv", [
+        dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs])
 
 
 def write_preview(folder, foreground):
@@ -1336,8 +1316,8 @@ def write_preview(folder, foreground):
 
 
 def prepare(args, final):
-    """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
-    is written without --skip-bad."""
+    """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
+    to be skipped."""
     raw, bad, pairs = Path(args.raw), [], []
     if args.dataset == "folder":
         pairs = find_folder(raw, args, bad)
@@ -1355,17 +1335,22 @@ def prepare(args, final):
         for line in sorted(bad):
             reasons[line.partition(": ")[2]].append(line)
         for lines in reasons.values():          # of 2000 that are bad in one way, five
-            print(*lines[:5], sep="\n", file=sys.stderr)
             if len(lines) > 5:
-                print(f"and {len(lines) - 5} like these", file=sys.stderr)
+                lines[5:] = [f"and {len(lines) - 5} like these"]
+            print(*lines, sep="\n", file=sys.stderr)
         if bad and not args.skip_bad:
             sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. Mend "
                      "them, or leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
         counts = {part: len(pairs) for part, pairs in parts.items()}
+        rows = np.memmap(scratch, np.uint8, "r").reshape(-1, args.size, args.size, 4)
+        for part, pairs in parts.items():
+            write_part(folder, part, pairs, rows)
+        scratch.unlink()
         foreground, evidence = args.foreground, "set by --foreground, or known of this data set"
         if foreground == "auto":
-            foreground, evidence = decide_foreground([p.enclosed_fractions for p in parts["train"]])
+            images, _ = open_part(folder, "train")
+            foreground, evidence = decide_foreground([*map_threads(measure_enclosed, images)])
         print(f"foreground: {foreground} ({evidence})")
         masked = [pair for pair in sum(parts.values(), []) if pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
@@ -1378,16 +1363,11 @@ def prepare(args, final):
                 print("are the masks inverted? For --dataset folder: --mask-foreground '<128'")
             elif args.mask_foreground != "auto" and not any(fractions):
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
-        fingerprint = write_arrays(folder, parts, args.size, scratch)
-        scratch.unlink()
-        for part, pairs in parts.items():
-            rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
-            write_csv(folder / f"{part}.csv", rows)
         write_preview(folder, foreground)
         write_json(folder / "meta.json", vars(args) | dict(
             foreground=foreground, foreground_evidence=evidence, source=str(raw),
             mask_foreground=mask_evidence, skipped=sorted(bad), counts=counts,
-            homepage=DATASET_INFO[args.dataset].homepage, fingerprint=fingerprint))
+            homepage=DATASET_INFO[args.dataset].homepage, fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {args.size} px; look at {final / 'preview.png'}")
 
 
