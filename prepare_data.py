@@ -127,12 +127,10 @@ def new_file(path):
 def remove_leftovers(folder):
     """Delete temporary files and folders, older than a day, that killed processes left in it."""
     for path in Path(folder).glob(".[0-9]*.tmp"):
-        if time.time() - path.lstat().st_mtime < DAY:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if time.time() - path.lstat().st_mtime > DAY:
+            shutil.rmtree(path, ignore_errors=True)             # which leaves a file
+            if path.is_file():
+                path.unlink()
 
 
 def read_json(path):
@@ -484,9 +482,8 @@ def resize(picture, size):
 def read_mask(path, page=0):
     """Read a mask file: values (H, W), and whether they are colours, 0xRRGGBB. Raises ValueError.
 
-    Values are as stored, palette indices as in read_picture; bool becomes 0 and 255. RGB with equal
-    channels is gray. An alpha channel counts if it alone varies. A file of one page serves any
-    `page`.
+    bool becomes 0 and 255, RGB with equal channels is gray, and an alpha channel counts if it alone
+    varies. A file of one page serves any `page`.
     """
     picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
@@ -499,17 +496,17 @@ def read_mask(path, page=0):
             values = alpha
     if (values != values[..., :1]).any():
         return to_rgb(Picture(values)) @ np.array([0x10000, 0x100, 1]), True
-    values = values[..., 0]
     if values.dtype == bool:
         values = values * np.uint8(255)
-    return values, False
+    return values[..., 0], False
 
 
 def find_foreground(path, rule="auto", page=0):
-    """Return the foreground of a mask file, bool (H, W), and how it was found, in words.
+    """Return the foreground of a mask file, bool (H, W), and how it was found, in words. Raises
+    ValueError if the file cannot be read or the rule does not fit.
 
     rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values "1,255" or of
-    colours "#ff0000". Raises ValueError if the file cannot be read or the rule does not fit.
+    colours "#ff0000".
     """
     values, is_colour = read_mask(path, page)
     if rule == "auto":
@@ -519,13 +516,13 @@ def find_foreground(path, rule="auto", page=0):
             values = np.maximum.reduce([values >> 16, values >> 8 & 255, values & 255])
         limit = float(rule[1:])
         return values > limit if rule[0] == ">" else values < limit, rule
-    if is_colour and "#" not in rule:
-        raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000' is red")
-    if "#" in rule and not is_colour:
-        values = values.astype(np.int64) * 0x10101          # gray as a colour
-    base = 16 if "#" in rule else 10
-    listed = [int(item.strip("#"), base) for item in rule.split(",")]
-    return np.isin(values, listed), rule
+    if "#" not in rule:
+        if is_colour:
+            raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
+        return np.isin(values, [int(item) for item in rule.split(",")]), rule
+    if not is_colour:
+        values = values.astype(np.int64) * 0x10101              # gray as a colour
+    return np.isin(values, [int(item[1:], 16) for item in rule.split(",")]), rule
 
 
 def choose_foreground(path, values, is_colour):
@@ -537,20 +534,21 @@ def choose_foreground(path, values, is_colour):
     found = np.unique(values)
     top = found[-1]
     flag = "'>0', '>127' (above half), '<128' or a list such as 1"
+    shown = [f"{value:g}" for value in found[:5]]
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
             return values == colours[0], f"#{colours[0]:06x}"
         flag = f"'>127' (above half) or a list of colours such as '#{colours[0]:06x}'"
+        shown = [f"#{value:06x}" for value in found[:5]]
     elif len(found) <= 2 and found[0] >= 0:
         if len(found) == 2:
-            return values == top, f"{top:g} of {found[0]:g} and {top:g}"
+            return values == top, f"{shown[1]} of {shown[0]} and {shown[1]}"
         return values > 0, "all" if top else "nothing"
     elif has_soft_edges(values, found):
         return values > top / 2, "above half, of soft edges"
     elif top == 255 and found[-2] < 32:
         flag = "1 or 1,2 ... (255 beside small numbers is usually the ignore value)"
-    shown = [f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5]]
     if len(found) > 5:
         shown.append("...")
     raise ValueError(f"{path}: a mask with the values {', '.join(shown)}: say which are foreground,"
@@ -576,8 +574,8 @@ def has_soft_edges(values, found):
 # --------------------------------------------------------------------- bright or dark, label-free
 
 def otsu_mask(image, foreground):
-    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", not above it
-    for "dark"; all 0 if the image is of one gray."""
+    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", else not
+    above it; all 0 if the image is of one gray."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if gray.min() == gray.max():
         return np.zeros_like(gray)
@@ -587,21 +585,20 @@ def otsu_mask(image, foreground):
 
 def measure_enclosed(image):
     """uint8 (H, W, 3) -> (bright, dark): the fraction of the picture in components, of either side
-    of Otsu's threshold, that do not touch the border. Objects lie inside a picture; the background
-    runs out of it."""
+    of Otsu's threshold, that do not touch the border, as the background does."""
     fractions = []
     for foreground in ("bright", "dark"):
         mask = otsu_mask(image, foreground)
         mask = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
         cv2.floodFill(mask, None, (0, 0), 0)    # the border, and all that touches it
         fractions.append(float(mask[1:-1, 1:-1].mean()))
-    return tuple(fractions)
+    return fractions
 
 
-def decide_foreground(enclosed_fractions):
-    """Decide "bright" or "dark" for the whole data set; returns it and the evidence.
-    enclosed_fractions: measure_enclosed of the training images, (N, 2)."""
-    bright, dark = np.array(enclosed_fractions).T
+def decide_foreground(images):
+    """Return "bright" or "dark", for a whole data set, and the evidence, in words. images: those
+    of the training part, (N, S, S, 3)."""
+    bright, dark = np.array([*map_threads(measure_enclosed, images)]).T
     decision, agree = "bright", np.mean(bright > dark)
     if dark.mean() > bright.mean():
         decision, agree = "dark", np.mean(dark > bright)
@@ -631,7 +628,6 @@ class Pair:
     foreground_fraction: float = 0              # of the mask
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
-    is_binary: bool = False                     # two values, as masks have
 
 
 @dataclass
@@ -643,12 +639,12 @@ class Files:
 
 
 def find_files(raw):
-    """Find all image files below the folder `raw`: Files.
+    """Find all image files below the folder `raw`: Files. Exit if there are no images, no mask has
+    the name of an image, or an image has two masks.
 
     A name is the path below raw without suffix, in Unicode NFC, and without folders called images
     or as MASK_FOLDER. Masks are the files in mask folders, and NAME_mask beside or below NAME.
-    Links are followed; hidden files, __MACOSX and prepared arrays are left out. Exit if there are
-    no images, no mask has the name of an image, or an image has two masks.
+    Links are followed; hidden files, __MACOSX and prepared arrays are left out.
     """
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder")
@@ -664,7 +660,7 @@ def find_files(raw):
             folders.clear()
             continue
         visited.add(folder.resolve())
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
         for path in sorted(folder / name for name in files if name[0] != "."):
             name = name_of(path.relative_to(raw))
@@ -703,16 +699,12 @@ def name_of(path):
 def match_masks(images, candidates):
     """Return {name: [mask paths]}. images: {name: path}, from which masks are removed; candidates:
     [(name, path)] of the files in mask folders. Exit if no mask has an image, or one has two."""
-    like_masks = []
-    for name, path in images.items():
-        if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name):
-            like_masks.append((name, path))
-    if len(like_masks) == len(images):
-        like_masks = []                         # images, for all their names
-    for name, _ in like_masks:
-        del images[name]
+    like_masks = [name for name in images
+                  if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name)]
+    if len(like_masks) < len(images):           # else they are images, for all their names
+        candidates += [(name, images.pop(name)) for name in like_masks]
     masks, orphans = collections.defaultdict(list), []
-    for name, path in candidates + like_masks:
+    for name, path in candidates:
         match = MASK_NAME.fullmatch(name)
         if match and name not in images:
             name = match[1]
@@ -733,8 +725,8 @@ def match_masks(images, candidates):
 
 
 def find_folder(raw, args, bad):
-    """Find all images below --raw: Pairs with masks, parts as train/, val/ and test/ say, groups
-    and labels. A given val or test part with masks needs all of them."""
+    """Find all images below --raw: Pairs with masks, labels, groups, and the parts that train/,
+    val/ and test/ say. Of a given val or test part with masks, all need them."""
     files = find_files(raw)
     bad += files.bad
     print(f"{raw}: {len(files.images)} images, {len(files.masks)} of them with masks")
@@ -795,14 +787,15 @@ def set_labels(path, pairs):
     labels = {}
     for row in read_table(path, ("name", "label")):
         labels[name_of(Path(row["name"] or "?"))] = row["label"]
-    used = set()
+    unlabelled, used = [], set()
     for pair in pairs:
         file = name_of(pair.image.relative_to(path.parent))
-        for name in (os.path.basename(file), file, pair.name):      # the last of them counts
-            if name in labels:
-                pair.label = labels[name]
-                used.add(name)
-    unlabelled = [pair.name for pair in pairs if not pair.label]
+        names = [pair.name, file, os.path.basename(file)]
+        found = [name for name in names if name in labels]
+        used.update(found)
+        pair.label = labels[found[0]] if found else ""
+        if not pair.label:
+            unlabelled.append(pair.name)
     print_count(unlabelled, f"of {len(pairs)} images have no label in {path}")
     print_count(sorted(labels.keys() - used), f"rows of {path} have no image")
     if pairs and not used:
@@ -1066,7 +1059,7 @@ def fetch(args):
     one cannot be had."""
     info = DATASET_INFO[args.dataset]
     if not info.files:
-        sys.exit(f"{args.dataset} needs an account: get it from {info.homepage} and give --raw DIR")
+        sys.exit(f"--download is for isic and dsb2018. Give --raw DIR. {info.homepage}")
     for url in info.files:
         path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
@@ -1093,8 +1086,8 @@ def read_meta(folder):
 
 
 def open_part(folder, part):
-    """Map, not read, the arrays of "train", "val" or "test": images uint8 (N, S, S, 3), and masks
-    uint8 {0, 1} (N, S, S) or None. Exit if they cannot be read."""
+    """Map, not read, the arrays of a part: images uint8 (N, S, S, 3), and masks uint8 {0, 1} (N, S,
+    S) or None. Exit if they cannot be read."""
     masks = Path(folder) / f"{part}_masks.npy"
     try:
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
@@ -1200,10 +1193,9 @@ def two_channels(x):
     image = np.zeros((*x.shape[:2], 3), np.uint8)
     for channel in (0, 1):
         values = x[..., channel]
-        lit = values[values > 0]
-        if lit.size:
-            low, high = np.percentile(lit, (5, 95))
-            image[..., channel + 1] = to_eight_bits(values, (low, max(high, low + 1e-9)))
+        if values.any():
+            ends = np.percentile(values[values > 0], (5, 95))
+            image[..., channel + 1] = to_eight_bits(values, ends)
     return image
 
 
@@ -1211,13 +1203,12 @@ def tile_slide(pair, image, mask):
     """Yield the tiles of a slide, each a Pair, its image (TILE, TILE, 3) and mask (TILE, TILE);
     what lies outside of the slide is 0."""
     height, width = mask.shape
-    margin = [(0, TILE), (0, TILE)]
-    image = np.pad(image, [*margin, (0, 0)])
-    mask = np.pad(mask, margin)
+    image = np.pad(image, ((0, TILE), (0, TILE), (0, 0)))
+    mask = np.pad(mask, (0, TILE))
     for y, x in itertools.product(range(0, height, TILE), range(0, width, TILE)):
         window = np.s_[y:y + TILE, x:x + TILE]
-        name = f"{pair.name}_{y // TILE}_{x // TILE}"
-        yield replace(pair, name=name), image[window], mask[window]
+        tile = replace(pair, name=f"{pair.name}_{y // TILE}_{x // TILE}")
+        yield tile, image[window], mask[window]
 
 
 def load(pair, args):
@@ -1249,8 +1240,6 @@ def load(pair, args):
             else:
                 raise ValueError(f"{path}: the mask has {found.shape} rows and columns, its image "
                                  f"{mask.shape}")
-    coarse = image[::4, ::4]
-    pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
     tiles = tile_slide(pair, image, mask) if args.dataset == "dm" else [(pair, image, mask)]
     rows = []
     for tile, image, mask in tiles:
@@ -1284,10 +1273,9 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in good:
             pair.group = pair.patient
-    print_count([pair.image for pair in good if pair.is_binary], "images have two values or one: "
-                "are they masks? See python prepare_data.py --help for the names of masks")
-    print_count([f"{pair.image} has {pair.pages}" for pair in good if pair.pages > 1], "images are "
-                f"of several pages or frames: page {args.page} is taken, counted from 0 (--page)")
+    several = [pair.image for pair in good if pair.pages > 1]
+    print_count(several, f"images are of several pages or frames: page {args.page} is taken, "
+                "counted from 0 (--page)")
     return good
 
 
@@ -1305,14 +1293,14 @@ def write_part(folder, part, pairs, rows):
 
 def write_preview(folder, foreground):
     """Write preview.png: image, Otsu's mask and truth, for up to four images a part."""
-    columns, titles = [], []
+    columns = {}
     for part in PARTS:
         images, masks = open_part(folder, part)
-        titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
-        otsu = [otsu_mask(np.array(image), foreground) for image in images[:4]]
-        columns += [images[:4], otsu, [] if masks is None else masks[:4]]
-    rows = [*itertools.zip_longest(*columns)]
-    write_png(folder / "preview.png", contact_sheet(rows, titles))
+        columns[f"{part}: image"] = images[:4]
+        columns[f"{part}: Otsu"] = [otsu_mask(image, foreground) for image in images[:4]]
+        columns[f"{part}: truth"] = [] if masks is None else masks[:4]
+    rows = [*itertools.zip_longest(*columns.values())]
+    write_png(folder / "preview.png", contact_sheet(rows, list(columns)))
 
 
 def prepare(args, final):
@@ -1349,8 +1337,7 @@ def prepare(args, final):
         scratch.unlink()
         foreground, evidence = args.foreground, "set by --foreground, or known of this data set"
         if foreground == "auto":
-            images, _ = open_part(folder, "train")
-            foreground, evidence = decide_foreground([*map_threads(measure_enclosed, images)])
+            foreground, evidence = decide_foreground(open_part(folder, "train")[0])
         print(f"foreground: {foreground} ({evidence})")
         masked = [pair for pair in sum(parts.values(), []) if pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
@@ -1365,9 +1352,8 @@ def prepare(args, final):
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
         write_preview(folder, foreground)
         write_json(folder / "meta.json", vars(args) | dict(
-            foreground=foreground, foreground_evidence=evidence, source=str(raw),
-            mask_foreground=mask_evidence, skipped=sorted(bad), counts=counts,
-            homepage=DATASET_INFO[args.dataset].homepage, fingerprint=fingerprint_of(folder)))
+            foreground=foreground, foreground_evidence=evidence, mask_foreground=mask_evidence,
+            skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {args.size} px; look at {final / 'preview.png'}")
 
 
@@ -1378,7 +1364,8 @@ def parse_args(argv=None):
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
-    add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
+    add("--raw", metavar="DIR", help="where the images, or the published files or archives, are "
+        "(default: raw/ and the published name)")
     add("--name", type=dataset_name, help="the data set's name under --out (default: the raw "
         "folder's own name, or the published name)")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
@@ -1396,32 +1383,26 @@ def parse_args(argv=None):
         "part (default: the topmost folder, or DICOM's patient id)")
     add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
         "the paper's tiles are split by slide, so that a patient may be in all parts")
-    add("--page", type=int, default=0, help="the page or frame of files that have several; of a dm "
-        "slide its stain, 0 is DAPI")
-    add("--download", action="store_true", help="isic, dsb2018: first fetch the published files "
-        "into --raw")
-    add("--check", action="store_true", help="read a prepared data set back and report problems; "
-        "exit code 1 if there are any")
+    add("--page", type=int, default=0, help="page or frame of files of several; dm: the stain")
+    add("--download", action="store_true", help="isic, dsb2018: first fetch the files into --raw")
+    add("--check", action="store_true", help="read a prepared data set back; exit code 1 if there "
+        "are problems")
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    info = DATASET_INFO[args.dataset]
-    if args.dataset == "demo":
-        args.raw = "drawn by prepare_data.py"
-    elif args.download and not args.raw:
-        args.raw = f"raw/{args.dataset}"
-    if not args.raw and not args.check:
-        sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
-                 f"{info.homepage}".rstrip())
+    check_numbers(parser, args, size=16, page=0, seed=0)
+    if args.dataset == "folder" and not args.raw and not args.check:
+        sys.exit("--dataset folder needs --raw DIR, the folder with the images")
+    args.raw = args.raw or f"raw/{args.dataset}"
     if not args.name:
         args.name = args.dataset
-        if args.dataset == "folder" and args.raw:
+        if args.dataset == "folder":
             args.name = os.path.basename(os.path.abspath(args.raw))
     args.size = args.size or (64 if args.dataset == "demo" else 224)
-    args.foreground = args.foreground or info.foreground
+    args.foreground = args.foreground or DATASET_INFO[args.dataset].foreground
     args.command = shlex.join(["python", "prepare_data.py", *(argv or sys.argv[1:])])
-    if args.size < 16 or args.page < 0 or args.seed < 0 or not args.name:
-        sys.exit("--size is at least 16; --page and --seed count from 0; --name is not empty")
+    if not args.name:
+        sys.exit(f"--raw {args.raw} has no name: give --name")
     if not MASK_RULE.fullmatch(args.mask_foreground):
         sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, '>127', '<128', or a list "
                  "such as 1,255 or '#ff0000,#00ff00'")
@@ -1431,15 +1412,16 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     final = Path(args.out) / args.name
-    old = final.resolve().with_name(f".{final.resolve().name}.old")
-    if old.exists() and not final.exists():     # killed between new_folder's two renames
-        old.rename(final.resolve())
+    place = final.resolve()
+    old = place.with_name(f".{place.name}.old")
+    if old.exists() and not place.exists():     # killed between new_folder's two renames
+        old.rename(place)
     if args.check:
         return check(final)
     remove_leftovers(args.out)
     if final.exists() and not args.overwrite:
         sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-    if args.download and DATASET_INFO[args.dataset].homepage:
+    if args.download:
         fetch(args)
     prepare(args, final)
 

@@ -2261,7 +2261,7 @@ ON = TRAIN + "demo --backbone resnet50 "
     (prepare_data, BAD + "few", "{bad}/few: 2 usable images are too few"),
     (prepare_data, BAD + "half", "{bad}/half: has train: give all of"),
     (prepare_data, "--dataset folder", "needs --raw"),
-    (prepare_data, "--dataset folder --raw /", "--name is not empty"),
+    (prepare_data, "--dataset folder --raw /", "--raw / has no name: give --name"),
     (prepare_data, BAD + "few --mask-foreground nonzero", "'>127', '<128', or a list"),
     (prepare_data, BAD + "few --check", "few is not prepared: run python prepare_data.py"),
     (pretrain, TRAIN + "isic", "{data}/isic is not prepared: run python prepare_data.py"),
