@@ -5,11 +5,10 @@
     python prepare_data.py --dataset isic --raw raw/isic --download
     python prepare_data.py --dataset isic --check
 
-demo draws a small set of stained nuclei. folder takes any folder of images, sub-folders included:
-masks lie in masks/, labels/, gt/ ... under the names of their images, or are called NAME_mask.
-Images without a mask, where others have one, join the training part. train/, val/ and test/ are
-kept as the parts; an optional labels.csv has name,label. dm, tissuenet, isic, xray, drone and
-dsb2018 take the files as their authors publish them, extracted or not.
+folder takes any folder of images, sub-folders included: masks lie in masks/, labels/, gt/ ... under
+the names of their images, or are called NAME_mask. Images without a mask, where others have one,
+join the training part. train/, val/ and test/ are kept as the parts; an optional labels.csv has
+name,label. The other sets are taken as their authors publish them, extracted or not.
 
 Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8
 {0, 1} (N, S, S), of the images with masks, which come first; {...}.csv (name, group, label);
@@ -28,7 +27,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -48,22 +46,21 @@ from tqdm import tqdm
 PARTS = ("train", "val", "test")
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
-IMAGE_FOLDER = re.compile("(image|img)s?|imagest[rs]", re.IGNORECASE)
+IMAGE_FOLDER = "(image|img)s?|imagest[rs]"
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test|\d))?",
     re.IGNORECASE)
-MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
-    rf"(.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)([ _.-]?\d+)?",
-    re.IGNORECASE)
-MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
+FOLDER_OF_KIND = re.compile(f"{IMAGE_FOLDER}|{MASK_FOLDER.pattern}", re.IGNORECASE)
+MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2; or mask_NAME
+    rf"(?P<name>.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)"
+    rf"([ _.-]?\d+)?|(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
 CONVERTED = {"PA": "RGBA", "La": "LA"}          # Pillow's mode: the mode that is read
 CONVERTED |= dict.fromkeys(("P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
-DAY = 24 * 60 * 60                              # seconds
 
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # error at double
@@ -75,7 +72,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what 
 class DatasetInfo:
     """What we, the paper or the authors say of a data set."""
     foreground: str
-    mask_threshold: int = 0                     # above which a mask pixel is foreground
+    mask_foreground: str = ">0"                 # see find_foreground
     counts: tuple = ()                          # of train, val, test
     homepage: str = ""
     files: tuple = ()                           # what --download fetches
@@ -84,24 +81,24 @@ class DatasetInfo:
 ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 DATASET_INFO = {
     "demo": DatasetInfo("bright"),
-    "folder": DatasetInfo("auto"),
+    "folder": DatasetInfo("auto", "auto"),
     "dm": DatasetInfo(
-        "bright", 0, (1656, 240, 480),
+        "bright", ">0", (1656, 240, 480),
         "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
     "tissuenet": DatasetInfo(
-        "bright", 0, (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
+        "bright", ">0", (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
     "isic": DatasetInfo(
-        "dark", 127, (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
+        "dark", ">127", (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
         [f"{ISIC}{part}_{file}" for part in ("Training", "Validation", "Test_v2")
          for file in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
     "xray": DatasetInfo(
-        "dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
+        "dark", ">127", (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
         "covid19-radiography-database (free account)"),
     "drone": DatasetInfo(
-        "bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
+        "bright", ">0", (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
         "Dataset on Kaggle, free account)"),
     "dsb2018": DatasetInfo(
-        "auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
+        "auto", ">0", (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
         ["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
@@ -127,7 +124,7 @@ def new_file(path):
 def remove_leftovers(folder):
     """Delete temporary files and folders, older than a day, that killed processes left in it."""
     for path in Path(folder).glob(".[0-9]*.tmp"):
-        if time.time() - path.lstat().st_mtime > DAY:
+        if time.time() - path.lstat().st_mtime > 24 * 60 * 60:
             shutil.rmtree(path, ignore_errors=True)             # which leaves a file
             if path.is_file():
                 path.unlink()
@@ -162,7 +159,7 @@ def read_csv(path):
 def write_csv(path, rows):
     """Write a list of dicts; the columns are the keys of the last."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with new_file(path) as file:
@@ -218,8 +215,8 @@ def dataset_name(text):
     argparse.ArgumentTypeError."""
     name = text.rstrip("/")
     if "/" in name or name in ("", ".", ".."):
-        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give the folder "
-                                         "above it with --data, or to prepare_data.py with --out")
+        raise argparse.ArgumentTypeError(f"{text} is not a name: give the folder above it with "
+                                         "--data, or to prepare_data.py with --out")
     return name
 
 
@@ -309,14 +306,9 @@ def read_picture(path, page=0, as_mask=False):
     hold colours.
     """
     try:
+        read = read_dicom if Path(path).suffix.lower() in DICOM else read_with_pillow
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
-            if Path(path).suffix.lower() in DICOM:
-                picture = read_dicom(file, page, as_mask)
-            else:
-                try:
-                    picture = read_with_pillow(file, page, as_mask)
-                except UnidentifiedImageError:
-                    picture = read_with_tifffile(file, page)
+            picture = read(file, page, as_mask)
         pixels = picture.pixels
         if pixels.dtype.kind == "c" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("holds values that are complex or not finite")
@@ -338,23 +330,26 @@ def read_picture(path, page=0, as_mask=False):
 
 
 def read_with_pillow(file, page, as_mask):
-    """Read an open file with Pillow, or with OpenCV if Pillow would cut 16-bit colour to 8. Raises
-    UnidentifiedImageError if neither reads it rightly."""
-    with Image.open(file) as image:
-        pages = getattr(image, "n_frames", 1)
-        image.seek(page)
-        if image.format == "TIFF" and not pillow_can_read(image):
-            raise UnidentifiedImageError
-        is_deep = ";16" in str(image.tile)
-        image.load()                            # which turns a TIFF, and resets its orientation
-        orientation = image.getexif().get(274, 1)
-        is_index = False
-        if image.mode == "P" and as_mask:
-            palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-            is_index = not palette[0].any() and (palette != palette[:, :1]).any()
-        if image.mode in CONVERTED and not is_index:
-            image = image.convert(CONVERTED[image.mode])
-        pixels = np.asarray(image)
+    """Read an open file with Pillow, 16-bit colour with OpenCV, and what neither reads rightly with
+    tifffile."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        return read_with_tifffile(file, page)
+    pages = getattr(image, "n_frames", 1)
+    image.seek(page)
+    if image.format == "TIFF" and not pillow_can_read(image):
+        return read_with_tifffile(file, page)
+    is_deep = ";16" in str(image.tile)
+    image.load()                                # which turns a TIFF, and resets its orientation
+    orientation = image.getexif().get(274, 1)
+    is_index = False
+    if image.mode == "P" and as_mask:
+        palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        is_index = not palette[0].any() and (palette != palette[:, :1]).any()
+    if image.mode in CONVERTED and not is_index:
+        image = image.convert(CONVERTED[image.mode])
+    pixels = np.asarray(image)
     if is_deep and pixels.ndim == 3:
         file.seek(0)
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -384,8 +379,7 @@ def read_with_tifffile(file, page):
     try:
         import tifffile
     except ImportError:
-        raise ValueError("a TIFF of a kind (bits, channels, byte order) that Pillow misreads: pip "
-                         "install tifffile") from None
+        raise ValueError("a TIFF that Pillow misreads: pip install tifffile") from None
     with tifffile.TiffFile(file) as tiff:
         found = tiff.pages[page]
         n = found.samplesperpixel
@@ -602,10 +596,9 @@ def decide_foreground(images):
     decision, agree = "bright", np.mean(bright > dark)
     if dark.mean() > bright.mean():
         decision, agree = "dark", np.mean(dark > bright)
-    evidence = (f"enclosed regions cover {bright.mean():.3f} of a training image when bright, "
-                f"{dark.mean():.3f} when dark; {agree:.0%} of {len(bright)} images agree")
+    evidence = f"the objects enclosed in {agree:.0%} of the training images"
     if agree < 0.75:
-        evidence += "; the evidence is thin: see preview.png, and set --foreground if it is wrong"
+        evidence += ", which is thin: see preview.png, and set --foreground if it is wrong"
     return decision, evidence
 
 
@@ -663,9 +656,10 @@ def find_files(raw):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
         for path in sorted(folder / name for name in files if name[0] != "."):
+            suffix = path.suffix.lower()
             name = name_of(path.relative_to(raw))
-            if path.suffix.lower() not in EXTENSIONS:
-                unsupported[path.suffix.lower() or "without suffix"] += 1
+            if suffix not in EXTENSIONS:
+                unsupported[suffix or "without suffix"] += 1
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif in_mask_folder:
@@ -675,11 +669,10 @@ def find_files(raw):
             else:
                 images[name] = path
     if unsupported:
-        print("files of kinds that are not read, by suffix:", dict(unsupported), "(DICOM needs "
-              ".dcm; cut volumes into slices, a file each)")
+        print("files of kinds that are not read:", dict(unsupported),
+              "(DICOM needs .dcm; cut volumes into slices, a file each)")
     if not images:
-        bad.append(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))}), {len(candidates)} in "
-                   "folders named like mask folders")
+        bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
     return Files(images, match_masks(images, candidates), bad)
 
@@ -689,25 +682,23 @@ def name_of(path):
     *folders, file = path.parts
     if path.suffix.lower() in EXTENSIONS:
         file = path.stem
-    if {"imagesTr", "imagesTs"} & {*folders}:
+    if re.search("(^|/)images(Tr|Ts)/", path.as_posix()):
         file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    names = itertools.filterfalse(IMAGE_FOLDER.fullmatch, folders)
-    names = itertools.filterfalse(MASK_FOLDER.fullmatch, names)
+    names = itertools.filterfalse(FOLDER_OF_KIND.fullmatch, folders)
     return unicodedata.normalize("NFC", "/".join([*names, file]))
 
 
 def match_masks(images, candidates):
     """Return {name: [mask paths]}. images: {name: path}, from which masks are removed; candidates:
     [(name, path)] of the files in mask folders. Exit if no mask has an image, or one has two."""
-    like_masks = [name for name in images
-                  if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name)]
+    like_masks = list(filter(MASK_NAME.fullmatch, images))
     if len(like_masks) < len(images):           # else they are images, for all their names
         candidates += [(name, images.pop(name)) for name in like_masks]
     masks, orphans = collections.defaultdict(list), []
     for name, path in candidates:
         match = MASK_NAME.fullmatch(name)
         if match and name not in images:
-            name = match[1]
+            name = match["name"] or name
         if name in images:
             masks[name].append(path)
         else:
@@ -720,7 +711,7 @@ def match_masks(images, candidates):
         unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
         if len({path.parent for path in paths}) > 1 or len(unnumbered) > 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: keep one, or "
-                     "number them in one folder if they belong together")
+                     "number them in one folder")
     return masks
 
 
@@ -741,7 +732,7 @@ def find_folder(raw, args, bad):
     found = {pair.part for pair in pairs}
     if found not in ({""}, {*PARTS}):
         sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give all of train, val and test, "
-                 "and no images outside of them; or rename them, to be split here")
+                 "and no images outside of them, or none")
     masked = {pair.part for pair in pairs if pair.masks} & {"val", "test"}
     group_by_folder(raw, pairs, args.group_regex)
     good = []
@@ -774,11 +765,10 @@ def group_by_folder(raw, pairs, regex):
         return
     n = len({pair.group or pair.name for pair in pairs})
     if n < 5 and len(pairs) >= 8 * n:
-        sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
-                 "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
-                 "they are classes, give --group-regex '.+'")
-    print_count(names, f"folders of {raw} are taken as patients, and each stays in one part: "
-                "--group-regex '.+' splits image by image")
+        sys.exit(f"{raw}: are the folders {', '.join(names)} patients, whose images stay in one "
+                 "part? Then give --group-regex '^([^/]+)/'. If they are classes, give '.+'")
+    print_count(names, "folders are taken as patients, and each stays in one part: --group-regex "
+                "'.+' splits image by image")
 
 
 def set_labels(path, pairs):
@@ -787,29 +777,29 @@ def set_labels(path, pairs):
     labels = {}
     for row in read_table(path, ("name", "label")):
         labels[name_of(Path(row["name"] or "?"))] = row["label"]
-    unlabelled, used = [], set()
+    used = set()
     for pair in pairs:
         file = name_of(pair.image.relative_to(path.parent))
-        names = [pair.name, file, os.path.basename(file)]
-        found = [name for name in names if name in labels]
-        used.update(found)
-        pair.label = labels[found[0]] if found else ""
-        if not pair.label:
-            unlabelled.append(pair.name)
-    print_count(unlabelled, f"of {len(pairs)} images have no label in {path}")
+        for name in (os.path.basename(file), file, pair.name):      # the last of them counts
+            if name in labels:
+                pair.label = labels[name]
+                used.add(name)
+    print_count([pair.name for pair in pairs if not pair.label],
+                f"of {len(pairs)} images have no label in {path}")
     print_count(sorted(labels.keys() - used), f"rows of {path} have no image")
     if pairs and not used:
-        sys.exit(f"{path}: none of its names, {[*labels][:1]}, is that of an image, as "
-                 f"{pairs[0].name} is")
+        sys.exit(f"{path}: has names such as {min(labels, default='')}, images {pairs[0].name}")
 
 
 def read_table(path, columns):
     """Read these columns of a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma,
     semicolon or tab): a list of dicts. Exit if one is missing."""
     data = path.read_bytes()
-    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "utf-8-sig"
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
     try:
-        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
@@ -835,8 +825,7 @@ def join_duplicates(pairs):
                 again.append(f"{pair.image} and {pairs[other].image}")
     for pair, group in zip(pairs, groups.tolist(), strict=True):
         pair.split_group = group
-    print_count(again, "pictures are there twice: equal ones go into one part, unless parts are "
-                "given")
+    print_count(again, "pictures are there twice")
 
 
 def split_pairs(pairs, seed, stratified=False):
@@ -886,28 +875,28 @@ def assign_parts(pairs, args):
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
     parts = {part: [] for part in PARTS}
-    left_out, elsewhere = [], []
+    unlabelled, left_out, elsewhere = [], [], []
     for pair in pairs:
         part = part_of.get(pair.split_group, "train")
         if not pair.part and part != "train":
             left_out.append(pair.image)
             continue
-        pair.part = pair.part or part
+        if not pair.part:
+            pair.part = "train"
+            unlabelled.append(pair.image)
         parts[pair.part].append(pair)
         if pair.part != part:
             elsewhere.append(pair.image)
-    print_count(left_out, "images without a mask are left out: their group, patient, or an equal "
-                "picture is in the part val or test")
+    print_count(unlabelled, "images without a mask join the part train")
+    print_count(left_out, "images without a mask are left out: of groups of the part val or test")
     print_count(elsewhere, "images have their group, patient, or an equal picture in another part")
-    unlabelled = [pair.image for pair in parts["train"] if not pair.masks]
-    if len(unlabelled) < len(parts["train"]):
-        print_count(unlabelled, "images without a mask join the part train")
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
         sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
                  f"(see --group-regex), to fill train, val and test: {counts}")
-    if DATASET_INFO[args.dataset].counts not in ((), counts):
-        print(f"warning: {counts} images here, {DATASET_INFO[args.dataset].counts} as published")
+    published = DATASET_INFO[args.dataset].counts
+    if published not in ((), counts):
+        print(f"warning: {counts} images here, {published} as published")
     return parts
 
 
@@ -944,15 +933,16 @@ def images_in(raw, *patterns):
     found = {}
     for path in find_all(raw, *patterns):
         if path.suffix.lower() in EXTENSIONS:
-            name = re.sub("_segmentation$|_component_.*", "", path.stem)
-            found.setdefault(name, path)
+            found.setdefault(re.sub("_segmentation$|_component_.*", "", path.stem), path)
     return found
 
 
-def pair_up(images, masks, **more):
-    """Return Pairs of {name: image path} and, if there is one, {name: mask path}; more: fields."""
+def pairs_in(raw, images, masks, **more):
+    """Return Pairs of the images and masks of equal names, see images_in; more: fields. images,
+    masks: patterns."""
+    masks = images_in(raw, *masks)
     pairs = []
-    for name, path in sorted(images.items()):
+    for name, path in sorted(images_in(raw, *images).items()):
         found = [masks[name]] if name in masks else []
         pairs.append(Pair(name, path, found, **more))
     return pairs
@@ -960,19 +950,18 @@ def pair_up(images, masks, **more):
 
 def find_isic(raw, args):
     """ISIC-2017: the official parts; labels from Part3, nevus if neither column says 1."""
-    pairs, diseases = [], ["seborrheic_keratosis", "melanoma"]
+    pairs, labels = [], {}
+    diseases = ("seborrheic_keratosis", "melanoma")
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
         stem = f"ISIC-2017_{official}_"
-        images = images_in(raw, stem + "Data/*[0-9].*")         # not *_superpixels.png
-        masks = images_in(raw, stem + "Part1_GroundTruth/*_segmentation.*")
-        labels = {}
         for table in find_all(raw, stem + "Part3_GroundTruth.csv")[:1]:
             for row in read_table(table, ("image_id", *diseases)):
                 found = [disease for disease in diseases if row[disease].startswith("1")]
                 labels[row["image_id"]] = ["nevus", *found][-1]
-        for pair in pair_up(images, masks, part=part):
-            pair.label = labels.get(pair.name, "")
-            pairs.append(pair)
+        pairs += pairs_in(raw, [stem + "Data/*[0-9].*"],        # not *_superpixels.png
+                          [stem + "Part1_GroundTruth/*_segmentation.*"], part=part)
+    for pair in pairs:
+        pair.label = labels.get(pair.name, "")
     return pairs
 
 
@@ -980,8 +969,7 @@ def find_xray(raw, args):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images = images_in(raw, f"{label}/images/*")
-        pairs += pair_up(images, images_in(raw, f"{label}/masks/*"), label=label)
+        pairs += pairs_in(raw, [f"{label}/images/*"], [f"{label}/masks/*"], label=label)
     return pairs
 
 
@@ -989,9 +977,9 @@ def find_drone(raw, args):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
     `unlabeled`, which is index 0 and black."""
     print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-    images = images_in(raw, "original_images/*", "training_set/images/*")
-    return pair_up(images, images_in(raw, "label_images_semantic/*", "RGB_color_image_masks/*",
-                                     "training_set/gt/semantic/label_images/*"))
+    return pairs_in(raw, ["original_images/*", "training_set/images/*"],
+                    ["label_images_semantic/*", "RGB_color_image_masks/*",
+                     "training_set/gt/semantic/label_images/*"])
 
 
 def find_dsb2018(raw, args):
@@ -1007,9 +995,8 @@ def find_dsb2018(raw, args):
 def find_dm(raw, args):
     """Dermatomyositis slides, masks as in either publication. Groups are slides, or patients (the
     first two fields of the name)."""
-    images = images_in(raw, "*_component_data.tif", "*_component_data.tiff")
-    pairs = pair_up(images, images_in(raw, "*_component_mask_labels.tif*",
-                                      "*_component_data.tif[mM]ask.tif*"))
+    pairs = pairs_in(raw, ["*_component_data.tif", "*_component_data.tiff"],
+                     ["*_component_mask_labels.tif*", "*_component_data.tif[mM]ask.tif*"])
     for pair in pairs:
         pair.group = pair.name
         if args.split_by == "patient":
@@ -1035,9 +1022,9 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 
 def find_published(raw, args, bad):
     """Find the Pairs of a published data set. Exit if a whole part is missing."""
-    info = DATASET_INFO[args.dataset]
+    source = DATASET_INFO[args.dataset].homepage
     if not raw.is_dir():
-        sys.exit(f"{raw}: no such folder. {info.homepage}")
+        sys.exit(f"{raw}: no such folder. {source}")
     remove_leftovers(raw)
     for path in sorted(raw.glob("[!.]*")):
         if path.suffix.lower() in (".zip", ".npz"):
@@ -1049,8 +1036,8 @@ def find_published(raw, args, bad):
         else:
             bad.append(f"{pair.image}: has no mask")
     if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
-        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test: give "
-                 f"the folder that holds all files of {info.homepage}")
+        sys.exit(f"{raw}: not enough is here to fill train, val and test: give the folder that "
+                 f"holds all files of {source}")
     return pairs
 
 
@@ -1067,8 +1054,8 @@ def fetch(args):
         partial = path.with_name(path.name + ".part")
         command = "curl --fail --location --continue-at - --retry 5 --create-dirs --speed-limit 1"
         if subprocess.run([*command.split(), "--output", partial, url]).returncode:
-            sys.exit(f"{url}: not fetched, see what curl says above. The same command goes on from "
-                     f"{partial}; if the server cannot, delete that file")
+            sys.exit(f"{url}: not fetched, see curl's words above. The same command goes on from "
+                     f"{partial}, unless you delete it")
         partial.replace(path)
 
 
@@ -1076,12 +1063,12 @@ def fetch(args):
 
 def read_meta(folder):
     """Read the meta.json of a prepared data set, a dict. Exit if there is none."""
-    meta = read_json(Path(folder) / "meta.json")
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json")
     if not meta:
-        name = Path(folder).name
-        flags = name if name in DATASET_INFO else f"folder --name {name}"
+        dataset = folder.name if folder.name in DATASET_INFO else "folder"
         sys.exit(f"{folder} is not prepared: run python prepare_data.py --raw DIR --dataset "
-                 f"{flags}")
+                 f"{dataset} --name {folder.name}")
     return meta
 
 
@@ -1093,8 +1080,7 @@ def open_part(folder, part):
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
         return images, np.load(masks, mmap_mode="r") if masks.exists() else None
     except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set "
-                 "again with --overwrite")
+        sys.exit(f"{folder}: cannot be read, prepare it again with --overwrite: {error}")
 
 
 def read_names(folder, part):
@@ -1137,8 +1123,8 @@ def check(folder):
     if fingerprint_of(folder) != meta["fingerprint"]:
         problems.append("not the arrays that were written: their fingerprint is another")
     if problems:
-        lines = "\n".join(f"{folder}: {line}" for line in problems[:20])
-        sys.exit(f"{lines}\n{len(problems)} problems found: prepare it again with --overwrite")
+        lines = "\n".join(problems[:20])
+        sys.exit(f"{lines}\n{folder}: {len(problems)} problems found: prepare it again")
     print(f"{folder}: {meta['counts']}, all is well; fingerprint {meta['fingerprint']}")
 
 
@@ -1165,26 +1151,26 @@ def contact_sheet(rows, titles, captions=None):
 # -------------------------------------------------------------------------------------- preparing
 
 def draw_nuclei(size, rng):
-    """Return a picture in the look of stained nuclei, uint8 (S, S, 3), and its true mask, uint8
-    {0, 1} (S, S)."""
+    """Return a picture in the look of stained nuclei, uint8 (S, S, 3), and its true mask, bool (S,
+    S)."""
     fine = 4 * size                             # drawn four times as fine, then averaged down
     glow = rng.uniform(10, 60, (3, 3)).astype(np.float32)
     glow = cv2.resize(glow, (size, size), interpolation=cv2.INTER_CUBIC)
     light = np.zeros((size, size), np.float32)
-    centres = rng.uniform(0, fine, (rng.integers(2, 6), 2))
     mask = np.zeros((size, size), bool)
+    centres = rng.uniform(0, fine, (rng.integers(2, 6), 2))
     for _ in range(rng.integers(6, 16)):
         centre = centres[rng.integers(len(centres))] + rng.normal(0, 0.13 * fine, 2)    # clumped
         axes = rng.uniform(0.04, 0.085, 2) * fine
         nucleus = np.zeros((fine, fine), np.float32)
-        cv2.ellipse(nucleus, centre.astype(int).tolist(), axes.astype(int).tolist(),
-                    rng.uniform(0, 180), 0, 360, 1, -1)
+        cv2.ellipse(nucleus, centre.astype(int), axes.astype(int), rng.uniform(0, 180), 0, 360, 1,
+                    -1)
         nucleus = resize(nucleus, size)
         light = np.maximum(light, nucleus * rng.uniform(50, 140))
         mask |= nucleus >= 0.5
     picture = cv2.GaussianBlur(glow + light, (0, 0), size / 90) + rng.normal(0, 7, (size, size))
     gray = picture.round().clip(0, 255).astype(np.uint8)
-    return np.repeat(gray[..., None], 3, axis=2), mask.astype(np.uint8)
+    return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), mask
 
 
 def two_channels(x):
@@ -1228,11 +1214,8 @@ def load(pair, args):
         pair.pages = picture.pages
         if not args.group_regex:                # which says more
             pair.patient = picture.patient
-        rule = args.mask_foreground
-        if args.dataset != "folder":
-            rule = f">{DATASET_INFO[args.dataset].mask_threshold}"
         for path in pair.masks:
-            found, pair.mask_rule = find_foreground(path, rule, args.page)
+            found, pair.mask_rule = find_foreground(path, args.mask_foreground, args.page)
             if args.dataset == "xray":
                 mask = found                    # of another size, as published
             elif found.shape == mask.shape:
@@ -1273,9 +1256,8 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in good:
             pair.group = pair.patient
-    several = [pair.image for pair in good if pair.pages > 1]
-    print_count(several, f"images are of several pages or frames: page {args.page} is taken, "
-                "counted from 0 (--page)")
+    print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages or "
+                f"frames: page {args.page} is taken, counted from 0 (--page)")
     return good
 
 
@@ -1327,28 +1309,29 @@ def prepare(args, final):
                 lines[5:] = [f"and {len(lines) - 5} like these"]
             print(*lines, sep="\n", file=sys.stderr)
         if bad and not args.skip_bad:
-            sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. Mend "
-                     "them, or leave them out with --skip-bad")
+            sys.exit(f"{len(bad)} bad file(s), listed above; nothing was written. Mend them, or "
+                     "leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
         counts = {part: len(pairs) for part, pairs in parts.items()}
         rows = np.memmap(scratch, np.uint8, "r").reshape(-1, args.size, args.size, 4)
-        for part, pairs in parts.items():
-            write_part(folder, part, pairs, rows)
+        for part in PARTS:
+            write_part(folder, part, parts[part], rows)
         scratch.unlink()
-        foreground, evidence = args.foreground, "set by --foreground, or known of this data set"
+        foreground, evidence = args.foreground, "by --foreground, or known of this data set"
         if foreground == "auto":
             foreground, evidence = decide_foreground(open_part(folder, "train")[0])
         print(f"foreground: {foreground} ({evidence})")
-        masked = [pair for pair in sum(parts.values(), []) if pair.masks]
+        masked = [pair for pair in pairs if pair.part and pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
         mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
         fractions = [pair.foreground_fraction for pair in masked]
         if masked:
-            print(f"mask foreground: {mask_evidence}; masks cover {np.mean(fractions):.1%} of the "
-                  f"pixels; at {args.size} px {fractions.count(0)} of {len(masked)} are empty")
-            if np.mean(fractions) > 0.5:
-                print("are the masks inverted? For --dataset folder: --mask-foreground '<128'")
-            elif args.mask_foreground != "auto" and not any(fractions):
+            mean = np.mean(fractions)
+            print(f"mask foreground: {mask_evidence}; it covers {mean:.1%} of the pixels; at this "
+                  f"--size {fractions.count(0)} of {len(masked)} are empty")
+            if mean > 0.5:
+                print("are the masks inverted? --mask-foreground '<128'")
+            elif args.mask_foreground != "auto" and not mean:
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
         write_preview(folder, foreground)
         write_json(folder / "meta.json", vars(args) | dict(
@@ -1364,29 +1347,26 @@ def parse_args(argv=None):
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
-    add("--raw", metavar="DIR", help="where the images, or the published files or archives, are "
-        "(default: raw/ and the published name)")
-    add("--name", type=dataset_name, help="the data set's name under --out (default: the raw "
-        "folder's own name, or the published name)")
+    add("--raw", metavar="DIR", help="the images, or the published files or archives (default: raw/ "
+        "and the published name)")
+    add("--name", type=dataset_name, help="the data set's name (default: the raw folder's own, or "
+        "the published one)")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
-    add("--size", type=int, help="side of the pictures in pixels (default: 224 as in the paper, "
-        "demo 64)")
+    add("--size", type=int, help="side of the pictures in pixels (default: 224, demo 64)")
     add("--seed", type=int, default=0, help="of the split, and of the demo's drawing")
-    add("--foreground", choices=["bright", "dark", "auto"], help="what the objects are against "
-        "their background (default: dark for isic and xray, bright for dm, tissuenet, drone and "
-        "demo, else auto, label-free)")
-    add("--mask-foreground", default="auto", metavar="RULE", help="folder: which mask values are "
-        "foreground: '>127', '<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two "
-        "values the larger; soft edges are cut at half")
-    add("--group-regex", metavar="REGEX", help="folder: finds the patient in an image's name "
-        "(its path below --raw; first group, or whole match); a patient's images stay in one "
-        "part (default: the topmost folder, or DICOM's patient id)")
-    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
-        "the paper's tiles are split by slide, so that a patient may be in all parts")
+    add("--foreground", choices=["bright", "dark", "auto"], help="what objects are against their "
+        "background (default: auto, label-free, for folder and dsb2018, else known)")
+    add("--mask-foreground", metavar="RULE", help="which mask values are foreground: '>127', "
+        "'<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two values the larger; soft "
+        "edges are cut at half (default: auto for folder, else as published)")
+    add("--group-regex", metavar="REGEX", help="folder: finds the patient, whose images stay in one "
+        "part, in an image's path below --raw: first group, or whole match (default: the topmost "
+        "folder, or DICOM's patient id)")
+    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays in one "
+        "part; in the paper slides, so that a patient may be in several")
     add("--page", type=int, default=0, help="page or frame of files of several; dm: the stain")
     add("--download", action="store_true", help="isic, dsb2018: first fetch the files into --raw")
-    add("--check", action="store_true", help="read a prepared data set back; exit code 1 if there "
-        "are problems")
+    add("--check", action="store_true", help="read a prepared data set back; exit code 1: problems")
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
@@ -1399,13 +1379,13 @@ def parse_args(argv=None):
         if args.dataset == "folder":
             args.name = os.path.basename(os.path.abspath(args.raw))
     args.size = args.size or (64 if args.dataset == "demo" else 224)
-    args.foreground = args.foreground or DATASET_INFO[args.dataset].foreground
-    args.command = shlex.join(["python", "prepare_data.py", *(argv or sys.argv[1:])])
+    info = DATASET_INFO[args.dataset]
+    args.foreground = args.foreground or info.foreground
+    args.mask_foreground = args.mask_foreground or info.mask_foreground
     if not args.name:
         sys.exit(f"--raw {args.raw} has no name: give --name")
     if not MASK_RULE.fullmatch(args.mask_foreground):
-        sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, '>127', '<128', or a list "
-                 "such as 1,255 or '#ff0000,#00ff00'")
+        sys.exit("--mask-foreground is auto, '>127', '<128', or a list such as 1,255 or '#ff0000'")
     return args
 
 
