@@ -527,26 +527,18 @@ def choose_foreground(path, values, is_colour):
     """
     found = np.unique(values)
     top = found[-1]
-    flag = "'>0', '>127' (above half), '<128' or a list such as 1"
-    shown = [f"{value:g}" for value in found[:5]]
+    shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
             return values == colours[0], f"#{colours[0]:06x}"
-        flag = f"'>127' (above half) or a list of colours such as '#{colours[0]:06x}'"
-        shown = [f"#{value:06x}" for value in found[:5]]
     elif len(found) <= 2 and found[0] >= 0:
-        if len(found) == 2:
-            return values == top, f"{shown[1]} of {shown[0]} and {shown[1]}"
-        return values > 0, "all" if top else "nothing"
+        return (values == top) & (top > 0), f"{top:g} of {shown}"
     elif has_soft_edges(values, found):
         return values > top / 2, "above half, of soft edges"
-    elif top == 255 and found[-2] < 32:
-        flag = "1 or 1,2 ... (255 beside small numbers is usually the ignore value)"
-    if len(found) > 5:
-        shown.append("...")
-    raise ValueError(f"{path}: a mask with the values {', '.join(shown)}: say which are foreground,"
-                     f" with --mask-foreground {flag}")
+    raise ValueError(f"{path}: a mask with the values {shown}{', ...' if len(found) > 5 else ''}: "
+                     "say which are foreground, with --mask-foreground '>0', '>127' (above half), "
+                     "'<128', or a list: 1 or 1,2 (255 is often an ignore value) or '#ff0000'")
 
 
 def has_soft_edges(values, found):
@@ -721,7 +713,7 @@ def find_folder(raw, args, bad):
     files = find_files(raw)
     bad += files.bad
     print(f"{raw}: {len(files.images)} images, {len(files.masks)} of them with masks")
-    pairs = []
+    pairs, good = [], []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, path, files.masks.get(name, []))
         match = PART_FOLDER.fullmatch(name)
@@ -735,33 +727,32 @@ def find_folder(raw, args, bad):
                  "and no images outside of them, or none")
     masked = {pair.part for pair in pairs if pair.masks} & {"val", "test"}
     group_by_folder(raw, pairs, args.group_regex)
-    good = []
     for pair in pairs:
         if not pair.masks and pair.part in masked:
             bad.append(f"{pair.image}: has no mask, as others in {pair.part} have")
         elif args.group_regex and not pair.group:
-            bad.append(f"{pair.image}: {pair.name} does not match --group-regex {args.group_regex}")
+            bad.append(f"{pair.image}: {pair.name} does not match --group-regex")
         else:
             good.append(pair)
-    if (raw / "labels.csv").is_file():
-        set_labels(raw / "labels.csv", good)
+    table = raw / "labels.csv"
+    if table.is_file():
+        set_labels(table, good)
     return good
 
 
 def group_by_folder(raw, pairs, regex):
     """Set the group of each pair: what `regex` finds in its name, its first group or all of it; by
     default the topmost folder that not all share. Exit if few large folders may be classes."""
-    if regex:
-        for pair in pairs:
+    shared = len(os.path.commonprefix([pair.name.split("/")[:-1] for pair in pairs]))
+    for pair in pairs:
+        if regex:
             match = re.search(regex, pair.name)
             pair.group = match and match[match.re.groups and 1] or ""
-        return
-    folders = [pair.name.split("/")[:-1] for pair in pairs]
-    shared = len(os.path.commonprefix(folders))
-    for pair, below in zip(pairs, folders, strict=True):
-        pair.group = "".join(below[shared:shared + 1])
+        else:
+            pair.group = "".join(pair.name.split("/")[shared:-1][:1])
     names = sorted({pair.group for pair in pairs} - {""})
-    if not names or pairs[0].part or pairs[0].image.suffix.lower() in DICOM:    # which has an id
+    is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
+    if regex or not names or pairs[0].part or is_dicom:
         return
     n = len({pair.group or pair.name for pair in pairs})
     if n < 5 and len(pairs) >= 8 * n:
@@ -1261,34 +1252,10 @@ def read_all(pairs, args, scratch, bad):
     return good
 
 
-def write_part(folder, part, pairs, rows):
-    """Write the arrays and the table of one part. rows: what load returned, (N, S, S, 4)."""
-    size = rows.shape[1]
-    images = (rows[pair.row, ..., :3] for pair in pairs)
-    write_npy(folder / f"{part}_images.npy", images, (len(pairs), size, size, 3))
-    masks = [rows[pair.row, ..., 3] for pair in pairs if pair.masks]
-    if masks:
-        write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
-    write_csv(folder / f"{part}.csv", [
-        dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs])
-
-
-def write_preview(folder, foreground):
-    """Write preview.png: image, Otsu's mask and truth, for up to four images a part."""
-    columns = {}
-    for part in PARTS:
-        images, masks = open_part(folder, part)
-        columns[f"{part}: image"] = images[:4]
-        columns[f"{part}: Otsu"] = [otsu_mask(image, foreground) for image in images[:4]]
-        columns[f"{part}: truth"] = [] if masks is None else masks[:4]
-    rows = [*itertools.zip_longest(*columns.values())]
-    write_png(folder / "preview.png", contact_sheet(rows, list(columns)))
-
-
 def prepare(args, final):
     """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
     to be skipped."""
-    raw, bad, pairs = Path(args.raw), [], []
+    raw, bad, pairs, size = Path(args.raw), [], [], args.size
     if args.dataset == "folder":
         pairs = find_folder(raw, args, bad)
     elif args.dataset != "demo":
@@ -1312,16 +1279,28 @@ def prepare(args, final):
             sys.exit(f"{len(bad)} bad file(s), listed above; nothing was written. Mend them, or "
                      "leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
-        counts = {part: len(pairs) for part, pairs in parts.items()}
-        rows = np.memmap(scratch, np.uint8, "r").reshape(-1, args.size, args.size, 4)
-        for part in PARTS:
-            write_part(folder, part, parts[part], rows)
+        read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
+        columns = {}                            # of preview.png
+        for part, pairs in parts.items():
+            rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
+            write_csv(folder / f"{part}.csv", rows)
+            images = [read[pair.row, ..., :3] for pair in pairs]
+            write_npy(folder / f"{part}_images.npy", images, (len(images), size, size, 3))
+            masks = [read[pair.row, ..., 3] for pair in pairs if pair.masks]
+            if masks:
+                write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
+            columns |= {f"{part}: image": images[:4], f"{part}: truth": masks[:4]}
         scratch.unlink()
         foreground, evidence = args.foreground, "by --foreground, or known of this data set"
         if foreground == "auto":
             foreground, evidence = decide_foreground(open_part(folder, "train")[0])
         print(f"foreground: {foreground} ({evidence})")
-        masked = [pair for pair in pairs if pair.part and pair.masks]
+        for part in PARTS:
+            images = open_part(folder, part)[0][:4]
+            columns[f"{part}: Otsu"] = [otsu_mask(image, foreground) for image in images]
+        sheet = contact_sheet([*itertools.zip_longest(*columns.values())], [*columns])
+        write_png(folder / "preview.png", sheet)
+        masked = [pair for pair in sum(parts.values(), []) if pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
         mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
         fractions = [pair.foreground_fraction for pair in masked]
@@ -1333,11 +1312,11 @@ def prepare(args, final):
                 print("are the masks inverted? --mask-foreground '<128'")
             elif args.mask_foreground != "auto" and not mean:
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
-        write_preview(folder, foreground)
+        counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
             foreground=foreground, foreground_evidence=evidence, mask_foreground=mask_evidence,
             skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
-    print(f"{final}: {counts} of {args.size} px; look at {final / 'preview.png'}")
+    print(f"{final}: {counts} of {size} px; look at {final / 'preview.png'}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1347,8 +1326,8 @@ def parse_args(argv=None):
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
-    add("--raw", metavar="DIR", help="the images, or the published files or archives (default: raw/ "
-        "and the published name)")
+    add("--raw", metavar="DIR", help="the images, or the published files or archives (default: "
+        "raw/ and the published name)")
     add("--name", type=dataset_name, help="the data set's name (default: the raw folder's own, or "
         "the published one)")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
@@ -1359,8 +1338,8 @@ def parse_args(argv=None):
     add("--mask-foreground", metavar="RULE", help="which mask values are foreground: '>127', "
         "'<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two values the larger; soft "
         "edges are cut at half (default: auto for folder, else as published)")
-    add("--group-regex", metavar="REGEX", help="folder: finds the patient, whose images stay in one "
-        "part, in an image's path below --raw: first group, or whole match (default: the topmost "
+    add("--group-regex", metavar="REGEX", help="folder: finds the patient, whose images stay in "
+        "one part, in a path below --raw: first group, or whole match (default: the topmost "
         "folder, or DICOM's patient id)")
     add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays in one "
         "part; in the paper slides, so that a patient may be in several")
