@@ -300,11 +300,8 @@ class Picture:
 
 def read_picture(path, page=0, as_mask=False):
     """Read one page of an image file: a Picture, upright, with bright as the larger value. Raises
-    ValueError, path and reason, if a file cannot be read whole and correctly.
-
-    as_mask keeps the stored values of DICOM, and the indices of palettes that start with black and
-    hold colours.
-    """
+    ValueError, path and reason, if it cannot be read whole and correctly. as_mask keeps stored
+    values of DICOM, and indices of palettes that start with black and hold colours."""
     try:
         read = read_dicom if Path(path).suffix.lower() in DICOM else read_with_pillow
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
@@ -475,10 +472,7 @@ def resize(picture, size):
 
 def read_mask(path, page=0):
     """Read a mask file: values (H, W), and whether they are colours, 0xRRGGBB. Raises ValueError.
-
-    bool becomes 0 and 255, RGB with equal channels is gray, and an alpha channel counts if it alone
-    varies. A file of one page serves any `page`.
-    """
+    RGB with equal channels is gray; alpha counts if it alone varies; one page serves any `page`."""
     picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask=True)
@@ -497,11 +491,8 @@ def read_mask(path, page=0):
 
 def find_foreground(path, rule="auto", page=0):
     """Return the foreground of a mask file, bool (H, W), and how it was found, in words. Raises
-    ValueError if the file cannot be read or the rule does not fit.
-
-    rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values "1,255" or of
-    colours "#ff0000".
-    """
+    ValueError. rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values
+    "1,255" or of colours "#ff0000"."""
     values, is_colour = read_mask(path, page)
     if rule == "auto":
         return choose_foreground(path, values, is_colour)
@@ -520,11 +511,9 @@ def find_foreground(path, rule="auto", page=0):
 
 
 def choose_foreground(path, values, is_colour):
-    """Return the foreground of a mask by its values (H, W) alone, bool (H, W), and how, in words.
-
-    Of one value, what is above 0. Of two, the larger; of two colours, that which is not black or
-    white. Soft edges are cut at half of the largest value. Raises ValueError for anything else.
-    """
+    """Return the foreground of a mask by its values (H, W) alone, bool (H, W), and how, in words:
+    of one value, if above 0; of two, the larger; of two colours, that which is not black or white;
+    soft edges are cut at half of the largest value. Raises ValueError for anything else."""
     found = np.unique(values)
     top = found[-1]
     shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
@@ -624,12 +613,11 @@ class Files:
 
 
 def find_files(raw):
-    """Find all image files below the folder `raw`: Files. Exit if there are no images, no mask has
-    the name of an image, or an image has two masks.
+    """Find all image files below the folder `raw`, but hidden ones: Files. Exit if there are none,
+    no mask has the name of an image, or an image has two masks.
 
     A name is the path below raw without suffix, in Unicode NFC, and without folders called images
     or as MASK_FOLDER. Masks are the files in mask folders, and NAME_mask beside or below NAME.
-    Links are followed; hidden files, __MACOSX and prepared arrays are left out.
     """
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder")
@@ -820,12 +808,10 @@ def join_duplicates(pairs):
 
 
 def split_pairs(pairs, seed, stratified=False):
-    """Set the part of every pair; a split group stays whole if a cut falls into it.
-
-    Groups in seeded order are cut at int(.7 n) and int(.8 n) images, or slides. Of three or more
-    groups, some of several images, each part gets at least one. stratified: 20 % test, then 13 %
-    of the rest validation, both rounded up; each label has an order of its own, evenly merged.
-    """
+    """Set the part of every pair: split groups, in seeded order, are cut at int(.7 n) and int(.8 n)
+    images, or slides. Of three or more groups, some of several images, each part gets at least one.
+    stratified: 20 % test, then 13 % of the rest validation, both rounded up; each label has an
+    order of its own, evenly merged."""
     images = collections.defaultdict(set)       # of each group; the tiles of a slide are one
     classes = collections.defaultdict(list)
     for pair in pairs:
@@ -1057,9 +1043,7 @@ def read_meta(folder):
     folder = Path(folder)
     meta = read_json(folder / "meta.json")
     if not meta:
-        dataset = folder.name if folder.name in DATASET_INFO else "folder"
-        sys.exit(f"{folder} is not prepared: run python prepare_data.py --raw DIR --dataset "
-                 f"{dataset} --name {folder.name}")
+        sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset NAME --raw DIR")
     return meta
 
 
@@ -1107,7 +1091,7 @@ def check(folder):
             problems.append(f"{part}.csv has {len(rows)} rows, meta.json says {n}")
         for row, image in zip(rows, open_part(folder, part)[0], strict=False):
             here = f"{row['name']} of {part}"
-            for what, value in (("group", row["group"]), ("picture", digest_of(image))):
+            for what, value in dict(group=row["group"], picture=digest_of(image)).items():
                 other_part, other = first.setdefault((what, value), (part, here))
                 if value and other_part != part:
                     problems.append(f"the same {what} in two parts: {other} and {here}")
