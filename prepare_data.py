@@ -291,7 +291,7 @@ def run_script(main, advice):
 class Picture:
     """One page of an image file, values as stored. read_picture undoes orientation (the number of
     EXIF and TIFF) and white_is_zero."""
-    pixels: np.ndarray                          # bool or numbers: gray (H, W), or (H, W, 2 to 4)
+    pixels: np.ndarray                          # gray (H, W), or (H, W, 2 to 4)
     pages: int = 1                              # of the file
     orientation: int = 1
     white_is_zero: bool = False
@@ -323,6 +323,8 @@ def read_picture(path, page=0, as_mask=False):
     if picture.orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     picture.pixels = pixels
+    if pixels.dtype == bool:
+        picture.pixels = pixels * np.uint8(255)
     return picture
 
 
@@ -410,7 +412,7 @@ def read_dicom(file, page, as_mask):
                 ds.update(item)
     photometric = ds.PhotometricInterpretation
     if photometric == "MONOCHROME1" and as_mask:
-        raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
+        raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
     if photometric == "PALETTE COLOR":
         pixels = dicom.apply_color_lut(pixels, ds)
         if pixels.dtype == np.uint16:
@@ -443,13 +445,11 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """Picture -> uint8 (H, W, 3). Gray is repeated, alpha dropped, and other types than bool and
-    uint8 scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated, alpha dropped, and other types than uint8
+    scaled by to_eight_bits, all channels alike."""
     pixels = np.atleast_3d(picture.pixels)
     if pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
-    if pixels.dtype == bool:
-        pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
@@ -484,8 +484,6 @@ def read_mask(path, page=0):
             values = alpha
     if (values != values[..., :1]).any():
         return to_rgb(Picture(values)) @ np.array([0x10000, 0x100, 1]), True
-    if values.dtype == bool:
-        values = values * np.uint8(255)
     return values[..., 0], False
 
 
@@ -731,13 +729,11 @@ def find_folder(raw, args, bad):
 def group_by_folder(raw, pairs, regex):
     """Set the group of each pair: what `regex` finds in its name, its first group or all of it; by
     default the topmost folder that not all share. Exit if few large folders may be classes."""
-    shared = len(os.path.commonprefix([pair.name.split("/")[:-1] for pair in pairs]))
+    shared = os.path.commonprefix([pair.name.split("/")[:-1] for pair in pairs])
+    default = f"^{re.escape('/'.join([*shared, '']))}([^/]+)/"
     for pair in pairs:
-        if regex:
-            match = re.search(regex, pair.name)
-            pair.group = match and match[match.re.groups and 1] or ""
-        else:
-            pair.group = "".join(pair.name.split("/")[shared:-1][:1])
+        match = re.search(regex or default, pair.name)
+        pair.group = match and match[match.re.groups and 1] or ""
     names = sorted({pair.group for pair in pairs} - {""})
     is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
     if regex or not names or pairs[0].part or is_dicom:
@@ -1116,7 +1112,7 @@ def contact_sheet(rows, titles, captions=None):
         top = line + k * height
         for i, tile in enumerate(row):
             if tile is not None:
-                tile = to_rgb(Picture(tile if tile.ndim == 3 else tile > 0))
+                tile = to_rgb(Picture(tile if tile.ndim == 3 else (tile > 0) * np.uint8(255)))
                 sheet.paste(Image.fromarray(resize(tile, cell)), (i * width, top))
         if captions:
             draw.text((2, top + width), captions[k], "black")
