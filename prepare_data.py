@@ -570,7 +570,7 @@ def measure_enclosed(image):
 
 def decide_foreground(images):
     """Return "bright" or "dark", for a whole data set, and the evidence, in words. images: those
-    of the training part, (N, S, S, 3)."""
+    of the training part, uint8 (S, S, 3)."""
     bright, dark = np.array([*map_threads(measure_enclosed, images)]).T
     decision, agree = "bright", np.mean(bright > dark)
     if dark.mean() > bright.mean():
@@ -1260,6 +1260,11 @@ def prepare(args, final):
                      "leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
         read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
+        foreground, evidence = args.foreground, "by --foreground, or known of this data set"
+        if foreground == "auto":
+            images = [read[pair.row, ..., :3] for pair in parts["train"]]
+            foreground, evidence = decide_foreground(images)
+        print(f"foreground: {foreground} ({evidence})")
         columns = {}                            # of preview.png
         for part, pairs in parts.items():
             rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
@@ -1269,15 +1274,10 @@ def prepare(args, final):
             masks = [read[pair.row, ..., 3] for pair in pairs if pair.masks]
             if masks:
                 write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
-            columns |= {f"{part}: image": images[:4], f"{part}: truth": masks[:4]}
+            columns[f"{part}: image"] = images[:4]
+            columns["Otsu, " + part] = [otsu_mask(image, foreground) for image in images[:4]]
+            columns["truth, " + part] = masks[:4]
         scratch.unlink()
-        foreground, evidence = args.foreground, "by --foreground, or known of this data set"
-        if foreground == "auto":
-            foreground, evidence = decide_foreground(open_part(folder, "train")[0])
-        print(f"foreground: {foreground} ({evidence})")
-        for part in PARTS:
-            images = open_part(folder, part)[0][:4]
-            columns[f"{part}: Otsu"] = [otsu_mask(image, foreground) for image in images]
         sheet = contact_sheet([*itertools.zip_longest(*columns.values())], [*columns])
         write_png(folder / "preview.png", sheet)
         masked = [pair for pair in sum(parts.values(), []) if pair.masks]
