@@ -5,11 +5,10 @@
     python prepare_data.py --dataset isic --raw raw/isic --download
     python prepare_data.py --dataset isic --check
 
-demo draws a small set of stained nuclei. folder takes any folder of images, sub-folders included:
-masks lie in masks/, labels/, gt/ ... under the names of their images, or are called NAME_mask.
-Images without a mask, where others have one, join the training part. train/, val/ and test/ are
-kept as the parts; an optional labels.csv has name,label. dm, tissuenet, isic, xray, drone and
-dsb2018 take the files as their authors publish them, extracted or not.
+folder takes any folder of images, sub-folders included: masks lie in masks/, labels/, gt/ ... under
+the names of their images, or are called NAME_mask. Images without a mask, where others have one,
+join the training part. train/, val/ and test/ are kept as the parts; an optional labels.csv has
+name,label. The other sets are taken as their authors publish them, extracted or not.
 
 Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8
 {0, 1} (N, S, S), of the images with masks, which come first; {...}.csv (name, group, label);
@@ -28,7 +27,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -48,22 +46,21 @@ from tqdm import tqdm
 PARTS = ("train", "val", "test")
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
-IMAGE_FOLDER = re.compile("(image|img)s?|imagest[rs]", re.IGNORECASE)
+IMAGE_FOLDER = "(image|img)s?|imagest[rs]"
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test|\d))?",
     re.IGNORECASE)
-MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2
-    rf"(.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)([ _.-]?\d+)?",
-    re.IGNORECASE)
-MASK_FIRST = re.compile(rf"(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)      # mask_NAME
+FOLDER_OF_KIND = re.compile(f"{IMAGE_FOLDER}|{MASK_FOLDER.pattern}", re.IGNORECASE)
+MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask_2; or mask_NAME
+    rf"(?P<name>.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)"
+    rf"([ _.-]?\d+)?|(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
-PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "CMYK": "RGB", "YCbCr": "RGB",
-               "LAB": "RGB", "HSV": "RGB", "RGBX": "RGB"}           # Pillow's mode: converted to
+CONVERTED = {"PA": "RGBA", "La": "LA"}          # Pillow's mode: the mode that is read
+CONVERTED |= dict.fromkeys(("P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
-DAY = 24 * 60 * 60                              # seconds
 
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # error at double
@@ -75,40 +72,34 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what 
 class DatasetInfo:
     """What we, the paper or the authors say of a data set."""
     foreground: str
-    mask_threshold: int = 0                     # above which a mask pixel is foreground
+    mask_foreground: str = ">0"                 # see find_foreground
     counts: tuple = ()                          # of train, val, test
     homepage: str = ""
-    subfolders: str = "-"                       # that --raw may name instead of what holds them
     files: tuple = ()                           # what --download fetches
 
 
-ISIC_FILES = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_{}_{}"
+ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 DATASET_INFO = {
     "demo": DatasetInfo("bright"),
-    "folder": DatasetInfo("auto"),
+    "folder": DatasetInfo("auto", "auto"),
     "dm": DatasetInfo(
-        "bright", 0, (1656, 240, 480),
-        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233",
-        "CD27[ _]Panel[^/]*|Labels"),
+        "bright", ">0", (1656, 240, 480),
+        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
     "tissuenet": DatasetInfo(
-        "bright", 0, (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
+        "bright", ">0", (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
     "isic": DatasetInfo(
-        "dark", 127, (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
-        "ISIC-2017_[^/]*_[^/]*",
-        [ISIC_FILES.format(part, what)
-         for part in ("Training", "Validation", "Test_v2")
-         for what in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
+        "dark", ">127", (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
+        [f"{ISIC}{part}_{file}" for part in ("Training", "Validation", "Test_v2")
+         for file in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
     "xray": DatasetInfo(
-        "dark", 127, (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
-        "covid19-radiography-database (free account)",
-        "(COVID|Lung_Opacity|Normal|Viral Pneumonia)(/images|/masks)?"),
+        "dark", ">127", (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
+        "covid19-radiography-database (free account)"),
     "drone": DatasetInfo(
-        "bright", 0, (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
-        "Dataset on Kaggle, free account)",
-        "original_images|label_images_semantic|RGB_color_image_masks|training_set(/images|/gt)?"),
+        "bright", ">0", (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
+        "Dataset on Kaggle, free account)"),
     "dsb2018": DatasetInfo(
-        "auto", 0, (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
-        files=["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
+        "auto", ">0", (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
+        ["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
 
@@ -116,8 +107,8 @@ DATASET_INFO = {
 
 @contextlib.contextmanager
 def new_file(path):
-    """Open a temporary binary file that takes the place of `path` if the block ends well: nothing
-    half-written is ever seen there. Raises OSError, which names `path`."""
+    """Open a temporary binary file that takes the place of `path` if the block ends well. Raises
+    OSError, which names `path`."""
     temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +124,10 @@ def new_file(path):
 def remove_leftovers(folder):
     """Delete temporary files and folders, older than a day, that killed processes left in it."""
     for path in Path(folder).glob(".[0-9]*.tmp"):
-        if time.time() - path.lstat().st_mtime < DAY:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if time.time() - path.lstat().st_mtime > 24 * 60 * 60:
+            shutil.rmtree(path, ignore_errors=True)             # which leaves a file
+            if path.is_file():
+                path.unlink()
 
 
 def read_json(path):
@@ -170,7 +159,7 @@ def read_csv(path):
 def write_csv(path, rows):
     """Write a list of dicts; the columns are the keys of the last."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with new_file(path) as file:
@@ -178,9 +167,8 @@ def write_csv(path, rows):
 
 
 def write_npy(path, arrays, shape):
-    """Write arrays, uint8 or bool, one after the other as one uint8 .npy of the whole shape: by
-    file.write, as a memory map that is written to dies by SIGBUS on a full disk."""
-    with new_file(path) as file:
+    """Write arrays, uint8 or bool, one after the other as one uint8 .npy of the whole shape."""
+    with new_file(path) as file:                # a memory map would die by SIGBUS on a full disk
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
@@ -189,12 +177,10 @@ def write_npy(path, arrays, shape):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """Make a temporary folder that takes the place of `final` if the block ends well, and is
-    removed if it does not."""
+    """Make a temporary folder that takes the place of `final` if the block ends well."""
     final = final.resolve()                     # a link to another disk stays one
     partial = final.with_name(f".{os.getpid()}.tmp")
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -210,12 +196,11 @@ def new_folder(final):
 
 
 def map_threads(function, items):
-    """Yield function(item) for each item, in order, computed on all cores. Threads are enough:
-    Pillow and OpenCV let go of Python's lock. In slices, because the pool's map submits all that it
-    is given."""
+    """Yield function(item) for each item, in order, computed on all cores: Pillow and OpenCV let go
+    of Python's lock."""
     items = iter(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(items, 256)):
+        while batch := list(itertools.islice(items, 256)):      # pool.map submits all it is given
             yield from pool.map(function, batch)
 
 
@@ -226,12 +211,12 @@ def print_count(items, message):
 
 
 def dataset_name(text):
-    """Return --dataset of the other scripts, the name of a folder under --data, without the slash
-    of tab completion. Raises argparse.ArgumentTypeError."""
+    """Return the name of a folder under --data, without the slash of tab completion. Raises
+    argparse.ArgumentTypeError."""
     name = text.rstrip("/")
-    if not name or "/" in name or name in (".", ".."):
-        raise argparse.ArgumentTypeError(f"{text} is not the name of a data set: give the folder "
-                                         "above it with --data, or to prepare_data.py with --out")
+    if "/" in name or name in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text} is not a name: give the folder above it with "
+                                         "--data, or to prepare_data.py with --out")
     return name
 
 
@@ -253,7 +238,7 @@ def check_numbers(parser, args, **minimum):
 
 
 def drop_unused(parser, args, flags):
-    """Return args with the defaults of `flags`, which this command does not use; name those that
+    """Return args with the defaults of `flags`, which this command does not use. Prints those that
     were given."""
     used = vars(args).copy()
     for flag in flags:
@@ -291,14 +276,12 @@ def run_script(main, advice):
         sys.exit(f"{script}: {str(error) or 'interrupted'}; {advice}")
     except RuntimeError as error:                   # torch's
         text = str(error).lower()
-        if "shared memory" in text or "bus error" in text:
-            sys.exit(f"{script}: shared memory (/dev/shm) is too small for the processes that load "
-                     "images: --workers 0, or more of it (docker run --shm-size 1g)")
-        if "out of memory" in text or "allocate memory" in text:
+        if re.search("shared memory|bus error|killed by signal", text):
+            sys.exit(f"{script}: a process that loads images was killed, or shared memory is too "
+                     f"small: --workers 0, or docker run --shm-size 1g; {advice}")
+        if re.search("out of memory|allocate memory", text):
             sys.exit(f"{script}: out of memory: a smaller --batch-size, or pictures prepared at a "
                      "smaller --size")
-        if "killed by signal" in text:
-            sys.exit(f"{script}: a process that loads images was killed; {advice}")
         raise
 
 
@@ -306,10 +289,9 @@ def run_script(main, advice):
 
 @dataclass
 class Picture:
-    """One page of an image file. pixels: gray (H, W), bool or numbers; or (H, W, 2, 3 or 4), gray
-    and alpha, RGB, RGB and alpha; values as stored. read_picture undoes orientation (the number of
+    """One page of an image file, values as stored. read_picture undoes orientation (the number of
     EXIF and TIFF) and white_is_zero."""
-    pixels: np.ndarray
+    pixels: np.ndarray                          # gray (H, W), or (H, W, 2 to 4)
     pages: int = 1                              # of the file
     orientation: int = 1
     white_is_zero: bool = False
@@ -317,27 +299,15 @@ class Picture:
 
 
 def read_picture(path, page=0, as_mask=False):
-    """Read one page of an image file: a Picture, upright, with bright as the larger value.
-
-    as_mask keeps the stored values of DICOM, and the indices of palettes that start with black and
-    hold colours. Raises ValueError, path and reason, if a file cannot be read whole and correctly.
-    """
+    """Read one page of an image file: a Picture, upright, with bright as the larger value. Raises
+    ValueError, path and reason, if it cannot be read whole and correctly. as_mask keeps stored
+    values of DICOM, and indices of palettes that start with black and hold colours."""
     try:
+        read = read_dicom if Path(path).suffix.lower() in DICOM else read_with_pillow
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
-            head = file.peek(2)[:2]
-            if not head:
-                raise ValueError("the file is empty")
-            if Path(path).suffix.lower() in DICOM:
-                picture = read_dicom(file, page, as_mask)
-            else:
-                try:
-                    picture = read_with_pillow(file, page, as_mask)
-                except UnidentifiedImageError:
-                    if head not in (b"II", b"MM"):
-                        raise ValueError("not an image, or of a kind that is unknown") from None
-                    picture = read_with_tifffile(file, page)
+            picture = read(file, page, as_mask)
         pixels = picture.pixels
-        if pixels.dtype.kind in "fc" and not (np.isreal(pixels) & np.isfinite(pixels)).all():
+        if pixels.dtype.kind == "c" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
         reason = str(error).partition("\n")[0] or repr(error)
@@ -353,30 +323,32 @@ def read_picture(path, page=0, as_mask=False):
     if picture.orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     picture.pixels = pixels
+    if pixels.dtype == bool:
+        picture.pixels = pixels * np.uint8(255)
     return picture
 
 
 def read_with_pillow(file, page, as_mask):
-    """Read an open file with Pillow, or with OpenCV if Pillow would cut 16-bit colour to 8. Raises
-    UnidentifiedImageError if neither reads it rightly."""
-    with Image.open(file) as image:
-        pages = getattr(image, "n_frames", 1)
-        image.seek(page)
-        is_deep = ";16" in str(image.tile)
-        orientation = 1                         # of a TIFF: Pillow turns it by itself
-        if image.format != "TIFF":
-            orientation = image.getexif().get(274, 1)
-        elif not pillow_can_read(image):
-            raise UnidentifiedImageError
-        image.load()
-        mode = PLAIN_MODES.get(image.mode, image.mode)
-        if image.mode == "P" and as_mask:
-            palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-            if not palette[0].any() and (palette != palette[:, :1]).any():
-                mode = "P"                      # class numbers, not colours or grays
-        if mode != image.mode:
-            image = image.convert(mode)
-        pixels = np.asarray(image)
+    """Read an open file with Pillow, 16-bit colour with OpenCV, and what neither reads rightly with
+    tifffile."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        return read_with_tifffile(file, page)
+    pages = getattr(image, "n_frames", 1)
+    image.seek(page)
+    if image.format == "TIFF" and not pillow_can_read(image):
+        return read_with_tifffile(file, page)
+    is_deep = ";16" in str(image.tile)
+    image.load()                                # which turns a TIFF, and resets its orientation
+    orientation = image.getexif().get(274, 1)
+    is_index = False
+    if image.mode == "P" and as_mask:
+        palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        is_index = not palette[0].any() and (palette != palette[:, :1]).any()
+    if image.mode in CONVERTED and not is_index:
+        image = image.convert(CONVERTED[image.mode])
+    pixels = np.asarray(image)
     if is_deep and pixels.ndim == 3:
         file.seek(0)
         pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -388,26 +360,25 @@ def pillow_can_read(image):
     """Whether Pillow reads an open page of a TIFF as it is meant: 8 bits, not signed, of known
     channels, alpha not in planes; 16 bits or floats if gray and black is zero."""
     tags, n = image.tag_v2, len(image.getbands())
+    photometric, extra = tags.get(262, 0), tags.get(338, ())        # 0: it is not said what
     kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]           # bits; 1 unsigned, 3 float
-    is_gray = tags.get(262, 0) < 2
-    extra = tags.get(338, ())                   # 0: channels of which it is not said what they are
-    if n != tags.get(277, 1) or is_gray and (n == 3 or extra == (0,)):
+    if n != tags.get(277, 1) or photometric < 2 and extra == (0,):
         return False
     if kind[0] <= 8:
         return kind[1] == 1 and not (extra and tags.get(284) == 2)
-    if n > 1 or tags.get(262) != 1:
-        return False
-    return kind == (16, 1) or kind == (32, 3) and tags.prefix == b"II"
+    is_known = kind == (16, 1) or kind == (32, 3) and tags.prefix == b"II"
+    return is_known and n == 1 and photometric == 1
 
 
 def read_with_tifffile(file, page):
     """Read an open TIFF with tifffile. Raises ValueError for what is not gray or RGB."""
+    file.seek(0)
+    if file.peek(2)[:2] not in (b"II", b"MM"):
+        raise ValueError("empty, or not an image of a known kind")
     try:
         import tifffile
     except ImportError:
-        raise ValueError("a TIFF of a kind (bits, channels, byte order) that Pillow misreads: pip "
-                         "install tifffile") from None
-    file.seek(0)
+        raise ValueError("a TIFF that Pillow misreads: pip install tifffile") from None
     with tifffile.TiffFile(file) as tiff:
         found = tiff.pages[page]
         n = found.samplesperpixel
@@ -422,8 +393,8 @@ def read_with_tifffile(file, page):
 
 
 def read_dicom(file, page, as_mask):
-    """Read one frame of an open DICOM file with pydicom. Modality and colour lookup tables are
-    applied, and but for masks the first VOI lookup table or window. Raises ValueError."""
+    """Read one frame of an open DICOM file with pydicom. Lookup tables and, but for masks, the
+    first VOI table or window are applied. Raises ValueError."""
     try:
         import pydicom
         from pydicom import pixels as dicom
@@ -432,38 +403,39 @@ def read_dicom(file, page, as_mask):
     ds = pydicom.dcmread(file, force=True)      # some lack the mark DICM
     if "Rows" not in ds:
         raise ValueError("not a DICOM file with an image")
-    pages = int(ds.get("NumberOfFrames") or 1)
     pixels = dicom.pixel_array(ds, index=page)
     groups = [*ds.get("SharedFunctionalGroupsSequence", ())]
     groups += ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]
-    for group in groups:
+    for group in groups:                        # where enhanced files keep slope and window
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for item in group.get(name, ()):
-                ds.update(item)                 # where enhanced files keep slope and window
+                ds.update(item)
     photometric = ds.PhotometricInterpretation
     if photometric == "MONOCHROME1" and as_mask:
-        raise ValueError("a MONOCHROME1 mask, whose foreground is not clear: save it as png")
+        raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
     if photometric == "PALETTE COLOR":
         pixels = dicom.apply_color_lut(pixels, ds)
         if pixels.dtype == np.uint16:
             pixels = (pixels >> 8).astype(np.uint8)
     elif photometric.startswith("MONOCHROME") and not as_mask:
         pixels = dicom.apply_modality_lut(pixels, ds)
+        ends = None
         if ds.get("VOILUTSequence"):
-            white = 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
-            pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), (0, white))
+            ends = 0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
         elif ds.get("WindowWidth"):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
+        if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(pixels, pages, white_is_zero=photometric == "MONOCHROME1", patient=patient)
+    return Picture(pixels, int(ds.get("NumberOfFrames") or 1),
+                   white_is_zero=photometric == "MONOCHROME1", patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
-    """Scale numbers of any type to uint8: `ends`, two values, become 0 and 255; default: the 0.1
-    and 99.9 percentiles. If both are equal, the smallest and the largest value are used."""
+    """Scale numbers of any type to uint8: the two values `ends` (default: the 0.1 and 99.9
+    percentiles; if equal, the smallest and the largest value) become 0 and 255."""
     pixels = pixels.astype(np.float64)
     low, high = np.percentile(pixels, (0.1, 99.9)) if ends is None else ends
     if high == low:
@@ -473,13 +445,11 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """Picture -> uint8 (H, W, 3). Gray is repeated; alpha is dropped, not blended; other types
-    than bool and uint8 are scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated, alpha dropped, and other types than uint8
+    scaled by to_eight_bits, all channels alike."""
     pixels = np.atleast_3d(picture.pixels)
     if pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
-    if pixels.dtype == bool:
-        pixels = pixels * np.uint8(255)
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
@@ -491,7 +461,7 @@ def read_image(path, page=0):
 
 
 def resize(picture, size):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area to shrink, bilinear to
+    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area, or bilinear to
     enlarge."""
     shrinks = min(picture.shape[:2]) >= size
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -502,11 +472,7 @@ def resize(picture, size):
 
 def read_mask(path, page=0):
     """Read a mask file: values (H, W), and whether they are colours, 0xRRGGBB. Raises ValueError.
-
-    Values are as stored, palette indices as in read_picture; bool becomes 0 and 255. RGB with equal
-    channels is gray. An alpha channel counts if it alone varies. A file of one page serves any
-    `page`.
-    """
+    RGB with equal channels is gray; alpha counts if it alone varies; one page serves any `page`."""
     picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask=True)
@@ -518,18 +484,13 @@ def read_mask(path, page=0):
             values = alpha
     if (values != values[..., :1]).any():
         return to_rgb(Picture(values)) @ np.array([0x10000, 0x100, 1]), True
-    values = values[..., 0]
-    if values.dtype == bool:
-        values = values * np.uint8(255)
-    return values, False
+    return values[..., 0], False
 
 
 def find_foreground(path, rule="auto", page=0):
-    """Return the foreground of a mask file, bool (H, W), and how it was found, in words.
-
-    rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values "1,255" or of
-    colours "#ff0000". Raises ValueError if the file cannot be read or the rule does not fit.
-    """
+    """Return the foreground of a mask file, bool (H, W), and how it was found, in words. Raises
+    ValueError. rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values
+    "1,255" or of colours "#ff0000"."""
     values, is_colour = read_mask(path, page)
     if rule == "auto":
         return choose_foreground(path, values, is_colour)
@@ -538,42 +499,33 @@ def find_foreground(path, rule="auto", page=0):
             values = np.maximum.reduce([values >> 16, values >> 8 & 255, values & 255])
         limit = float(rule[1:])
         return values > limit if rule[0] == ">" else values < limit, rule
-    if is_colour and "#" not in rule:
-        raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000' is red")
-    if "#" in rule and not is_colour:
-        values = values.astype(np.int64) * 0x10101          # gray as a colour
-    base = 16 if "#" in rule else 10
-    listed = [int(item.strip("#"), base) for item in rule.split(",")]
-    return np.isin(values, listed), rule
+    if "#" not in rule:
+        if is_colour:
+            raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
+        return np.isin(values, [int(item) for item in rule.split(",")]), rule
+    if not is_colour:
+        values = values.astype(np.int64) * 0x10101              # gray as a colour
+    return np.isin(values, [int(item[1:], 16) for item in rule.split(",")]), rule
 
 
 def choose_foreground(path, values, is_colour):
-    """Return the foreground of a mask by its values (H, W) alone, bool (H, W), and how, in words.
-
-    Of one value, what is above 0. Of two, the larger; of two colours, that which is not black or
-    white. Soft edges are cut at half of the largest value. Raises ValueError for anything else.
-    """
+    """Return the foreground of a mask by its values (H, W) alone, bool (H, W), and how, in words:
+    of one value, if above 0; of two, the larger; of two colours, that which is not black or white;
+    soft edges are cut at half of the largest value. Raises ValueError for anything else."""
     found = np.unique(values)
     top = found[-1]
-    flag = "'>0', '>127' (above half), '<128' or a list such as 1"
+    shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
             return values == colours[0], f"#{colours[0]:06x}"
-        flag = f"'>127' (above half) or a list of colours such as '#{colours[0]:06x}'"
     elif len(found) <= 2 and found[0] >= 0:
-        if len(found) == 2:
-            return values == top, f"{top:g} of {found[0]:g} and {top:g}"
-        return values > 0, "all" if top else "nothing"
+        return (values == top) & (top > 0), f"{top:g} of {shown}"
     elif has_soft_edges(values, found):
         return values > top / 2, "above half, of soft edges"
-    elif top == 255 and found[-2] < 32:
-        flag = "1 or 1,2 ... (255 beside small numbers is usually the ignore value)"
-    shown = [f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5]]
-    if len(found) > 5:
-        shown.append("...")
-    raise ValueError(f"{path}: a mask with the values {', '.join(shown)}: say which are foreground,"
-                     f" with --mask-foreground {flag}")
+    raise ValueError(f"{path}: a mask with the values {shown}{', ...' if len(found) > 5 else ''}: "
+                     "say which are foreground, with --mask-foreground '>0', '>127' (above half), "
+                     "'<128', or a list: 1 or 1,2 (255 is often an ignore value) or '#ff0000'")
 
 
 def has_soft_edges(values, found):
@@ -595,8 +547,8 @@ def has_soft_edges(values, found):
 # --------------------------------------------------------------------- bright or dark, label-free
 
 def otsu_mask(image, foreground):
-    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", not above it
-    for "dark"; all 0 if the image is of one gray."""
+    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", else not
+    above it; all 0 if the image is of one gray."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if gray.min() == gray.max():
         return np.zeros_like(gray)
@@ -606,28 +558,26 @@ def otsu_mask(image, foreground):
 
 def measure_enclosed(image):
     """uint8 (H, W, 3) -> (bright, dark): the fraction of the picture in components, of either side
-    of Otsu's threshold, that do not touch the border. Objects lie inside a picture; the background
-    runs out of it."""
+    of Otsu's threshold, that do not touch the border, as the background does."""
     fractions = []
     for foreground in ("bright", "dark"):
         mask = otsu_mask(image, foreground)
         mask = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
         cv2.floodFill(mask, None, (0, 0), 0)    # the border, and all that touches it
         fractions.append(float(mask[1:-1, 1:-1].mean()))
-    return tuple(fractions)
+    return fractions
 
 
-def decide_foreground(enclosed_fractions):
-    """Decide "bright" or "dark" for the whole data set; returns it and the evidence.
-    enclosed_fractions: measure_enclosed of the training images, (N, 2)."""
-    bright, dark = np.array(enclosed_fractions).T
+def decide_foreground(images):
+    """Return "bright" or "dark", for a whole data set, and the evidence, in words. images: those
+    of the training part, uint8 (S, S, 3)."""
+    bright, dark = np.array([*map_threads(measure_enclosed, images)]).T
     decision, agree = "bright", np.mean(bright > dark)
     if dark.mean() > bright.mean():
         decision, agree = "dark", np.mean(dark > bright)
-    evidence = (f"enclosed regions cover {bright.mean():.3f} of a training image when bright, "
-                f"{dark.mean():.3f} when dark; {agree:.0%} of {len(bright)} images agree")
+    evidence = f"the objects enclosed in {agree:.0%} of the training images"
     if agree < 0.75:
-        evidence += "; the evidence is thin: see preview.png, and set --foreground if it is wrong"
+        evidence += ", which is thin: see preview.png, and set --foreground if it is wrong"
     return decision, evidence
 
 
@@ -648,10 +598,8 @@ class Pair:
     row: int = 0                                # of the scratch file
     mask_rule: str = ""                         # how the foreground was found, in words
     foreground_fraction: float = 0              # of the mask
-    enclosed_fractions: tuple = ()              # measure_enclosed
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
-    is_binary: bool = False                     # two values, as masks have
 
 
 @dataclass
@@ -663,12 +611,11 @@ class Files:
 
 
 def find_files(raw):
-    """Find all image files below the folder `raw`: Files.
+    """Find all image files below the folder `raw`, but hidden ones: Files. Exit if there are none,
+    no mask has the name of an image, or an image has two masks.
 
     A name is the path below raw without suffix, in Unicode NFC, and without folders called images
     or as MASK_FOLDER. Masks are the files in mask folders, and NAME_mask beside or below NAME.
-    Links are followed; hidden files, __MACOSX and prepared arrays are left out. Exit if there are
-    no images, no mask has the name of an image, or an image has two masks.
     """
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder")
@@ -684,12 +631,13 @@ def find_files(raw):
             folders.clear()
             continue
         visited.add(folder.resolve())
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
         for path in sorted(folder / name for name in files if name[0] != "."):
+            suffix = path.suffix.lower()
             name = name_of(path.relative_to(raw))
-            if path.suffix.lower() not in EXTENSIONS:
-                unsupported[path.suffix.lower() or "without suffix"] += 1
+            if suffix not in EXTENSIONS:
+                unsupported[suffix or "without suffix"] += 1
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif in_mask_folder:
@@ -699,11 +647,10 @@ def find_files(raw):
             else:
                 images[name] = path
     if unsupported:
-        print("files of kinds that are not read, by suffix:", dict(unsupported), "(DICOM needs "
-              ".dcm; cut volumes into slices, a file each)")
+        print("files of kinds that are not read:", dict(unsupported),
+              "(DICOM needs .dcm; cut volumes into slices, a file each)")
     if not images:
-        bad.append(f"{raw}: no images here ({' '.join(sorted(EXTENSIONS))}), {len(candidates)} in "
-                   "folders named like mask folders")
+        bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
     return Files(images, match_masks(images, candidates), bad)
 
@@ -713,29 +660,23 @@ def name_of(path):
     *folders, file = path.parts
     if path.suffix.lower() in EXTENSIONS:
         file = path.stem
-    if {"imagesTr", "imagesTs"} & {*folders}:
+    if re.search("(^|/)images(Tr|Ts)/", path.as_posix()):
         file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    names = itertools.filterfalse(IMAGE_FOLDER.fullmatch, folders)
-    names = itertools.filterfalse(MASK_FOLDER.fullmatch, names)
+    names = itertools.filterfalse(FOLDER_OF_KIND.fullmatch, folders)
     return unicodedata.normalize("NFC", "/".join([*names, file]))
 
 
 def match_masks(images, candidates):
     """Return {name: [mask paths]}. images: {name: path}, from which masks are removed; candidates:
     [(name, path)] of the files in mask folders. Exit if no mask has an image, or one has two."""
-    like_masks = []
-    for name, path in images.items():
-        if MASK_NAME.fullmatch(name) or MASK_FIRST.fullmatch(name):
-            like_masks.append((name, path))
-    if len(like_masks) == len(images):
-        like_masks = []                         # images, for all their names
-    for name, _ in like_masks:
-        del images[name]
+    like_masks = list(filter(MASK_NAME.fullmatch, images))
+    if len(like_masks) < len(images):           # else they are images, for all their names
+        candidates += [(name, images.pop(name)) for name in like_masks]
     masks, orphans = collections.defaultdict(list), []
-    for name, path in candidates + like_masks:
+    for name, path in candidates:
         match = MASK_NAME.fullmatch(name)
         if match and name not in images:
-            name = match[1]
+            name = match["name"] or name
         if name in images:
             masks[name].append(path)
         else:
@@ -748,17 +689,17 @@ def match_masks(images, candidates):
         unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
         if len({path.parent for path in paths}) > 1 or len(unnumbered) > 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: keep one, or "
-                     "number them in one folder if they belong together")
+                     "number them in one folder")
     return masks
 
 
 def find_folder(raw, args, bad):
-    """Find all images below --raw: Pairs with masks, parts as train/, val/ and test/ say, groups
-    and labels. A given val or test part with masks needs all of them."""
+    """Find all images below --raw: Pairs with masks, labels, groups, and the parts that train/,
+    val/ and test/ say. Of a given val or test part with masks, all need them."""
     files = find_files(raw)
     bad += files.bad
     print(f"{raw}: {len(files.images)} images, {len(files.masks)} of them with masks")
-    pairs = []
+    pairs, good = [], []
     for name, path in sorted(files.images.items()):
         pair = Pair(name, path, files.masks.get(name, []))
         match = PART_FOLDER.fullmatch(name)
@@ -769,44 +710,40 @@ def find_folder(raw, args, bad):
     found = {pair.part for pair in pairs}
     if found not in ({""}, {*PARTS}):
         sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give all of train, val and test, "
-                 "and no images outside of them; or rename them, to be split here")
+                 "and no images outside of them, or none")
     masked = {pair.part for pair in pairs if pair.masks} & {"val", "test"}
     group_by_folder(raw, pairs, args.group_regex)
-    good = []
     for pair in pairs:
         if not pair.masks and pair.part in masked:
             bad.append(f"{pair.image}: has no mask, as others in {pair.part} have")
         elif args.group_regex and not pair.group:
-            bad.append(f"{pair.image}: {pair.name} does not match --group-regex {args.group_regex}")
+            bad.append(f"{pair.image}: {pair.name} does not match --group-regex")
         else:
             good.append(pair)
-    if (raw / "labels.csv").is_file():
-        set_labels(raw / "labels.csv", good)
+    table = raw / "labels.csv"
+    if table.is_file():
+        set_labels(table, good)
     return good
 
 
 def group_by_folder(raw, pairs, regex):
     """Set the group of each pair: what `regex` finds in its name, its first group or all of it; by
     default the topmost folder that not all share. Exit if few large folders may be classes."""
-    if regex:
-        for pair in pairs:
-            match = re.search(regex, pair.name)
-            pair.group = match and match[match.re.groups and 1] or ""
-        return
-    folders = [pair.name.split("/")[:-1] for pair in pairs]
-    shared = len(os.path.commonprefix(folders))
-    for pair, below in zip(pairs, folders, strict=True):
-        pair.group = "".join(below[shared:shared + 1])
+    shared = os.path.commonprefix([pair.name.split("/")[:-1] for pair in pairs])
+    default = f"^{re.escape('/'.join([*shared, '']))}([^/]+)/"
+    for pair in pairs:
+        match = re.search(regex or default, pair.name)
+        pair.group = match and match[match.re.groups and 1] or ""
     names = sorted({pair.group for pair in pairs} - {""})
-    if not names or pairs[0].part or pairs[0].image.suffix.lower() in DICOM:    # which has an id
+    is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
+    if regex or not names or pairs[0].part or is_dicom:
         return
     n = len({pair.group or pair.name for pair in pairs})
     if n < 5 and len(pairs) >= 8 * n:
-        sys.exit(f"{raw}: {len(pairs)} images in the folders {', '.join(names)}. Is each of them a "
-                 "patient, whose images stay in one part? Then give --group-regex '^([^/]+)/'. If "
-                 "they are classes, give --group-regex '.+'")
-    print_count(names, f"folders of {raw} are taken as patients, and each stays in one part: "
-                "--group-regex '.+' splits image by image")
+        sys.exit(f"{raw}: are the folders {', '.join(names)} patients, whose images stay in one "
+                 "part? Then give --group-regex '^([^/]+)/'. If they are classes, give '.+'")
+    print_count(names, "folders are taken as patients, and each stays in one part: --group-regex "
+                "'.+' splits image by image")
 
 
 def set_labels(path, pairs):
@@ -822,21 +759,22 @@ def set_labels(path, pairs):
             if name in labels:
                 pair.label = labels[name]
                 used.add(name)
-    unlabelled = [pair.name for pair in pairs if not pair.label]
-    print_count(unlabelled, f"of {len(pairs)} images have no label in {path}")
+    print_count([pair.name for pair in pairs if not pair.label],
+                f"of {len(pairs)} images have no label in {path}")
     print_count(sorted(labels.keys() - used), f"rows of {path} have no image")
     if pairs and not used:
-        sys.exit(f"{path}: none of its names, {[*labels][:1]}, is that of an image, as "
-                 f"{pairs[0].name} is")
+        sys.exit(f"{path}: has names such as {min(labels, default='')}, images {pairs[0].name}")
 
 
 def read_table(path, columns):
     """Read these columns of a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma,
     semicolon or tab): a list of dicts. Exit if one is missing."""
     data = path.read_bytes()
-    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "utf-8-sig"
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
     try:
-        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
@@ -850,47 +788,43 @@ def read_table(path, columns):
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one.
-    Prints how many pictures are there twice."""
-    own = [pair.group or f"{pair.part}/{pair.name}" for pair in pairs]
-    names, groups = np.unique(own, return_inverse=True)
+    """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one."""
+    groups = np.array([pair.group or f"{pair.part}/{pair.name}" for pair in pairs])
     first, again = {}, []
     for k, pair in enumerate(pairs):
         for key in filter(None, (pair.digest, pair.patient)):
             other = first.setdefault(key, k)
-            groups[groups == groups[k]] = groups[other]
+            if groups[k] != groups[other]:
+                groups[groups == groups[k]] = groups[other]
             if other != k and key == pair.digest:
                 again.append(f"{pair.image} and {pairs[other].image}")
-    for pair, group in zip(pairs, groups, strict=True):
-        pair.split_group = str(names[group])
-    print_count(again, "pictures are there twice: equal ones go into one part, unless parts are "
-                "given")
+    for pair, group in zip(pairs, groups.tolist(), strict=True):
+        pair.split_group = group
+    print_count(again, "pictures are there twice")
 
 
 def split_pairs(pairs, seed, stratified=False):
-    """Set the part of every pair; a split group stays whole if a cut falls into it.
-
-    Groups in seeded order are cut at int(.7 n) and int(.8 n) images, or slides. Of three or more
-    groups, some of several images, each part gets at least one. stratified: 20 % test, then 13 %
-    of the rest validation, both rounded up; each label has an order of its own, evenly merged.
-    """
+    """Set the part of every pair: split groups, in seeded order, are cut at int(.7 n) and int(.8 n)
+    images, or slides. Of three or more groups, some of several images, each part gets at least one.
+    stratified: 20 % test, then 13 % of the rest validation, both rounded up; each label has an
+    order of its own, evenly merged."""
     images = collections.defaultdict(set)       # of each group; the tiles of a slide are one
     classes = collections.defaultdict(list)
     for pair in pairs:
         images[pair.split_group].add(pair.image)
         classes[pair.label].append(pair.split_group)
     total = sum(map(len, images.values()))
-    parts, cuts = PARTS, [int(0.7 * total), int(0.8 * total)]
     if stratified:
         test = math.ceil(0.2 * total)
         parts, cuts = ("test", "val", "train"), [test, test + math.ceil(0.13 * (total - test))]
     else:
+        parts, cuts = PARTS, [int(0.7 * total), int(0.8 * total)]
         classes = {"": sorted(images)}
     generator = np.random.default_rng(seed)
     ranked = []
     for label, groups in sorted(classes.items()):
         for k, group in enumerate(generator.permutation(groups).tolist()):
-            ranked.append(((k + 0.5) / len(groups), label, k, group))
+            ranked.append(((k + 0.5) / len(groups), label, group))
     order = list(dict.fromkeys(group for *_, group in sorted(ranked)))
     starts = np.cumsum([0] + [len(images[group]) for group in order])
     first, second = np.searchsorted(starts, cuts)           # the groups that begin at or after it
@@ -898,9 +832,10 @@ def split_pairs(pairs, seed, stratified=False):
     if 3 <= n < total:
         first = np.clip(first, 1, n - 2)
         second = np.clip(second, first + 1, n - 1)
-    place = {group: int(k >= first) + int(k >= second) for k, group in enumerate(order)}
+    part_of = dict(zip(order, np.repeat(parts, [first, second - first, n - second]).tolist(),
+                       strict=True))
     for pair in pairs:
-        pair.part = parts[place[pair.split_group]]
+        pair.part = part_of[pair.split_group]
 
 
 def assign_parts(pairs, args):
@@ -911,26 +846,30 @@ def assign_parts(pairs, args):
     labelled = [pair for pair in pairs if pair.masks] or pairs
     if not any(pair.part for pair in pairs):
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
-        held_out = {pair.split_group for pair in labelled if pair.part != "train"}
-        for pair in pairs[len(labelled):]:
-            if pair.split_group not in held_out:
-                pair.part = "train"
-        left_out = [pair.image for pair in pairs if not pair.part]
-        print_count(left_out, "images without a mask are left out: their group, patient, or an "
-                    "equal picture is in the part val or test")
-    parts = {part: [pair for pair in pairs if pair.part == part] for part in PARTS}
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
-    elsewhere = [p.image for p in pairs if p.part and p.part != part_of[p.split_group]]
+    parts = {part: [] for part in PARTS}
+    unlabelled, left_out, elsewhere = [], [], []
+    for pair in pairs:
+        part = part_of.get(pair.split_group, "train")
+        if not pair.part and part != "train":
+            left_out.append(pair.image)
+            continue
+        if not pair.part:
+            pair.part = "train"
+            unlabelled.append(pair.image)
+        parts[pair.part].append(pair)
+        if pair.part != part:
+            elsewhere.append(pair.image)
+    print_count(unlabelled, "images without a mask join the part train")
+    print_count(left_out, "images without a mask are left out: of groups of the part val or test")
     print_count(elsewhere, "images have their group, patient, or an equal picture in another part")
-    unlabelled = [pair.image for pair in parts["train"] if not pair.masks]
-    if len(unlabelled) < len(parts["train"]):
-        print_count(unlabelled, "images without a mask join the part train")
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
         sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
                  f"(see --group-regex), to fill train, val and test: {counts}")
-    if DATASET_INFO[args.dataset].counts not in ((), counts):
-        print(f"warning: {counts} images here, {DATASET_INFO[args.dataset].counts} as published")
+    published = DATASET_INFO[args.dataset].counts
+    if published not in ((), counts):
+        print(f"warning: {counts} images here, {published} as published")
     return parts
 
 
@@ -949,95 +888,88 @@ def unpack(archive):
             sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
 
 
-def find_all(raw, pattern, missing):
+def find_all(raw, *patterns):
     """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, near
-    ones first. A pattern without a match goes to `missing`."""
-    found = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+    ones first. Prints the patterns if there are none."""
+    found = []
+    for pattern in patterns:
+        paths = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
+        found += sorted(paths, key=lambda path: (path.count("/"), path))
     if not found:
-        missing.append(pattern)
-    return [raw / path for path in sorted(found, key=lambda path: (path.count("/"), path))]
+        print(f"{raw}: nothing here is called {' or '.join(patterns)}")
+    return [raw / path for path in found]
 
 
-def images_in(raw, pattern, missing, ending=""):
-    """Return {stem without `ending`: path} of find_all's image files whose stem ends so; of equal
-    stems the nearest to raw."""
+def images_in(raw, *patterns):
+    """Return {name: path} of find_all's image files, of equal names the first. A name is the stem
+    up to _segmentation or _component."""
     found = {}
-    for path in find_all(raw, pattern, missing):
-        if path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(ending):
-            found.setdefault(path.stem[:len(path.stem) - len(ending)], path)
+    for path in find_all(raw, *patterns):
+        if path.suffix.lower() in EXTENSIONS:
+            found.setdefault(re.sub("_segmentation$|_component_.*", "", path.stem), path)
     return found
 
 
-def pair_up(images, masks, **more):
-    """Return Pairs of {name: image path} and, if there is one, {name: mask path}; more: fields."""
+def pairs_in(raw, images, masks, **more):
+    """Return Pairs of the images and masks of equal names, see images_in; more: fields. images,
+    masks: patterns."""
+    masks = images_in(raw, *masks)
     pairs = []
-    for name, path in sorted(images.items()):
+    for name, path in sorted(images_in(raw, *images).items()):
         found = [masks[name]] if name in masks else []
         pairs.append(Pair(name, path, found, **more))
     return pairs
 
 
-def find_isic(raw, args, missing):
-    """ISIC-2017: the official parts; labels from Part3, nevus where neither column says 1."""
-    pairs = []
-    diseases = ["seborrheic_keratosis", "melanoma"]
+def find_isic(raw, args):
+    """ISIC-2017: the official parts; labels from Part3, nevus if neither column says 1."""
+    pairs, labels = [], {}
+    diseases = ("seborrheic_keratosis", "melanoma")
     for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
         stem = f"ISIC-2017_{official}_"
-        images = images_in(raw, stem + "Data/*[0-9].*", missing)           # not *_superpixels.png
-        masks = images_in(raw, stem + "Part1_GroundTruth/*", missing, "_segmentation")
-        labels = {}
-        for table in find_all(raw, stem + "Part3_GroundTruth.csv", missing)[:1]:
-            for row in read_table(table, ["image_id", *diseases]):
+        for table in find_all(raw, stem + "Part3_GroundTruth.csv")[:1]:
+            for row in read_table(table, ("image_id", *diseases)):
                 found = [disease for disease in diseases if row[disease].startswith("1")]
                 labels[row["image_id"]] = ["nevus", *found][-1]
-        for pair in pair_up(images, masks, part=part):
-            pair.label = labels.get(pair.name, "")
-            pairs.append(pair)
+        pairs += pairs_in(raw, [stem + "Data/*[0-9].*"],        # not *_superpixels.png
+                          [stem + "Part1_GroundTruth/*_segmentation.*"], part=part)
+    for pair in pairs:
+        pair.label = labels.get(pair.name, "")
     return pairs
 
 
-def find_xray(raw, args, missing):
+def find_xray(raw, args):
     """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
     pairs = []
     for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        images = images_in(raw, f"{label}/images/*", missing)
-        masks = images_in(raw, f"{label}/masks/*", missing)
-        pairs += pair_up(images, masks, label=label)
+        pairs += pairs_in(raw, [f"{label}/images/*"], [f"{label}/masks/*"], label=label)
     return pairs
 
 
-def find_drone(raw, args, missing):
+def find_drone(raw, args):
     """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
-    `unlabeled`, which is index 0 and black, so nearly everything."""
-    for layout in (("original_images/*", "label_images_semantic/*"),
-                   ("original_images/*", "RGB_color_image_masks/*"),
-                   ("training_set/images/*", "training_set/gt/semantic/label_images/*")):
-        images, masks = [images_in(raw, pattern, []) for pattern in layout]
-        if images and masks:
-            print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-            return pair_up(images, masks)
-    missing += layout
-    return []
+    `unlabeled`, which is index 0 and black."""
+    print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
+    return pairs_in(raw, ["original_images/*", "training_set/images/*"],
+                    ["label_images_semantic/*", "RGB_color_image_masks/*",
+                     "training_set/gt/semantic/label_images/*"])
 
 
-def find_dsb2018(raw, args, missing):
+def find_dsb2018(raw, args):
     """BBBC038 stage 1: one folder per image, named after it; one mask per nucleus."""
     pairs = []
-    for name, path in sorted(images_in(raw, "images/*", missing).items()):
+    for name, path in sorted(images_in(raw, "images/*").items()):
         folder = path.parent.parent
         if name == folder.name:
             pairs.append(Pair(name, path, sorted(folder.glob("masks/[!.]*.*"))))
     return pairs
 
 
-def find_dm(raw, args, missing):
-    """Dermatomyositis slides, paired by what stands before `_component`, masks as in either
-    publication. Groups are slides, or patients (the first two fields of the name)."""
-    images = images_in(raw, "*_component_data.tif*", missing, "_component_data")
-    pattern = "*_component*[mM]ask*.tif*"
-    masks = images_in(raw, pattern, missing, "_component_data.tifmask")
-    masks |= images_in(raw, pattern, [], "_component_mask_labels")
-    pairs = pair_up(images, masks)
+def find_dm(raw, args):
+    """Dermatomyositis slides, masks as in either publication. Groups are slides, or patients (the
+    first two fields of the name)."""
+    pairs = pairs_in(raw, ["*_component_data.tif", "*_component_data.tiff"],
+                     ["*_component_mask_labels.tif*", "*_component_data.tif[mM]ask.tif*"])
     for pair in pairs:
         pair.group = pair.name
         if args.split_by == "patient":
@@ -1045,15 +977,15 @@ def find_dm(raw, args, missing):
     return pairs
 
 
-def find_tissuenet(raw, args, missing):
+def find_tissuenet(raw, args):
     """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
     pairs = []
     for part in PARTS:
-        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy", missing)[-1:]:
-            folder = path.parent
+        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
             for i in range(len(np.load(path, mmap_mode="r"))):
-                name = f"{folder}[{i}]"
-                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part, source=(folder, i)))
+                name = f"{path.parent}[{i}]"
+                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
+                                  source=(path.parent, i)))
     return pairs
 
 
@@ -1062,45 +994,41 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 
 
 def find_published(raw, args, bad):
-    """Find the Pairs of a published data set; prints what is missing. Exit if a whole part is."""
-    info = DATASET_INFO[args.dataset]
+    """Find the Pairs of a published data set. Exit if a whole part is missing."""
+    source = DATASET_INFO[args.dataset].homepage
     if not raw.is_dir():
-        sys.exit(f"{raw}: no such folder. {info.homepage}")
-    raw = Path(re.sub(f"/({info.subfolders})$", "", raw.resolve().as_posix()))
+        sys.exit(f"{raw}: no such folder. {source}")
     remove_leftovers(raw)
     for path in sorted(raw.glob("[!.]*")):
         if path.suffix.lower() in (".zip", ".npz"):
             unpack(path)
-    missing, pairs = [], []
-    for pair in FINDERS[args.dataset](raw, args, missing):
+    pairs = []
+    for pair in FINDERS[args.dataset](raw, args):
         if pair.masks:
             pairs.append(pair)
         else:
             bad.append(f"{pair.image}: has no mask")
-    if missing:
-        print(f"missing: {', '.join(missing)}; from {info.homepage}")
-    if {pair.part for pair in pairs} not in ({""}, set(PARTS)):
-        sys.exit(f"{raw}: not enough of {args.dataset} is here to fill train, val and test; "
-                 "nothing was written")
+    if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
+        sys.exit(f"{raw}: not enough is here to fill train, val and test: give the folder that "
+                 f"holds all files of {source}")
     return pairs
 
 
 def fetch(args):
-    """Fetch the files of a data set that needs no account into --raw, with curl. What has come of a
-    file is kept as .part, and the next call goes on from there. Exit if one cannot be had."""
+    """Fetch the published files into --raw, with curl. The next call goes on from a .part. Exit if
+    one cannot be had."""
     info = DATASET_INFO[args.dataset]
     if not info.files:
-        sys.exit(f"{args.dataset} needs an account: get it from {info.homepage} and give --raw DIR")
+        sys.exit(f"--download is for isic and dsb2018. Give --raw DIR. {info.homepage}")
     for url in info.files:
         path = Path(args.raw) / url.rpartition("/")[2]
         if path.exists() or path.with_suffix("").is_dir():
             continue
         partial = path.with_name(path.name + ".part")
         command = "curl --fail --location --continue-at - --retry 5 --create-dirs --speed-limit 1"
-        ended = subprocess.run([*command.split(), "--output", partial, url])
-        if ended.returncode:
-            sys.exit(f"{url}: not fetched, see what curl says above. The same command goes on from "
-                     f"{partial}; if the server cannot, delete that file")
+        if subprocess.run([*command.split(), "--output", partial, url]).returncode:
+            sys.exit(f"{url}: not fetched, see curl's words above. The same command goes on from "
+                     f"{partial}, unless you delete it")
         partial.replace(path)
 
 
@@ -1108,30 +1036,38 @@ def fetch(args):
 
 def read_meta(folder):
     """Read the meta.json of a prepared data set, a dict. Exit if there is none."""
-    meta = read_json(Path(folder) / "meta.json")
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json")
     if not meta:
-        name = Path(folder).name
-        flags = name if name in DATASET_INFO else f"folder --name {name}"
-        sys.exit(f"{folder} is not prepared: run python prepare_data.py --raw DIR --dataset "
-                 f"{flags}")
+        sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset NAME --raw DIR")
     return meta
 
 
 def open_part(folder, part):
-    """Map, not read, the arrays of "train", "val" or "test": images uint8 (N, S, S, 3), and masks
-    uint8 {0, 1} (N, S, S) or None. Exit if they cannot be read."""
+    """Map, not read, the arrays of a part: images uint8 (N, S, S, 3), and masks uint8 {0, 1} (N, S,
+    S) or None. Exit if they cannot be read."""
     masks = Path(folder) / f"{part}_masks.npy"
     try:
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
         return images, np.load(masks, mmap_mode="r") if masks.exists() else None
     except (OSError, ValueError, EOFError) as error:
-        sys.exit(f"{folder}: the {part} arrays cannot be read ({error}); prepare the data set "
-                 "again with --overwrite")
+        sys.exit(f"{folder}: cannot be read, prepare it again with --overwrite: {error}")
 
 
 def read_names(folder, part):
     """Read {part}.csv, in the order of the arrays: a list of dicts name, group, label."""
     return read_csv(Path(folder) / f"{part}.csv")
+
+
+def fingerprint_of(folder):
+    """Return the sha256 of the arrays of a prepared data set. Exit if they cannot be read."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        images, masks = open_part(folder, part)
+        digest.update(images)
+        if masks is not None:
+            digest.update(masks)
+    return digest.hexdigest()
 
 
 def digest_of(image):
@@ -1144,36 +1080,29 @@ def digest_of(image):
 def check(folder):
     """Read a prepared data set back. Exit with a line for each problem found."""
     meta = read_meta(folder)
-    problems, first, fingerprint = [], {}, hashlib.sha256()
+    problems, first = [], {}
     for part, n in meta["counts"].items():
-        images, masks = open_part(folder, part)
         rows = read_names(folder, part)
-        if len(rows) != n or images.shape[:2] != (n, meta["size"]):
-            problems.append(f"{part}_images.npy is {images.shape}, {part}.csv has {len(rows)} rows,"
-                            f" meta.json says {n} of {meta['size']} px")
-        fingerprint.update(images)
-        if masks is not None:
-            fingerprint.update(masks)
-        for row, image in zip(rows, images, strict=False):
+        if len(rows) != n:
+            problems.append(f"{part}.csv has {len(rows)} rows, meta.json says {n}")
+        for row, image in zip(rows, open_part(folder, part)[0], strict=False):
             here = f"{row['name']} of {part}"
-            for what, value in (("group", row["group"]), ("picture", digest_of(image))):
+            for what, value in dict(group=row["group"], picture=digest_of(image)).items():
                 other_part, other = first.setdefault((what, value), (part, here))
                 if value and other_part != part:
                     problems.append(f"the same {what} in two parts: {other} and {here}")
-    found = fingerprint.hexdigest()
-    if found != meta["fingerprint"]:
+    if fingerprint_of(folder) != meta["fingerprint"]:
         problems.append("not the arrays that were written: their fingerprint is another")
     if problems:
-        lines = "\n".join(f"{folder}: {line}" for line in problems[:20])
-        sys.exit(f"{lines}\n{len(problems)} problems found: prepare it again with --overwrite")
-    print(f"{folder}: {meta['counts']}, all is well; fingerprint {found}")
+        lines = "\n".join(problems[:20])
+        sys.exit(f"{lines}\n{folder}: {len(problems)} problems found: prepare it again")
+    print(f"{folder}: {meta['counts']}, all is well; fingerprint {meta['fingerprint']}")
 
 
-def contact_sheet(rows, titles, captions=None, cell=112):
+def contact_sheet(rows, titles, captions=None):
     """Return a table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption
-    under each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S) (shown black and
-    white), or None (left empty)."""
-    line, width = 18, cell + 4
+    under each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S), or None (empty)."""
+    cell, width, line = 112, 116, 18            # pixels
     height = width + line * bool(captions)
     sheet = Image.new("RGB", (len(titles) * width, line + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1183,7 +1112,7 @@ def contact_sheet(rows, titles, captions=None, cell=112):
         top = line + k * height
         for i, tile in enumerate(row):
             if tile is not None:
-                tile = to_rgb(Picture(tile if tile.ndim == 3 else tile > 0))
+                tile = to_rgb(Picture(tile if tile.ndim == 3 else (tile > 0) * np.uint8(255)))
                 sheet.paste(Image.fromarray(resize(tile, cell)), (i * width, top))
         if captions:
             draw.text((2, top + width), captions[k], "black")
@@ -1193,8 +1122,8 @@ def contact_sheet(rows, titles, captions=None, cell=112):
 # -------------------------------------------------------------------------------------- preparing
 
 def draw_nuclei(size, rng):
-    """One picture in the look of stained nuclei, and its true mask: uint8 (S, S, 3), uint8 {0, 1}
-    (S, S)."""
+    """Return a picture in the look of stained nuclei, uint8 (S, S, 3), and its true mask, bool (S,
+    S)."""
     fine = 4 * size                             # drawn four times as fine, then averaged down
     glow = rng.uniform(10, 60, (3, 3)).astype(np.float32)
     glow = cv2.resize(glow, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -1205,14 +1134,14 @@ def draw_nuclei(size, rng):
         centre = centres[rng.integers(len(centres))] + rng.normal(0, 0.13 * fine, 2)    # clumped
         axes = rng.uniform(0.04, 0.085, 2) * fine
         nucleus = np.zeros((fine, fine), np.float32)
-        cv2.ellipse(nucleus, centre.astype(int).tolist(), axes.astype(int).tolist(),
-                    rng.uniform(0, 180), 0, 360, 1, -1)
+        cv2.ellipse(nucleus, centre.astype(int), axes.astype(int), rng.uniform(0, 180), 0, 360, 1,
+                    -1)
         nucleus = resize(nucleus, size)
         light = np.maximum(light, nucleus * rng.uniform(50, 140))
         mask |= nucleus >= 0.5
     picture = cv2.GaussianBlur(glow + light, (0, 0), size / 90) + rng.normal(0, 7, (size, size))
     gray = picture.round().clip(0, 255).astype(np.uint8)
-    return np.repeat(gray[..., None], 3, axis=2), mask.astype(np.uint8)
+    return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), mask
 
 
 def two_channels(x):
@@ -1221,10 +1150,9 @@ def two_channels(x):
     image = np.zeros((*x.shape[:2], 3), np.uint8)
     for channel in (0, 1):
         values = x[..., channel]
-        lit = values[values > 0]
-        if lit.size:
-            low, high = np.percentile(lit, (5, 95))
-            image[..., channel + 1] = to_eight_bits(values, (low, max(high, low + 1e-9)))
+        if values.any():
+            ends = np.percentile(values[values > 0], (5, 95))
+            image[..., channel + 1] = to_eight_bits(values, ends)
     return image
 
 
@@ -1232,19 +1160,18 @@ def tile_slide(pair, image, mask):
     """Yield the tiles of a slide, each a Pair, its image (TILE, TILE, 3) and mask (TILE, TILE);
     what lies outside of the slide is 0."""
     height, width = mask.shape
-    margin = [(0, TILE), (0, TILE)]
-    image = np.pad(image, [*margin, (0, 0)])
-    mask = np.pad(mask, margin)
+    image = np.pad(image, ((0, TILE), (0, TILE), (0, 0)))
+    mask = np.pad(mask, (0, TILE))
     for y, x in itertools.product(range(0, height, TILE), range(0, width, TILE)):
         window = np.s_[y:y + TILE, x:x + TILE]
-        name = f"{pair.name}_{y // TILE}_{x // TILE}"
-        yield replace(pair, name=name), image[window], mask[window]
+        tile = replace(pair, name=f"{pair.name}_{y // TILE}_{x // TILE}")
+        yield tile, image[window], mask[window]
 
 
 def load(pair, args):
     """Read an image and its masks: [(Pair, uint8 (S, S, 4))], one for each tile of a dm slide, or
-    one in all; the fourth channel is the mask {0, 1}, 0 if there is none. Sets what a Pair says of
-    its pictures. Raises ValueError with the path of the file that is bad."""
+    one in all; the fourth channel is the mask {0, 1}. Sets what a Pair says of its pictures. Raises
+    ValueError with the path of the file that is bad."""
     if args.dataset == "demo":
         image, mask = draw_nuclei(args.size, np.random.default_rng(pair.source))
     elif args.dataset == "tissuenet":
@@ -1258,11 +1185,8 @@ def load(pair, args):
         pair.pages = picture.pages
         if not args.group_regex:                # which says more
             pair.patient = picture.patient
-        rule = args.mask_foreground
-        if args.dataset != "folder":
-            rule = f">{DATASET_INFO[args.dataset].mask_threshold}"
         for path in pair.masks:
-            found, pair.mask_rule = find_foreground(path, rule, args.page)
+            found, pair.mask_rule = find_foreground(path, args.mask_foreground, args.page)
             if args.dataset == "xray":
                 mask = found                    # of another size, as published
             elif found.shape == mask.shape:
@@ -1270,23 +1194,20 @@ def load(pair, args):
             else:
                 raise ValueError(f"{path}: the mask has {found.shape} rows and columns, its image "
                                  f"{mask.shape}")
-    coarse = image[::4, ::4]
-    pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
     tiles = tile_slide(pair, image, mask) if args.dataset == "dm" else [(pair, image, mask)]
     rows = []
     for tile, image, mask in tiles:
         image = resize(image, args.size)
         mask = resize(mask.astype(np.float32), args.size) >= 0.5        # where half the area is
         tile.digest = digest_of(image)
-        tile.enclosed_fractions = measure_enclosed(image)
         tile.foreground_fraction = mask.mean()
         rows.append((tile, np.dstack([image, mask])))
     return rows
 
 
 def read_all(pairs, args, scratch, bad):
-    """Return the Pairs that can be read, with their rows in the file `scratch`; lines on the others
-    go to `bad`."""
+    """Return the Pairs that can be read. Writes what load returns of them to the file `scratch`,
+    and appends a line on each of the others to `bad`."""
     def attempt(pair):
         try:
             return load(pair, args)
@@ -1306,52 +1227,15 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in good:
             pair.group = pair.patient
-    print_count([pair.image for pair in good if pair.is_binary], "images have two values or one: "
-                "are they masks? See python prepare_data.py --help for the names of masks")
-    print_count([f"{pair.image} has {pair.pages}" for pair in good if pair.pages > 1], "images are "
-                f"of several pages or frames: page {args.page} is taken, counted from 0 (--page)")
+    print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages or "
+                f"frames: page {args.page} is taken, counted from 0 (--page)")
     return good
 
 
-def write_arrays(folder, parts, size, scratch):
-    """Write the arrays of {part: Pairs} from the rows of the file `scratch`. Returns the sha256 of
-    them all."""
-    digest = hashlib.sha256()
-
-    def read_rows(pairs, channels):
-        for pair in pairs:
-            n = size * size * 4
-            row = np.fromfile(scratch, np.uint8, n, offset=n * pair.row)
-            row = np.ascontiguousarray(row.reshape(size, size, 4)[..., channels])
-            digest.update(row)
-            yield row
-
-    for part, pairs in parts.items():
-        shape = (len(pairs), size, size, 3)
-        write_npy(folder / f"{part}_images.npy", read_rows(pairs, slice(3)), shape)
-        masked = [pair for pair in pairs if pair.masks]
-        if masked:
-            shape = (len(masked), size, size)
-            write_npy(folder / f"{part}_masks.npy", read_rows(masked, 3), shape)
-    return digest.hexdigest()
-
-
-def write_preview(folder, foreground):
-    """Write preview.png: image, Otsu's mask and truth, for up to four images a part."""
-    columns, titles = [], []
-    for part in PARTS:
-        images, masks = open_part(folder, part)
-        titles += [f"{part}: image", "Otsu", "no truth" if masks is None else "truth"]
-        otsu = [otsu_mask(np.array(image), foreground) for image in images[:4]]
-        columns += [images[:4], otsu, [] if masks is None else masks[:4]]
-    rows = [*itertools.zip_longest(*columns)]
-    write_png(folder / "preview.png", contact_sheet(rows, titles))
-
-
 def prepare(args, final):
-    """Find, read, split and write a data set. All bad files are listed; if there are any, nothing
-    is written without --skip-bad."""
-    raw, bad, pairs = Path(args.raw), [], []
+    """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
+    to be skipped."""
+    raw, bad, pairs, size = Path(args.raw), [], [], args.size
     if args.dataset == "folder":
         pairs = find_folder(raw, args, bad)
     elif args.dataset != "demo":
@@ -1368,40 +1252,51 @@ def prepare(args, final):
         for line in sorted(bad):
             reasons[line.partition(": ")[2]].append(line)
         for lines in reasons.values():          # of 2000 that are bad in one way, five
-            print(*lines[:5], sep="\n", file=sys.stderr)
             if len(lines) > 5:
-                print(f"and {len(lines) - 5} like these", file=sys.stderr)
+                lines[5:] = [f"and {len(lines) - 5} like these"]
+            print(*lines, sep="\n", file=sys.stderr)
         if bad and not args.skip_bad:
-            sys.exit(f"{len(bad)} bad file(s) in {raw}, listed above; nothing was written. Mend "
-                     "them, or leave them out with --skip-bad")
+            sys.exit(f"{len(bad)} bad file(s), listed above; nothing was written. Mend them, or "
+                     "leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
-        counts = {part: len(pairs) for part, pairs in parts.items()}
-        foreground, evidence = args.foreground, "set by --foreground, or known of this data set"
+        read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
+        foreground, evidence = args.foreground, "by --foreground, or known of this data set"
         if foreground == "auto":
-            foreground, evidence = decide_foreground([p.enclosed_fractions for p in parts["train"]])
+            images = [read[pair.row, ..., :3] for pair in parts["train"]]
+            foreground, evidence = decide_foreground(images)
         print(f"foreground: {foreground} ({evidence})")
+        columns = {}                            # of preview.png
+        for part, pairs in parts.items():
+            rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
+            write_csv(folder / f"{part}.csv", rows)
+            images = [read[pair.row, ..., :3] for pair in pairs]
+            write_npy(folder / f"{part}_images.npy", images, (len(images), size, size, 3))
+            masks = [read[pair.row, ..., 3] for pair in pairs if pair.masks]
+            if masks:
+                write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
+            columns[f"{part}: image"] = images[:4]
+            columns["Otsu, " + part] = [otsu_mask(image, foreground) for image in images[:4]]
+            columns["truth, " + part] = masks[:4]
+        scratch.unlink()
+        sheet = contact_sheet([*itertools.zip_longest(*columns.values())], [*columns])
+        write_png(folder / "preview.png", sheet)
         masked = [pair for pair in sum(parts.values(), []) if pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
         mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
         fractions = [pair.foreground_fraction for pair in masked]
         if masked:
-            print(f"mask foreground: {mask_evidence}; masks cover {np.mean(fractions):.1%} of the "
-                  f"pixels; at {args.size} px {fractions.count(0)} of {len(masked)} are empty")
-            if np.mean(fractions) > 0.5:
-                print("are the masks inverted? For --dataset folder: --mask-foreground '<128'")
-            elif args.mask_foreground != "auto" and not any(fractions):
+            mean = np.mean(fractions)
+            print(f"mask foreground: {mask_evidence}; it covers {mean:.1%} of the pixels; at this "
+                  f"--size {fractions.count(0)} of {len(masked)} are empty")
+            if mean > 0.5:
+                print("are the masks inverted? --mask-foreground '<128'")
+            elif args.mask_foreground != "auto" and not mean:
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
-        fingerprint = write_arrays(folder, parts, args.size, scratch)
-        scratch.unlink()
-        for part, pairs in parts.items():
-            rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
-            write_csv(folder / f"{part}.csv", rows)
-        write_preview(folder, foreground)
+        counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
-            foreground=foreground, foreground_evidence=evidence, source=str(raw),
-            mask_foreground=mask_evidence, skipped=sorted(bad), counts=counts,
-            homepage=DATASET_INFO[args.dataset].homepage, fingerprint=fingerprint))
-    print(f"{final}: {counts} of {args.size} px; look at {final / 'preview.png'}")
+            foreground=foreground, foreground_evidence=evidence, mask_foreground=mask_evidence,
+            skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
+    print(f"{final}: {counts} of {size} px; look at {final / 'preview.png'}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1411,68 +1306,61 @@ def parse_args(argv=None):
                                      usage=argparse.SUPPRESS, formatter_class=Help)
     add = parser.add_argument
     add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
-    add("--raw", metavar="DIR", help="where the images, or the published files or archives, are")
-    add("--name", type=dataset_name, help="the data set's name under --out (default: the raw "
-        "folder's own name, or the published name)")
+    add("--raw", metavar="DIR", help="the images, or the published files or archives (default: "
+        "raw/ and the published name)")
+    add("--name", type=dataset_name, help="the data set's name (default: the raw folder's own, or "
+        "the published one)")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
-    add("--size", type=int, help="side of the pictures in pixels (default: 224 as in the paper, "
-        "demo 64)")
+    add("--size", type=int, help="side of the pictures in pixels (default: 224, demo 64)")
     add("--seed", type=int, default=0, help="of the split, and of the demo's drawing")
-    add("--foreground", choices=["bright", "dark", "auto"], help="what the objects are against "
-        "their background (default: dark for isic and xray, bright for dm, tissuenet, drone and "
-        "demo, else auto, label-free)")
-    add("--mask-foreground", default="auto", metavar="RULE", help="folder: which mask values are "
-        "foreground: '>127', '<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two "
-        "values the larger; soft edges are cut at half")
-    add("--group-regex", metavar="REGEX", help="folder: finds the patient in an image's name "
-        "(its path below --raw; first group, or whole match); a patient's images stay in one "
-        "part (default: the topmost folder, or DICOM's patient id)")
-    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays whole; "
-        "the paper's tiles are split by slide, so that a patient may be in all parts")
-    add("--page", type=int, default=0, help="the page or frame of files that have several; of a dm "
-        "slide its stain, 0 is DAPI")
-    add("--download", action="store_true", help="isic, dsb2018: first fetch the published files "
-        "into --raw")
-    add("--check", action="store_true", help="read a prepared data set back and report problems; "
-        "exit code 1 if there are any")
+    add("--foreground", choices=["bright", "dark", "auto"], help="what objects are against their "
+        "background (default: auto, label-free, for folder and dsb2018, else known)")
+    add("--mask-foreground", metavar="RULE", help="which mask values are foreground: '>127', "
+        "'<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two values the larger; soft "
+        "edges are cut at half (default: auto for folder, else as published)")
+    add("--group-regex", metavar="REGEX", help="folder: finds the patient, whose images stay in "
+        "one part, in a path below --raw: first group, or whole match (default: the topmost "
+        "folder, or DICOM's patient id)")
+    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays in one "
+        "part; in the paper slides, so that a patient may be in several")
+    add("--page", type=int, default=0, help="page or frame of files of several; dm: the stain")
+    add("--download", action="store_true", help="isic, dsb2018: first fetch the files into --raw")
+    add("--check", action="store_true", help="read a prepared data set back; exit code 1: problems")
     add("--skip-bad", action="store_true", help="leave bad files out and record them")
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-    info = DATASET_INFO[args.dataset]
-    if args.dataset == "demo":
-        args.raw = "drawn by prepare_data.py"
-    elif args.download and not args.raw:
-        args.raw = f"raw/{args.dataset}"
-    if not args.raw and not args.check:
-        sys.exit(f"--dataset {args.dataset} needs --raw DIR, the folder with the files. "
-                 f"{info.homepage}".rstrip())
+    check_numbers(parser, args, size=16, page=0, seed=0)
+    if args.dataset == "folder" and not args.raw and not args.check:
+        sys.exit("--dataset folder needs --raw DIR, the folder with the images")
+    args.raw = args.raw or f"raw/{args.dataset}"
     if not args.name:
         args.name = args.dataset
-        if args.dataset == "folder" and args.raw:
+        if args.dataset == "folder":
             args.name = os.path.basename(os.path.abspath(args.raw))
     args.size = args.size or (64 if args.dataset == "demo" else 224)
+    info = DATASET_INFO[args.dataset]
     args.foreground = args.foreground or info.foreground
-    args.command = shlex.join(["python", "prepare_data.py", *(argv or sys.argv[1:])])
-    if args.size < 16 or args.page < 0 or args.seed < 0 or not args.name:
-        sys.exit("--size is at least 16; --page and --seed count from 0; --name is not empty")
+    args.mask_foreground = args.mask_foreground or info.mask_foreground
+    if not args.name:
+        sys.exit(f"--raw {args.raw} has no name: give --name")
     if not MASK_RULE.fullmatch(args.mask_foreground):
-        sys.exit(f"--mask-foreground {args.mask_foreground} is not auto, '>127', '<128', or a list "
-                 "such as 1,255 or '#ff0000,#00ff00'")
+        sys.exit("--mask-foreground is auto, '>127', '<128', or a list such as 1,255 or '#ff0000'")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     final = Path(args.out) / args.name
-    old = final.resolve().with_name(f".{final.resolve().name}.old")
-    if old.exists() and not final.exists():     # killed between new_folder's two renames
-        old.rename(final.resolve())
+    place = final.resolve()
+    old = place.with_name(f".{place.name}.old")
+    if old.exists() and not place.exists():     # killed between new_folder's two renames
+        old.rename(place)
     if args.check:
         return check(final)
     remove_leftovers(args.out)
     if final.exists() and not args.overwrite:
         sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
-    if args.download and DATASET_INFO[args.dataset].homepage:
+    if args.download:
         fetch(args)
     prepare(args, final)
 
