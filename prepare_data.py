@@ -600,6 +600,7 @@ class Pair:
     foreground_fraction: float = 0              # of the mask
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
+    is_binary: bool = False                     # of two values, as masks are
 
 
 @dataclass
@@ -1194,6 +1195,8 @@ def load(pair, args):
             else:
                 raise ValueError(f"{path}: the mask has {found.shape} rows and columns, its image "
                                  f"{mask.shape}")
+    coarse = image[::4, ::4]
+    pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
     tiles = tile_slide(pair, image, mask) if args.dataset == "dm" else [(pair, image, mask)]
     rows = []
     for tile, image, mask in tiles:
@@ -1227,6 +1230,8 @@ def read_all(pairs, args, scratch, bad):
         print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
         for pair in good:
             pair.group = pair.patient
+    print_count([pair.image for pair in good if pair.is_binary], "images have two values or one: "
+                "are they masks? Put masks into masks/ under their images' names")
     print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages or "
                 f"frames: page {args.page} is taken, counted from 0 (--page)")
     return good
@@ -1282,19 +1287,20 @@ def prepare(args, final):
         write_png(folder / "preview.png", sheet)
         masked = [pair for pair in sum(parts.values(), []) if pair.masks]
         rules = collections.Counter(pair.mask_rule for pair in masked)
-        mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
+        mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9) if rule)
         fractions = [pair.foreground_fraction for pair in masked]
         if masked:
             mean = np.mean(fractions)
-            print(f"mask foreground: {mask_evidence}; it covers {mean:.1%} of the pixels; at this "
-                  f"--size {fractions.count(0)} of {len(masked)} are empty")
+            print(f"mask foreground: {mask_evidence or 'known'}; it covers {mean:.1%} of the "
+                  f"pixels; at this --size {fractions.count(0)} of {len(masked)} are empty")
             if mean > 0.5:
                 print("are the masks inverted? --mask-foreground '<128'")
             elif args.mask_foreground != "auto" and not mean:
                 sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
-            foreground=foreground, foreground_evidence=evidence, mask_foreground=mask_evidence,
+            source=str(raw), foreground=foreground, foreground_evidence=evidence,
+            mask_foreground=mask_evidence,
             skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {size} px; look at {final / 'preview.png'}")
 
