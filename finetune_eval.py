@@ -403,7 +403,8 @@ def choose_labels(job, classes=()):
         rows = labelled_rows(names, rows, fraction, job.head["seed"])
         labels += [(part, row) for row in rows]
         job.head[f"n_labels_{part}"] = len(rows)
-        print(f"{len(rows)} {part} images are labelled")
+        empty = 0 if classes else sum(not masks[row].any() for row in rows)
+        print(f"{len(rows)} {part} images are labelled, {empty} of them without foreground")
     return labels, epoch_size
 
 
@@ -792,7 +793,7 @@ def predict_folder(args):
                  "some: give another --out")
     if out.exists() and any(out.iterdir()) and not args.overwrite:
         sys.exit(f"{out} is not empty: give another --out, or --overwrite")
-    files = prepare_data.find_files(source)
+    files = prepare_data.find_files(source, match=False)
     if args.overlay and any(name.startswith("overlay/") for name in files.images):
         sys.exit(f"{source}: has a folder overlay, whose masks --overlay would overwrite")
     unet, settings = whole_network(Path(args.run))

@@ -40,13 +40,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 PARTS = ("train", "val", "test")
 DICOM = {".dcm", ".dicom"}
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
-IMAGE_FOLDER = "(image|img)s?|imagest[rs]"
+EXTENSIONS = {".gif", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
+IMAGE_FOLDER = "(image|img|jpegimage)s?|imagest[rs]"
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test|\d))?",
@@ -60,8 +60,11 @@ PART_FOLDER = re.compile(                       # training/x: train, x
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
 CONVERTED = {"PA": "RGBA", "La": "LA"}          # Pillow's mode: the mode that is read
 CONVERTED |= dict.fromkeys(("P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
+GROUP_COLUMNS = ("group", "patient", "patient_id", "case")        # of labels.csv
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30     # ICC profiles, XMP
+Image.MAX_IMAGE_PIXELS = 5 * 10 ** 8            # Pillow refuses twice as many
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # error at double
 warnings.filterwarnings("ignore", module="pydicom")             # of files that it still reads
@@ -310,7 +313,9 @@ def read_picture(path, page=0, as_mask=False):
         if pixels.dtype.kind == "c" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
-        reason = str(error).partition("\n")[0] or repr(error)
+        reason = " ".join(str(error).split()) or repr(error)
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "it has more than 10^9 pixels: cut it into tiles"
         if page:
             reason = f"page {page}, counted from 0: {reason}"
         raise ValueError(f"{path}: cannot be read: {reason}") from None
@@ -341,7 +346,9 @@ def read_with_pillow(file, page, as_mask):
         return read_with_tifffile(file, page)
     is_deep = ";16" in str(image.tile)
     image.load()                                # which turns a TIFF, and resets its orientation
-    orientation = image.getexif().get(274, 1)
+    orientation = 1
+    with contextlib.suppress(Exception):        # a damaged EXIF block does not concern the pixels
+        orientation = image.getexif().get(274, 1)
     is_index = False
     if image.mode == "P" and as_mask:
         palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
@@ -411,6 +418,11 @@ def read_dicom(file, page, as_mask):
             for item in group.get(name, ()):
                 ds.update(item)
     photometric = ds.PhotometricInterpretation
+    white_is_zero = photometric == "MONOCHROME1"
+    padding = np.zeros(pixels.shape, bool)      # what lies outside of the picture proper
+    if ds.get("PixelPaddingValue") is not None and photometric.startswith("MONOCHROME"):
+        ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
+        padding = (pixels >= min(ends)) & (pixels <= max(ends))
     if photometric == "MONOCHROME1" and as_mask:
         raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
     if photometric == "PALETTE COLOR":
@@ -426,11 +438,15 @@ def read_dicom(file, page, as_mask):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
         if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
+    if padding.any() and not padding.all() and not as_mask:
+        if pixels.dtype != np.uint8:
+            pixels = to_eight_bits(pixels, np.percentile(pixels[~padding], (0.1, 99.9)))
+        pixels = np.where(padding, 255 * np.uint8(white_is_zero), pixels)   # the darkest
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
     return Picture(pixels, int(ds.get("NumberOfFrames") or 1),
-                   white_is_zero=photometric == "MONOCHROME1", patient=patient)
+                   white_is_zero=white_is_zero, patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
@@ -445,13 +461,17 @@ def to_eight_bits(pixels, ends=None):
 
 
 def to_rgb(picture):
-    """Picture -> uint8 (H, W, 3). Gray is repeated, alpha dropped, and other types than uint8
-    scaled by to_eight_bits, all channels alike."""
+    """Picture -> uint8 (H, W, 3). Gray is repeated, what is transparent is shown on white, and
+    other types than uint8 are scaled by to_eight_bits, all channels alike."""
     pixels = np.atleast_3d(picture.pixels)
+    opacity = None
     if pixels.shape[2] in (2, 4):
+        opacity = pixels[..., -1:] / (1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max)
         pixels = pixels[..., :-1]
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
+    if opacity is not None and opacity.min() < 1:
+        pixels = (255 + (pixels - 255.0) * opacity).round().clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
@@ -461,10 +481,14 @@ def read_image(path, page=0):
 
 
 def resize(picture, size):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): mean over the covered area, or bilinear to
-    enlarge."""
-    shrinks = min(picture.shape[:2]) >= size
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    """(H, W) or (H, W, 3) -> (size, size[, 3]): each side by the mean over the covered area, or
+    bilinear to enlarge."""
+    height, width = picture.shape[:2]
+    if min(height, width) < size < max(height, width):      # one side is enlarged: that first
+        longer = (max(width, size), max(height, size))
+        picture = cv2.resize(picture, longer, interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    how = cv2.INTER_AREA if min(height, width) >= size else cv2.INTER_LINEAR
     return cv2.resize(picture, (size, size), interpolation=how)
 
 
@@ -611,9 +635,10 @@ class Files:
     bad: list
 
 
-def find_files(raw):
+def find_files(raw, match=True):
     """Find all image files below the folder `raw`, but hidden ones: Files. Exit if there are none,
-    no mask has the name of an image, or an image has two masks.
+    no mask has the name of an image, or an image has two masks. match=False takes all that is not
+    in a mask folder as images.
 
     A name is the path below raw without suffix, in Unicode NFC, and without folders called images
     or as MASK_FOLDER. Masks are the files in mask folders, and NAME_mask beside or below NAME.
@@ -653,7 +678,7 @@ def find_files(raw):
     if not images:
         bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
-    return Files(images, match_masks(images, candidates), bad)
+    return Files(images, match_masks(images, candidates) if match else {}, bad)
 
 
 def name_of(path):
@@ -709,9 +734,13 @@ def find_folder(raw, args, bad):
             pair.name = (match[1] or "") + match[3]
         pairs.append(pair)
     found = {pair.part for pair in pairs}
-    if found not in ({""}, {*PARTS}):
-        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give all of train, val and test, "
-                 "and no images outside of them, or none")
+    if found == {"train", "val"}:               # a challenge keeps its test masks
+        print(f"{raw}: has no test part: the given val is the test part")
+        for pair in pairs:
+            pair.part = pair.part.replace("val", "test")
+    elif found not in ({""}, {"train", "test"}, {*PARTS}):
+        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give train and test, or also "
+                 "val, and no images outside of them, or none")
     masked = {pair.part for pair in pairs if pair.masks} & {"val", "test"}
     group_by_folder(raw, pairs, args.group_regex)
     for pair in pairs:
@@ -748,17 +777,21 @@ def group_by_folder(raw, pairs, regex):
 
 
 def set_labels(path, pairs):
-    """Set the label of each pair from the table labels.csv, in which it stands under the pair's
-    name or its file's. Exit if none does."""
-    labels = {}
-    for row in read_table(path, ("name", "label")):
-        labels[name_of(Path(row["name"] or "?"))] = row["label"]
+    """Set the label and group of each pair from the table labels.csv, in which they stand under the
+    pair's name or its file's. Exit if none does."""
+    labels, groups = {}, {}
+    for row in read_table(path, ["name"]):
+        name = name_of(Path(row["name"] or "?"))
+        labels[name] = row.get("label", "")
+        found = [row[column] for column in GROUP_COLUMNS if row.get(column)]
+        groups[name] = "".join(found[:1])
     used = set()
     for pair in pairs:
         file = name_of(pair.image.relative_to(path.parent))
         for name in (os.path.basename(file), file, pair.name):      # the last of them counts
             if name in labels:
                 pair.label = labels[name]
+                pair.group = groups[name] or pair.group
                 used.add(name)
     print_count([pair.name for pair in pairs if not pair.label],
                 f"of {len(pairs)} images have no label in {path}")
@@ -768,8 +801,8 @@ def set_labels(path, pairs):
 
 
 def read_table(path, columns):
-    """Read these columns of a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma,
-    semicolon or tab): a list of dicts. Exit if one is missing."""
+    """Read a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma, semicolon or tab): a
+    list of dicts. Exit if one of these columns is missing."""
     data = path.read_bytes()
     encoding = "utf-8-sig"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -783,7 +816,7 @@ def read_table(path, columns):
     rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
     if not {*columns} <= {*rows.fieldnames}:
         sys.exit(f"{path}: needs the columns {' and '.join(columns)}, has {rows.fieldnames}")
-    return [{key: (row[key] or "").strip() for key in columns} for row in rows]
+    return [{key: str(row[key] or "").strip() for key in rows.fieldnames} for row in rows]
 
 
 # -------------------------------------------------------------------------------------- splitting
@@ -839,6 +872,20 @@ def split_pairs(pairs, seed, stratified=False):
         pair.part = part_of[pair.split_group]
 
 
+def cut_validation(pairs, seed):
+    """Move an eighth of the given training Pairs, in whole groups in a seeded order, to val."""
+    groups = collections.defaultdict(list)
+    for pair in pairs:
+        groups[pair.split_group].append(pair)
+    moved = []
+    for group in np.random.default_rng(seed).permutation(sorted(groups)).tolist()[:-1]:
+        if 8 * len(moved) < len(pairs):
+            moved += groups[group]
+    for pair in moved:
+        pair.part = "val"
+    print(f"no validation part is given: {len(moved)} of {len(pairs)} training images become it")
+
+
 def assign_parts(pairs, args):
     """Return {part: Pairs by name, those with masks first}, split if the parts are not given. Exit
     if one would be empty."""
@@ -847,6 +894,8 @@ def assign_parts(pairs, args):
     labelled = [pair for pair in pairs if pair.masks] or pairs
     if not any(pair.part for pair in pairs):
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
+    elif "val" not in {pair.part for pair in pairs}:
+        cut_validation([pair for pair in labelled if pair.part == "train"], args.seed)
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
     parts = {part: [] for part in PARTS}
     unlabelled, left_out, elsewhere = [], [], []
@@ -1051,7 +1100,9 @@ def open_part(folder, part):
     try:
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
         return images, np.load(masks, mmap_mode="r") if masks.exists() else None
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        sys.exit(f"{folder}: cannot be mapped: is it there, and on a disk that maps files? {error}")
+    except (ValueError, EOFError) as error:
         sys.exit(f"{folder}: cannot be read, prepare it again with --overwrite: {error}")
 
 

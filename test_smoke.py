@@ -40,7 +40,7 @@ from lightly import transforms
 from lightly.models import modules
 from lightly.models import utils as lightly_utils
 from numpy import array_equal
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from pytest import approx, fixture, mark, raises
 
 import finetune_eval
@@ -1515,6 +1515,68 @@ def test_dicom_is_shown_through_its_window(tmp_path):
     assert array_equal(read_image(FRAMES, 1), pydicom.dcmread(FRAMES).pixel_array[1])
     with raises(ValueError, match=f"^{FRAMES}: .*page 9"):
         read_image(FRAMES, 9)
+
+
+def test_metadata_never_decide_whether_pixels_can_be_read(tmp_path):
+    gray, _ = spot(24, 30)
+    info = PngImagePlugin.PngInfo()
+    info.add(b"eXIf", b"no EXIF block")
+    large = rng.integers(0, 256, 3 * 10 ** 6, np.uint8).tobytes()
+    save_image(tmp_path / "a.png", gray, pnginfo=info)
+    save_image(tmp_path / "b.png", gray, icc_profile=large)
+    for name in ("a.png", "b.png"):
+        assert array_equal(read_image(tmp_path / name)[..., 0], gray)
+
+
+def test_what_is_transparent_is_shown_on_white(tmp_path):
+    rgba = np.full((2, 3, 4), (10, 20, 30, 255), np.uint8)
+    rgba[0, :, 3] = 0, 51, 102
+    save_image(tmp_path / "a.png", rgba)
+    expected = np.full((2, 3, 3), (10, 20, 30))
+    expected[0] = [[255, 255, 255], [206, 208, 210], [157, 161, 165]]
+    assert array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+def test_each_side_is_resized_by_its_own_rule():
+    strip = np.repeat(np.arange(3000) % 2 * 200, 24).reshape(3000, 24).astype(np.uint8)
+    assert set(np.unique(prepare_data.resize(strip, 60))) == {100}  # means of whole columns
+
+
+def test_padding_of_dicom_is_the_darkest_and_not_counted(tmp_path):
+    for photometric in ("MONOCHROME2", "MONOCHROME1"):
+        ds = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm"))
+        pixels = np.linspace(100, 1000, 64 * 64).reshape(64, 64).astype(np.int16)
+        pixels[:, :20] = -2000
+        ds.PixelData = pixels.tobytes()
+        ds.PhotometricInterpretation = photometric
+        ds.add_new("PixelPaddingValue", "SS", -2000)
+        for name in ("WindowWidth", "WindowCenter"):
+            if name in ds:
+                delattr(ds, name)
+        ds.save_as(tmp_path / "a.dcm")
+        shown = read_image(tmp_path / "a.dcm")[..., 0]
+        assert not shown[:, :20].any() and np.ptp(shown[:, 20:]) >= 254
+
+
+@mark.parametrize("parts, counts", [
+    (("train", "test"), (17, 3, 4)), (("train", "validation"), (17, 3, 4))])
+def test_a_part_that_is_not_given_is_cut_from_train(parts, counts, tmp_path, capsys):
+    for part, n in zip(parts, (20, 4), strict=True):
+        for k in range(n):
+            picture, mask = spot(40, 40, n, k)
+            save_image(tmp_path / f"raw/{part}/images/{k}.png", picture)
+            save_image(tmp_path / f"raw/{part}/1st_manual/{k}_manual1.gif", mask * 255)
+    out = prepare(tmp_path / "raw", tmp_path / "out")
+    assert tuple(len(read_names(out, part)) for part in PARTS) == counts
+    assert "3 of 20 training images" in capsys.readouterr().out
+    assert open_part(out, "test")[1].any(axis=(1, 2)).all()
+
+
+def test_patients_of_a_table_stay_in_one_part(raw):
+    lines = ["name,patient_id", *(f"{path.stem},{k // 4}" for k, path in
+                                  enumerate(sorted((raw / "images").iterdir())))]
+    (raw / "labels.csv").write_text("\n".join(lines))
+    assert len(groups_in(prepare_beside(raw, "--group-regex", ".+"))) == 3
 
 
 def test_dicom_patients_stay_whole_and_unnamed(tmp_path):
