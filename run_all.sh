@@ -11,12 +11,11 @@
 # METHODS    "medsass byol simsiam dino mae simmim"; BACKBONES "resnet50 vit_small"
 # PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
 # LABELS     "0.01 0.1 1.0", for frozen, finetune, semi and supervised
-# EPOCHS     50, of pre-training and on labels; the demo 16 and 10; demo and semi: at least 2
+# EPOCHS     50, of pre-training and on labels; the demo 16 and 10
 # SHARD      2/8: every eighth run from the second on; machines or a SLURM array share the work
 # JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
 # GPUS       "0 1 2 3": a run at a time on each of these devices, instead of JOBS
 # DRY_RUN    1: only list every run, with its evaluations (of RUN) below it
-#
 # Finished runs are skipped, stopped ones go on, failed ones are listed with their logs.
 
 set -euo pipefail
@@ -27,11 +26,9 @@ LABELS=${LABELS:-0.01 0.1 1.0}
 SHARD=${SHARD:-1/1}
 
 die() { echo "$*" >&2; exit 1; }
-
 # ---------------------------------------------------------------------------------------- the plan
 # A line a network and a use of it: `pretrain.py FLAGS|FLAGS of finetune_eval.py`, or, if nothing is
 # pre-trained, `finetune_eval.py FLAGS`; flags in the order of the run's name.
-
 pretrained() {                              # PROTOCOLS FLAGS
     local protocol run="pretrain.py $2$epochs"
     [[ $1 != *transfer* ]] || echo "$run|--protocol transfer"
@@ -133,10 +130,10 @@ job() {
         output=$(output_of "$command") log=results/logs/${command//[ \/]/_}.log
         if [[ ! $output -nt $source ]]; then
             echo "[${fields[0]}] python $command" >&2
-            if ! $PYTHON $command >"$log" 2>&1; then
+            $PYTHON $command >"$log" 2>&1 || {
                 printf 'failed: python %s\n    log: %s\n' "$command" "$log" >>"$FAILED"
-                [[ $flags == --* ]] || return 0         # nothing can be made of it
-            fi
+                [[ $flags == --* ]] || return 0 # nothing can be made of it
+            }
         fi
         [[ $output != runs/* ]] || source=$output
     done
@@ -191,10 +188,10 @@ for k, image in enumerate(numpy.load("data/demo/test_images.npy")[:4]):
 
 tests() {
     setup
-    $PYTHON -m pip install --quiet pytest pytest-xdist ruff segmentation-models-pytorch \
-        scikit-image scikit-learn lightly matplotlib tifffile pydicom
-    $PYTHON -m pytest -q -o markers=$'bench\nsmoke' -o tmp_path_retention_policy=none "$@" \
-        test_smoke.py
+    $PYTHON -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image \
+        scikit-learn lightly matplotlib tifffile pydicom
+    local options=(-q -o markers=$'bench\nsmoke' -o tmp_path_retention_policy=none)
+    $PYTHON -m pytest "${options[@]}" "$@" test_smoke.py
 }
 
 [[ $SHARD =~ ^0*([1-9][0-9]*)/0*([1-9][0-9]*)$ ]] && ((BASH_REMATCH[1] <= BASH_REMATCH[2])) ||

@@ -1671,14 +1671,14 @@ def test_two_masks_of_an_image_are_refused(raw):
 
 
 def test_nothing_is_left_out_silently(raw, capsys):
-    for name in ("images/a.nii.gz", "images/B.GIF", "masks/extra.png", ".hidden.png"):
+    for name in ("images/a.nii.gz", "images/B.NII", "masks/extra.png", ".hidden.png"):
         shutil.copy(raw / "masks/p0_00.png", raw / name)
     shutil.copytree(raw, raw / "__MACOSX")
     (raw / "images/again").symlink_to(raw)                      # a circle
     (raw / "labels.csv").write_text("name,label\np0_00,a\nnobody,b\n")
     assert len(prepared(prepare_beside(raw))) == 12
     said = capsys.readouterr().out
-    for words in ("1 masks have no image", "extra.png", "'.gz': 1", "'.gif': 1", "nobody",
+    for words in ("1 masks have no image", "extra.png", "'.gz': 1", "'.nii': 1", "nobody",
                   "11 of 12 images have no label", "12 images, 12 of them with masks"):
         assert words in said
 
@@ -1884,7 +1884,7 @@ def bad(tmp_path_factory):
     ("prepare_data --dataset folder --raw {bad}/absent", "{bad}/absent: no such folder"),
     ("prepare_data --dataset folder --raw {bad}/empty", "{bad}/empty: no images here"),
     ("prepare_data --dataset folder --raw {bad}/few", "{bad}/few: 2 usable images are too few"),
-    ("prepare_data --dataset folder --raw {bad}/half", "{bad}/half: has train: give all of"),
+    ("prepare_data --dataset folder --raw {bad}/half", "{bad}/half: has train: give train and test"),
     ("prepare_data --dataset folder", "needs --raw"),
     ("prepare_data --dataset folder --raw {bad}/few --mask-foreground nonzero", "'>127', '<128'"),
     ("pretrain --data {data} --dataset isic", "{data}/isic is not prepared: run python"),
