@@ -1884,7 +1884,7 @@ def bad(tmp_path_factory):
     ("prepare_data --dataset folder --raw {bad}/absent", "{bad}/absent: no such folder"),
     ("prepare_data --dataset folder --raw {bad}/empty", "{bad}/empty: no images here"),
     ("prepare_data --dataset folder --raw {bad}/few", "{bad}/few: 2 usable images are too few"),
-    ("prepare_data --dataset folder --raw {bad}/half", "{bad}/half: has train: give train and test"),
+    ("prepare_data --dataset folder --raw {bad}/half", "{bad}/half: has train: give train"),
     ("prepare_data --dataset folder", "needs --raw"),
     ("prepare_data --dataset folder --raw {bad}/few --mask-foreground nonzero", "'>127', '<128'"),
     ("pretrain --data {data} --dataset isic", "{data}/isic is not prepared: run python"),

@@ -167,8 +167,7 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def samples(self, views):
-        """{title: pictures (B, 3, S, S)}: image, what the encoder sees, what the decoder makes of it.
-        """
+        """{title: pictures (B, 3, S, S)}: image, what the encoder sees, the reconstruction."""
         latent, mask, restore = self.encode(views[0])
         patches = self.patchify(views[0])
         hidden = mask[..., None]
