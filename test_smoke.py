@@ -1988,16 +1988,18 @@ def run_all(folder, *words, start=subprocess.run, **settings):
                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def dry_run(word, **settings):
+def dry_run(folder, word, **settings):
     """Return the runs that are listed, each with what is made of it in the lines below it."""
-    end = run_all(HERE, word, DRY_RUN="1", **settings)
-    assert not end.returncode
+    shutil.copy(HERE / "run_all.sh", folder)                    # where no data are prepared
+    end = run_all(folder, word, DRY_RUN="1", **settings)
+    assert not end.returncode and os.listdir(folder) == ["run_all.sh"]
     return re.split(r"\n(?=python)", end.stdout.strip())
 
 
-def test_dry_run_lists_each_network_with_what_is_made_of_it():
-    listed = dry_run("main", DATASETS="a b", SEEDS="0 7", BACKBONES="resnet50", LABELS="0.1",
-                     METHODS="medsass byol mae", PROTOCOLS="transfer semi", EPOCHS="9")
+def test_dry_run_lists_each_network_with_what_is_made_of_it(tmp_path):
+    listed = dry_run(tmp_path, "main", DATASETS="a b", SEEDS="0 7", BACKBONES="resnet50",
+                     LABELS="0.1", METHODS="medsass byol mae", PROTOCOLS="transfer semi",
+                     EPOCHS="9")
     assert len(listed) == len(set(listed)) == 4 * 6
     on = "--dataset b --backbone resnet50 --seed 7"
     transfer = "\n    python finetune_eval.py --run RUN --protocol transfer"
@@ -2009,8 +2011,8 @@ def test_dry_run_lists_each_network_with_what_is_made_of_it():
         f"python pretrain.py {on} --refine --epochs 9{transfer}{semi}",
         f"python pretrain.py {on} --train encoder --epochs 9{transfer}",
         f"python pretrain.py {on} --method byol --epochs 9{transfer}"}
-    shards = dry_run("all", SHARD="1/2") + dry_run("all", SHARD="2/2")
-    assert sorted(shards) == sorted(dry_run("all"))
+    shards = dry_run(tmp_path, "all", SHARD="1/2") + dry_run(tmp_path, "all", SHARD="02/2")
+    assert len(shards) > 100 and sorted(shards) == sorted(dry_run(tmp_path, "all"))
 
 
 OUTPUT_OF = """eval "$(sed -n '/^output_of()/,/^}/p' run_all.sh)"; output_of "$1" """
@@ -2022,8 +2024,8 @@ def output_of(command, folder=HERE):
                                    text=True).strip()
 
 
-def test_the_driver_knows_the_names_that_the_scripts_give():
-    listed = "\n".join(dry_run("all", DATASETS="a", SEEDS="50", LABELS="0.1 1.0 50"))
+def test_the_driver_knows_the_names_that_the_scripts_give(tmp_path):
+    listed = "\n".join(dry_run(tmp_path, "all", DATASETS="a", SEEDS="50", LABELS="0.1 1.0 50"))
     for command in {*re.findall("python (.*)", listed)}:
         command = command.replace("RUN", "runs/a/vit_small/mae-e3/seed5")
         script, *flags = command.split()
