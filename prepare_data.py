@@ -668,10 +668,10 @@ def find_files(raw, match=True):
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif in_mask_folder:
                 candidates.append((name, path))
-            elif name in images:
+            elif name in images and match:
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
-            else:
-                images[name] = path
+            else:                               # a.png and a.jpg: the masks are a.png, a.jpg.png
+                images[name + suffix * (name in images)] = path
     if unsupported:
         print("files of kinds that are not read:", dict(unsupported),
               "(DICOM needs .dcm; cut volumes into slices, a file each)")

@@ -1963,6 +1963,16 @@ def test_errors_of_the_system_are_said_in_one_line(error, flag):
     refused(lambda: prepare_data.run_script(main, "advice"), flag)
 
 
+def test_every_image_is_predicted_whatever_its_name(predict, tmp_path):
+    names = ["c_mask.tif", "c.png", "x_HE.png", "x.png", "n" * 246 + ".png"]
+    for name in names:
+        save_image(tmp_path / "in" / name, np.zeros((8, 8), np.uint8))
+    save_image(tmp_path / "in/1st_manual/c_manual1.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "in/Thumbs.db").touch(mode=0)
+    predict("out")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3 + len(names)
+
+
 def test_predict_replaces_nothing_and_names_bad_files(predict, run, tmp_path):
     predict("out --tile")
     image = read_image(tmp_path / "in/dé.tif")
