@@ -670,8 +670,11 @@ def find_files(raw, match=True):
                 candidates.append((name, path))
             elif name in images and match:
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
-            else:                               # a.png and a.jpg: the masks are a.png, a.jpg.png
-                images[name + suffix * (name in images)] = path
+            else:
+                if name in images:
+                    print(f"{path}: the name {name} is used twice: its mask is {name}{suffix}.png")
+                    name += suffix
+                images[name] = path
     if unsupported:
         print("files of kinds that are not read:", dict(unsupported),
               "(DICOM needs .dcm; cut volumes into slices, a file each)")
