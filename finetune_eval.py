@@ -505,8 +505,9 @@ def fit_semi(method, labels, epoch_size, job, epochs):
                       fold_labels=[len(fold) for fold in folds], fold_steps=steps)
     steps, tuned = tune(labels, epochs, "tuned")
     load_average(tuned, weight)
+    shown = [f"{w}: {score:.3f}" for w, score in result.get("fold_scores", {}).items()]
     print(f"semi: the average has {weight} of the tuned network. IoU on labelled images that were "
-          f"not trained on, by that weight: {result.get('fold_scores', 'one image or group only')}")
+          f"not trained on, by that weight: {', '.join(shown) or 'one image or group only'}")
     settings = training_settings(job, method)
     pretrain.open_run(settings, job.folder, job.command, overwrite=False)
     with new_file(job.folder / "best.pt") as file:
