@@ -425,7 +425,8 @@ def fit(method, sets, job, epochs, subfolder=""):
     what is there; then it has the weights that are kept. Returns the number of steps."""
     args, folder = job.args, job.folder / subfolder
     patience = 5 if method.keep_best else 0
-    amp = pretrain.pick_precision(args.amp, job.device, method, folder)
+    begun = read_json(folder / "config.json")
+    amp = pretrain.pick_precision(args.amp, job.device, method, begun)
     options = pretrain.Options(epochs, args.batch_size, patience, job.head["seed"], amp,
                                args.workers)
     settings = training_settings(job, method) | dict(epochs=epochs, amp=amp)

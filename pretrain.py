@@ -929,10 +929,10 @@ def pick_device(name):
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
 
 
-def pick_precision(asked, device, method, folder):
-    """Return "off", "bf16" or "fp16" for --amp; auto is what the run in `folder` began with. Exit
+def pick_precision(asked, device, method, config):
+    """Return "off", "bf16" or "fp16" for --amp; auto is what the run of `config` began with. Exit
     if DINO is to be trained in fp16: its authors advise against it for small patches."""
-    begun = read_json(folder / "config.json").get("settings", {}).get("amp")
+    begun = config.get("settings", {}).get("amp")
     not_fp16 = isinstance(method, DINO)
     if asked == "fp16" and not_fp16:
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
@@ -1128,7 +1128,8 @@ def main(argv=None):
     patience = args.patience
     if patience is None:
         patience = 5 if method.keep_best else 0
-    amp = pick_precision(args.amp, device, method, folder)
+    begun = {} if args.overwrite else read_json(folder / "config.json")
+    amp = pick_precision(args.amp, device, method, begun)
     options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= dict(
