@@ -225,20 +225,20 @@ def export_encoder(unet_or_backbone, path):
     return missing
 
 
-def read_file(path):
+def read_file(path, backbone):
     """Return the tensors in a checkpoint, {name: tensor}, of "state_dict", "model" or "teacher" if
     there is one. Raises ValueError, with the path, if it cannot be read."""
     try:
+        if str(path) == "imagenet":
+            return timm.create_model(BACKBONES[backbone], pretrained=True).state_dict()
         if str(path).endswith(".safetensors"):
             return timm.models.load_state_dict(path)
         # DINO and timm save a Namespace, too
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:                  # torch raises a dozen kinds
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint that holds only weights "
-                         f"({type(error).__name__})") from None
+    except Exception as error:                  # torch and timm's hub raise a dozen kinds
+        raise ValueError(f"{path}: no such file, or no PyTorch checkpoint that holds only weights "
+                         f"({type(error).__name__}); imagenet needs a network") from None
     wrapped = [file] if isinstance(file, dict) else [{}]
     while wrapped:
         file = wrapped[0]
@@ -250,7 +250,7 @@ def read_file(path):
 def read_encoder(path, backbone):
     """Return {timm's name: tensor} of the encoder in a checkpoint, without prefixes and wrappings.
     Raises ValueError, with the path, for a file that cannot be read or does not hold just one."""
-    state = read_file(path)
+    state = read_file(path, backbone)
     numbered = "4.0.conv1.weight"               # of a ResNet as a Sequential: RadImageNet, lightly
     for prefix in [n.removesuffix(numbered) for n in state if f".{n}".endswith(f".{numbered}")]:
         for number, child in SEQUENTIAL.items():
@@ -271,8 +271,8 @@ def read_encoder(path, backbone):
 
 def load_encoder(unet, path):
     """Load an encoder into `unet.encoder`; print and return the names in the file that were not
-    used. path: a file of export_encoder, or a checkpoint of timm's or torchvision's, bare or inside
-    {"state_dict": ...}, with or without "module." / "backbone." / "encoder." before the names.
+    used. path: a checkpoint of ours, timm's or torchvision's, bare or inside {"state_dict": ...},
+    with or without prefixes such as "module.backbone."; or "imagenet", timm's weights.
     Position embeddings of another image size are resampled. Raises ValueError, with the path, for a
     file that cannot be read, or whose weights are of another encoder or shape, or not finite."""
     own = unet.encoder.state_dict()

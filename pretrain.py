@@ -16,7 +16,6 @@ import argparse
 import atexit
 import collections
 import contextlib
-import datetime
 import itertools
 import json
 import math
@@ -27,7 +26,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -916,8 +914,8 @@ def load_checkpoint(path, device):
 
 
 def pick_device(name):
-    """Return a torch.device; "auto" is cuda, mps or cpu, whichever there is. Exit if the one asked
-    for cannot be used."""
+    """Return a torch.device; "auto" is cuda, mps or cpu, whichever there is. Exit if it cannot be
+    used."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -955,8 +953,7 @@ def exit_on_value_error():
 
 
 def build_method(args, meta):
-    """Return the method with weights initialised from --seed, or from --encoder; exit if there is
-    no such one."""
+    """Return the method, its weights of --seed or --encoder; exit if it cannot be built."""
     flags = {}
     if args.method == "medsass":
         flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
@@ -965,11 +962,7 @@ def build_method(args, meta):
     batch_size = min(args.batch_size * ranks()[1], meta["counts"]["train"])
     with exit_on_value_error():
         method = METHODS[args.method](args.backbone, meta["size"], batch_size, **flags)
-        if args.encoder == "imagenet":
-            with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-                save_imagenet_weights(args.backbone, file.name)
-                load_encoder(getattr(method, "unet", method), file.name)
-        elif args.encoder:
+        if args.encoder:
             load_encoder(getattr(method, "unet", method), args.encoder)
     for copied in (getattr(method, "target", None), getattr(method, "student", None)):
         if isinstance(copied, nn.Module):               # BYOL's and DINO's other copy of it, a head
@@ -981,20 +974,9 @@ def build_method(args, meta):
     return method
 
 
-def save_imagenet_weights(backbone, path):
-    """Write timm's weights of ImageNet. Raises ValueError if its hub cannot be reached."""
-    try:
-        model = timm.create_model(BACKBONES[backbone], pretrained=True)
-    except Exception as error:                          # whatever its client raises
-        raise ValueError("--encoder imagenet: timm cannot fetch its weights "
-                         f"({type(error).__name__}): check the network, or give --encoder FILE"
-                         ) from None
-    torch.save(model.state_dict(), path)
-
-
 def open_run(settings, folder, command, overwrite):
-    """Make a run's folder with its config.json; exit if it holds a run of other settings. It is
-    written anew also to go on: an older process at the same run sees it and stops."""
+    """Make a run's folder with its config.json; exit if it holds another run. It is written anew
+    also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
     versions = {"python": platform.python_version()}
     for library in (torch, torchvision, timm, cv2, np):
@@ -1057,21 +1039,20 @@ def parse_args(argv=None):
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
-        help="better Otsu masks, without a label: from the channel that Otsu separates best, "
-        "without the frame of the picture, without what lies where objects never lie, and learning "
-        "from those masks that look like objects; no PART: channel frame position trust. Without "
-        "this flag: off, as in the paper")
+        help="better Otsu masks, without a label: of the best channel, without a frame, "
+        "without what lies where objects never lie, and of them those that look like objects; no "
+        "PART: channel frame position trust. Default: off, as in the paper")
     add("--encoder", metavar="FILE",
-        help="start from this encoder, a checkpoint of ours, timm's or torchvision's, or from "
-        "\"imagenet\", timm's weights. Default: from scratch, as in the paper")
+        help="start from this checkpoint, ours, timm's or torchvision's, or from \"imagenet\", "
+        "timm's weights. Default: from scratch, as in the paper")
     add("--loss", default="focal_tversky", choices=LOSSES,
         help="between prediction and pseudo-mask (Table 4; bce: appendix B.1)")
     add("--foreground", choices=["bright", "dark"],
         help="objects against what is around them. Default: what prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--patience", type=int,
-        help="early stopping: epochs without a better validation loss; 0: never. Default: 5; for "
-        "byol, dino, simsiam, whose loss says nothing about quality, 0")
+        help="epochs without a better validation loss before it stops; 0: never. Default: 5; 0 "
+        "for byol, dino, simsiam, whose loss says nothing about quality")
     add("--lr", type=float, help="default: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="default: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
@@ -1088,32 +1069,23 @@ def parse_args(argv=None):
         args.refine = [part for part in REFINEMENTS if part in (args.refine or REFINEMENTS)]
         if args.threshold != "otsu":
             parser.error("--refine refines Otsu's masks: leave out --threshold")
-    variant = args.method
-    if args.refine:
-        variant += "+"
-        if args.refine != list(REFINEMENTS):
-            variant += "-".join(args.refine)
+    variant = args.method + "+" * bool(args.refine)
+    if args.refine and args.refine != list(REFINEMENTS):
+        variant += "-".join(args.refine)
     if args.encoder:
         variant += f"-from-{Path(args.encoder).stem}"
     return args, variant + prepare_data.name_suffix(parser, args, VARIANT)
 
 
-def join_ranks():
-    """Find the other processes under torchrun; all but the first are silent."""
-    if dist.is_torchelastic_launched():
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    if ranks()[0] > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def main(argv=None):
     args, variant = parse_args(argv)
-    join_ranks()
+    if dist.is_torchelastic_launched():                 # by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank, n_ranks = ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     data = Path(args.data) / args.dataset
     folder = Path(args.out, args.dataset, args.backbone, variant, f"seed{args.seed}")
     meta = prepare_data.read_meta(data)

@@ -6,11 +6,9 @@
 # bash run_all.sh classify    Table 9: linear probes; drone: Table 10; all: these four
 # bash run_all.sh test        install test-only packages, run the tests; bench: the benchmarks
 #
-# DATASETS   "isic xray", without blanks and %; default: those of the paper that are prepared
-# SEEDS      "0 1 2 3 4"; drone "0 1 2"
+# DATASETS   "isic xray"; default: those of the paper that are prepared. SEEDS: "0 1 2 3 4"
 # METHODS    "medsass byol simsiam dino mae simmim"; BACKBONES "resnet50 vit_small"
-# PROTOCOLS  "transfer frozen finetune"; also semi, of whole U-Nets
-# LABELS     "0.01 0.1 1.0", for frozen, finetune, semi and supervised
+# PROTOCOLS  "transfer frozen finetune", also semi. LABELS: "0.01 0.1 1.0", of all but transfer
 # EPOCHS     50, of pre-training and on labels; the demo 16 and 10
 # SHARD      2/8: every eighth run from the second on; machines or a SLURM array share the work
 # JOBS       runs at a time on this machine: 1, the demo 2; the cores are shared between them
@@ -26,9 +24,8 @@ LABELS=${LABELS:-0.01 0.1 1.0}
 SHARD=${SHARD:-1/1}
 
 die() { echo "$*" >&2; exit 1; }
-# ---------------------------------------------------------------------------------------- the plan
-# A line a network and a use of it: `pretrain.py FLAGS|FLAGS of finetune_eval.py`, or, if nothing is
-# pre-trained, `finetune_eval.py FLAGS`; flags in the order of the run's name.
+# A line of the plan: `pretrain.py FLAGS|FLAGS of finetune_eval.py`, or, if nothing is pre-trained,
+# `finetune_eval.py FLAGS`; flags in the order of the run's name.
 pretrained() {                              # PROTOCOLS FLAGS
     local protocol run="pretrain.py $2$epochs"
     [[ $1 != *transfer* ]] || echo "$run|--protocol transfer"
@@ -38,7 +35,6 @@ pretrained() {                              # PROTOCOLS FLAGS
 }
 
 encoders() {                                # PROTOCOLS: of all that trains an encoder alone
-    local method
     for method in $METHODS; do
         case $method/$backbone in
             medsass/*) pretrained "$1" "$on --train encoder" ;;
@@ -56,19 +52,21 @@ main() {
     pretrained "$PROTOCOLS" "$on --refine"
 }
 
+classify() { LABELS=1.0 encoders classify; }
+drone() { encoders transfer; }
+
 ablations() {
     local encoder="pretrain.py $on --train encoder" transfer='|--protocol transfer\n'
     printf "$encoder%s$transfer" ' --epochs 10' ' --epochs 20' '' ' --epochs 70'
     printf "$encoder$epochs%s$transfer" '' ' --batch-size 8' ' --batch-size 32'
-    [[ $backbone == resnet50 ]] || return 0
-    printf "pretrain.py $on%s$epochs$transfer" '' \
+    [[ $backbone != resnet50 ]] || printf "pretrain.py $on%s$epochs$transfer" '' \
         ' --threshold adaptive_mean' ' --threshold adaptive_gaussian' ' --threshold ght' \
         ' --loss tversky' ' --loss focal' ' --loss bce'
 }
 
 # plan PARTS...: each run of these once, with all that is made of it; every n-th for SHARD k/n.
 plan() {
-    local part sets seeds dataset seed backbone on epochs=${EPOCHS:+ --epochs $EPOCHS}
+    local part sets seeds dataset seed backbone method on epochs=${EPOCHS:+ --epochs $EPOCHS}
     for part in "$@"; do
         sets=${DATASETS:-dm tissuenet isic xray} seeds=${SEEDS:-0 1 2 3 4}
         [[ $part != classify ]] || sets=${DATASETS:-isic xray}
@@ -81,11 +79,7 @@ plan() {
                     on="--dataset $dataset --backbone $backbone --seed $seed"
                     [[ $part/$backbone != drone/vit_small ]] || continue
                     [[ $part == classify ]] || echo "finetune_eval.py $on --protocol reference"
-                    case $part in
-                        classify) LABELS=1.0 encoders classify ;;
-                        drone) encoders transfer ;;
-                        *) $part ;;
-                    esac
+                    $part
                 done
             done
         done
@@ -94,8 +88,6 @@ plan() {
         NF > 1 && !seen[$0]++ { line[$1] = line[$1] "|" $2 }
         END { for (i = k + 0; i <= runs; i += n) print line[run[i]] }'
 }
-
-# -------------------------------------------------------------------------------------- the driver
 
 setup() {
     PYTHON=python3
@@ -141,7 +133,7 @@ job() {
 
 # benchmark PLAN: run what is missing of it, and write the report.
 benchmark() {
-    local code=0 jobs=${JOBS:-1} name cores
+    local code=0 jobs=${JOBS:-1} name
     [[ -n $1 ]] || exec echo 'nothing to run: see python prepare_data.py --help for data'
     [[ -z ${DRY_RUN:-} ]] ||
         exec sed 's/^[a-z]/python &/' <<<"${1//|/$'\n'    python finetune_eval.py --run RUN }"
@@ -151,8 +143,7 @@ benchmark() {
         [[ -f data/$name/test_masks.npy ]] || die "data/$name is not prepared, or has no masks"
     done
     [[ -z ${GPUS:-} ]] || jobs=$(wc -w <<<"$GPUS")
-    cores=$(getconf _NPROCESSORS_ONLN)      # are shared, not fought over
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + jobs - 1) / jobs))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + jobs - 1) / jobs))}
     mkdir -p results/logs
     export PYTHON FAILED=results/logs/failed-$HOSTNAME-$$
     trap 'rm -f "$FAILED"' EXIT
@@ -163,7 +154,6 @@ benchmark() {
     set +m
     trap 'kill -- "-$group"; echo "stopped; the same command goes on" >&2; exit 130' INT TERM HUP
     wait $! || code=1
-    trap - INT TERM HUP
     cat "$FAILED" >&2 2>/dev/null && code=1
     $PYTHON finetune_eval.py --report || code=1
     return $code
@@ -186,12 +176,12 @@ for k, image in enumerate(numpy.load("data/demo/test_images.npy")[:4]):
     echo "table: results/README.md; chart: results/demo.png; masks: predictions/masks"
 }
 
-tests() {
+tests() {                                   # OPTIONS of pytest
     setup
     $PYTHON -m pip install --quiet pytest pytest-xdist segmentation-models-pytorch scikit-image \
         scikit-learn lightly matplotlib tifffile pydicom
-    local options=(-q -o markers=$'bench\nsmoke' -o tmp_path_retention_policy=none)
-    $PYTHON -m pytest "${options[@]}" "$@" test_smoke.py
+    $PYTHON -m pytest -q -o markers=$'bench\nsmoke' -o tmp_path_retention_policy=none "$@" \
+        test_smoke.py
 }
 
 [[ $SHARD =~ ^0*([1-9][0-9]*)/0*([1-9][0-9]*)$ ]] && ((BASH_REMATCH[1] <= BASH_REMATCH[2])) ||
