@@ -12,6 +12,12 @@ runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command resumes 
 whole epoch, on a CPU bit for bit.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":                              # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
+
 import argparse
 import atexit
 import collections
@@ -24,8 +30,6 @@ import os
 import platform
 import shlex
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -934,6 +938,10 @@ def pick_precision(asked, device, method, config):
     not_fp16 = isinstance(method, DINO)
     if asked == "fp16" and not_fp16:
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
+    flags = Path("/proc/cpuinfo")                       # Linux; "avx512_bf16", on ARM "bf16"
+    if asked == "bf16" and device.type == "cpu" and flags.exists():
+        if "bf16" not in flags.read_text():
+            print("this processor has no instructions for bf16: --amp off is faster")
     if asked != "auto" or begun:
         return begun if asked == "auto" else asked
     if device.type != "cuda":

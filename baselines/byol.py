@@ -1,11 +1,21 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al., NeurIPS 2020, arXiv:2006.07733). One file; torch,
 torchvision, timm.
 
-    method = BYOL("resnet50", img_size=224)
-    views = method.augment(image)           # uint8 (3, H, W) -> two float views (3, 224, 224)
-    loss = method(views)                    # each view batched: (B, 3, 224, 224) -> scalar, 0 to 8
+    method = BYOL("resnet50", img_size=64)
+    images = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)      # yours
+    optimizer, batches = method.optimizer(), images.split(16)
+    for step, batch in enumerate(batches):
+        method.before_step(optimizer, step, len(batches), len(batches))     # total, of an epoch
+        views = zip(*[method.augment(image) for image in batch])            # two of each
+        optimizer.zero_grad()
+        method([torch.stack(view) for view in views]).backward()            # a scalar, 0 to 8
+        method.after_backward()
+        optimizer.step()
+        method.after_step(step, len(batches))
+    torch.save(method.encoder.state_dict(), "encoder.pth")
 
-Equations are the paper's; numbers that differ from its appendix A say why. Reference:
+Any other method of baselines/ is trained by the same lines (MAE and SimMIM: vit_small). Equations
+are the paper's; numbers that differ from its appendix A say why. Reference:
 google-deepmind/deepmind-research byol (LARS, batch 4096). `method.encoder` is the online ResNet-50,
 a plain timm model.
 """
@@ -128,7 +138,7 @@ class BYOL(nn.Module):
 
     def health(self):
         """{"std": std of the normalised projection x sqrt(d)}: near 1 healthy, 0 collapsed."""
-        std = F.normalize(self.z.float(), dim=1).std(dim=0).mean()
+        std = F.normalize(self.z.float(), dim=1).std(dim=0, unbiased=False).mean()
         return {"std": (std * self.z.shape[1] ** 0.5).item()}
 
     def samples(self, views):

@@ -116,7 +116,7 @@ class SimSiam(nn.Module):
     def health(self):
         """{"std": std of the normalised output z x sqrt(d)} (section 4.1): near 1 healthy, 0
         collapsed."""
-        std = F.normalize(self.z.float(), dim=1).std(dim=0).mean()
+        std = F.normalize(self.z.float(), dim=1).std(dim=0, unbiased=False).mean()
         return {"std": (std * self.z.shape[1] ** 0.5).item()}
 
     def samples(self, views):
