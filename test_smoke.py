@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 import zipfile
@@ -48,7 +49,7 @@ import losses
 import models
 import prepare_data
 import pretrain
-from baselines import mae, simmim
+from baselines import byol, mae, simmim
 from models import build_unet
 from prepare_data import PARTS, open_part, read_image, read_names
 
@@ -1365,7 +1366,11 @@ def test_readme_snippets_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(HERE / "baselines")
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save("image.png")
-    for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    loop, _, _ = byol.__doc__.partition("Any other")
+    loop = textwrap.dedent(loop.partition("timm.\n")[2])
+    assert len(snippets) == 2
+    for code in (*snippets, f"import torch\nfrom byol import BYOL\n{loop}"):
         for old, new in (("runs/demo/resnet50/medsass-e16/seed0", str(run)),
                          ("(64, 64)", "(32, 32)"), ("(32, 3, 64, 64)", "(4, 3, 32, 32)"),
                          ("img_size=64", "img_size=32"), ("(16)", "(2)")):
