@@ -19,17 +19,23 @@ One JSON per evaluation, under results/, with a CSV of its test images; --report
 results/README.md from them.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":                  # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
+
 import argparse
 import collections
 import csv
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
 import shlex
 import shutil
-import sys
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -863,8 +869,10 @@ def export_network(args):
     any_number = ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
         program = torch.export.export(Exported(unet), (images,), dynamic_shapes=any_number)
+    content = io.BytesIO()                  # torch aborts on a full disk
+    torch.export.save(program, content, extra_files={"network.json": json.dumps(about)})
     with new_file(path) as file:
-        torch.export.save(program, file, extra_files={"network.json": json.dumps(about)})
+        file.write(content.getbuffer())
     print(f"{path}: {about}")
 
 

@@ -185,6 +185,7 @@ def new_folder(final):
     partial = final.with_name(f".{os.getpid()}.tmp")
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    is_new = not final.parent.exists()
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -194,8 +195,9 @@ def new_folder(final):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):      # not empty
-            final.parent.rmdir()
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty
+                final.parent.rmdir()
 
 
 def map_threads(function, items):
@@ -272,6 +274,7 @@ def run_script(main, advice):
     little memory."""
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")        # for names that the terminal cannot show
     try:
         main()
@@ -660,6 +663,8 @@ def find_files(raw, match=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
         for path in sorted(folder / name for name in files if name[0] != "."):
+            if path.name == "labels.csv":
+                continue
             suffix = path.suffix.lower()
             name = name_of(path.relative_to(raw))
             if suffix not in EXTENSIONS:
@@ -672,8 +677,9 @@ def find_files(raw, match=True):
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
                 if name in images:
-                    print(f"{path}: the name {name} is used twice: its mask is {name}{suffix}.png")
-                    name += suffix
+                    while name in images:       # q.png, q.jpg, images/q.png
+                        name += suffix
+                    print(f"{path}: its name is used twice: its mask is {name}.png")
                 images[name] = path
     if unsupported:
         print("files of kinds that are not read:", dict(unsupported),

@@ -1379,6 +1379,22 @@ def test_readme_snippets_run(run, tmp_path, monkeypatch):
     assert Path("encoder.pth").exists()
 
 
+def test_an_empty_folder_of_the_users_own_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "text.png").write_text("no picture")
+    flags = f"--dataset folder --raw {tmp_path}/raw --out {tmp_path}/mine"
+    refused(lambda: prepare_data.main(flags.split()), "nothing was written")
+    assert not [*(tmp_path / "mine").iterdir()]
+
+
+def test_images_of_one_name_are_all_found(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("q.png", "q.jpg", "images/q.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    assert len(prepare_data.find_files(tmp_path, match=False).images) == 3
+
+
 # ================================================================================== files and masks
 # A file is read as a viewer shows it or refused with its path; a mask means what its values say; no
 # picture or patient is in two parts, and nothing is left out without a word.
