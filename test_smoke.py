@@ -26,6 +26,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pydicom
+import scipy.ndimage
+import scipy.spatial
 import segmentation_models_pytorch as smp
 import skimage.filters
 import skimage.measure
@@ -568,31 +570,20 @@ def test_position_reliability_of_two_images_equals_its_definition():
     assert pretrain.position_reliability([np.pad(disc, 1)] * 3, 3)[1] == exact // 7 == 3
 
 
-def slow_morphology(mask, radius, value):
-    """Return where the ellipse about a pixel holds nothing but `value`, by a loop over pixels."""
-    offsets = np.argwhere(pretrain.ellipse(radius)) - radius
-    out = np.zeros(mask.shape, bool)
-    for y, x in np.ndindex(mask.shape):
-        inside = [(y + dy, x + dx) for dy, dx in offsets
-                  if 0 <= y + dy < mask.shape[0] and 0 <= x + dx < mask.shape[1]]
-        out[y, x] = all(mask[place] == value for place in inside)
-    return out
+def dilated(mask, radius):
+    return scipy.ndimage.binary_dilation(mask, pretrain.ellipse(radius))
 
 
-def slow_dilation(mask, radius):
-    return ~slow_morphology(mask, radius, False)
-
-
-def slow_open(mask, radius):
+def plain_open(mask, radius):
     padded = np.pad(mask, radius, mode="edge")
-    opened = slow_dilation(slow_morphology(padded, radius, True), radius)
-    return opened[radius:-radius, radius:-radius]
+    eroded = scipy.ndimage.binary_erosion(padded, pretrain.ellipse(radius), border_value=1)
+    return dilated(eroded, radius)[radius:-radius, radius:-radius]
 
 
-def test_position_masks_equal_a_slow_loop():
+def test_position_masks_equal_scipys_morphology_and_a_flood():
     blobs = [cv2.GaussianBlur(rng.random((30, 34)), (0, 0), 3) for _ in range(6)]
     masks = np.array([blob > np.quantile(blob, .7) for blob in blobs])
-    opened = [slow_open(mask, 2) for mask in masks]
+    opened = [plain_open(mask, 2) for mask in masks]
     for mask, expected in zip(masks, opened, strict=True):
         assert np.array_equal(pretrain.open_mask(mask, 2), expected)
     inner = [o & ~flood(o, border_of(o.shape)) for o in opened]
@@ -602,32 +593,15 @@ def test_position_masks_equal_a_slow_loop():
     assert np.array_equal(likely, p >= p.max() / 2) and 0 < likely.mean() < 1
     for mask, o in zip(masks, opened, strict=True):
         kept = flood(o, likely)
-        expected = slow_dilation(kept, 2) & mask if kept.any() else mask
-        expected = slow_dilation(expected, 1)
+        expected = dilated(kept, 2) & mask if kept.any() else mask
+        expected = dilated(expected, 1)
         assert np.array_equal(pretrain.position_mask(mask, 2, likely), expected)
-    assert np.array_equal(pretrain.position_mask(mask, 2, likely & False), slow_dilation(mask, 1))
+    assert np.array_equal(pretrain.position_mask(mask, 2, likely & False), dilated(mask, 1))
 
 
 def polygon_area(points):
     x, y = np.transpose(points)
     return abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-
-
-def slow_hull(points):
-    """Return the convex hull of integer points by walking around them (Jarvis 1973)."""
-    points = sorted({*map(tuple, points)})
-    hull, current = [], points[0]
-    while not hull or current != hull[0]:
-        hull.append(current)
-        best = points[0]
-        for point in points:
-            (ax, ay), (bx, by) = np.subtract(best, current), np.subtract(point, current)
-            cross = ax * by - ay * bx
-            further = bx ** 2 + by ** 2 > ax ** 2 + ay ** 2
-            if best == current or cross < 0 or cross == 0 and further:
-                best = point
-        current = best
-    return hull
 
 
 def test_mask_quality_equals_slow_loops():
@@ -638,7 +612,7 @@ def test_mask_quality_equals_slow_loops():
     area = hull = 0
     for contour in cv2.findContours(np.uint8(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]:
         area += polygon_area(contour[:, 0])
-        hull += polygon_area(slow_hull(contour[:, 0]))
+        hull += scipy.spatial.ConvexHull(contour[:, 0]).volume        # in 2D, the area
     classes = np.where(mask, values[mask].mean(), values[~mask].mean())
     expected = classes.var() / values.var(), area / hull, np.mean([*mean_mask[mask]])
     assert pretrain.mask_quality(mask, values, mean_mask) == approx(expected)
@@ -1225,16 +1199,23 @@ def test_a_crash_does_not_wait_for_its_workers(small_data, tmp_path):
     assert end.returncode == 1
 
 
-def test_two_processes_never_train_one_run(data, tmp_path, monkeypatch):
-    folder = tmp_path / "demo/resnet50/medsass-e2/seed0"
+@mark.parametrize("changed, words", [
+    ("runs/demo/resnet50/medsass-e2/seed0/config.json", "another one"),     # of a second process
+    ("data/demo/meta.json", "data/demo was prepared again")])
+def test_a_run_ends_if_another_process_takes_it_over_or_prepares_its_data(
+        changed, words, data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / changed
 
-    def begin_again(self, step, total):
-        if step == 5:                                   # another process takes the run over
-            prepare_data.write_json(folder / "config.json", config_of(folder))
+    def change(self, step, total):
+        if step == 5:                                   # of ten
+            text = path.read_text()
+            path.write_text(text.replace('"fingerprint": "', '"fingerprint": "0'))
 
-    monkeypatch.setattr(pretrain.MedSASS, "after_step", begin_again)
-    refused(lambda: train(data, tmp_path), folder / "config.json", "another one")
-    assert load(folder / "last.pt")["epoch"] == 1
+    monkeypatch.setattr(pretrain.MedSASS, "after_step", change)
+    refused(lambda: train(tmp_path / "data", tmp_path / "runs"), words)
+    [last] = tmp_path.glob("runs/demo/*/*/*/last.pt")
+    assert load(last)["epoch"] == 1
 
 
 IN_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -1951,20 +1932,6 @@ def test_a_run_with_other_settings_is_refused(data, copied_run, tmp_path):
     (copied_run / "config.json").unlink()
     refused(lambda: train(data, tmp_path), copied_run, "no config.json")
     assert (copied_run / "best.pt").exists()
-
-
-def test_data_prepared_again_end_the_run(data, tmp_path, monkeypatch):
-    shutil.copytree(data, tmp_path / "data")
-    meta = tmp_path / "data/demo/meta.json"
-
-    def prepare_again(self, step, total):
-        if step == 5:
-            meta.write_text(meta.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
-
-    monkeypatch.setattr(pretrain.MedSASS, "after_step", prepare_again)
-    refused(lambda: train(tmp_path / "data", tmp_path), "data/demo was prepared again")
-    [path] = tmp_path.glob("demo/*/*/*/last.pt")
-    assert load(path)["epoch"] == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small_data, tmp_path, monkeypatch):
