@@ -60,6 +60,12 @@ def focal_loss(logits, target, alpha=None, gamma=2.0):
     return loss.mean()
 
 
+def focal_cross_entropy(logits, target, gamma=2.0):
+    """The same over classes (Lin et al. 2017, eq. 4): logits (B, C), target int64 (B,)."""
+    log_p = F.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
 def dice_loss(logits, target, smooth=1.0):
     """1 - (2 TP + 2 smooth) / (2 TP + FN + FP + 2 smooth) (Sudre et al. 2017): the Tversky loss at
     alpha = beta = .5, `smooth` as in segmentation_models_pytorch."""

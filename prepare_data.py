@@ -15,6 +15,12 @@ Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_ma
 meta.json; preview.png.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":                      # Ctrl-C while the others are imported
+    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
+
 import argparse
 import collections
 import contextlib
@@ -28,9 +34,7 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import unicodedata
 import warnings
@@ -47,7 +51,7 @@ PARTS = ("train", "val", "test")
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = {".gif", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
 IMAGE_FOLDER = "(image|img|jpegimage)s?|imagest[rs]"
-MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentations?|segs?|manual"
+MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentation(s|class)?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test|\d))?",
     re.IGNORECASE)
@@ -66,8 +70,7 @@ TILE = 480                                      # side of a tile of a dm slide (
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30     # ICC profiles, XMP
 Image.MAX_IMAGE_PIXELS = 5 * 10 ** 8            # Pillow refuses twice as many
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # error at double
-warnings.filterwarnings("ignore", module="pydicom")             # of files that it still reads
+warnings.filterwarnings("ignore", module="PIL|pydicom")         # of files that they still read
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what it raises too
 
 
@@ -76,7 +79,6 @@ class DatasetInfo:
     """What we, the paper or the authors say of a data set."""
     foreground: str
     mask_foreground: str = ">0"                 # see find_foreground
-    counts: tuple = ()                          # of train, val, test
     homepage: str = ""
     files: tuple = ()                           # what --download fetches
 
@@ -86,22 +88,21 @@ DATASET_INFO = {
     "demo": DatasetInfo("bright"),
     "folder": DatasetInfo("auto", "auto"),
     "dm": DatasetInfo(
-        "bright", ">0", (1656, 240, 480),
-        "its authors: Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
+        "bright", ">0", "Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
     "tissuenet": DatasetInfo(
-        "bright", ">0", (2580, 3140, 1249), "https://datasets.deepcell.org/data (free account)"),
+        "bright", ">0", "https://datasets.deepcell.org/data (free account)"),
     "isic": DatasetInfo(
-        "dark", ">127", (2000, 150, 600), "https://challenge.isic-archive.com/data/#2017",
+        "dark", ">127", "https://challenge.isic-archive.com/data/#2017",
         [f"{ISIC}{part}_{file}" for part in ("Training", "Validation", "Test_v2")
          for file in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
     "xray": DatasetInfo(
-        "dark", ">127", (14730, 2202, 4233), "https://www.kaggle.com/datasets/tawsifurrahman/"
+        "dark", ">127", "https://www.kaggle.com/datasets/tawsifurrahman/"
         "covid19-radiography-database (free account)"),
     "drone": DatasetInfo(
-        "bright", ">0", (280, 40, 80), "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
+        "bright", ">0", "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
         "Dataset on Kaggle, free account)"),
     "dsb2018": DatasetInfo(
-        "auto", ">0", (469, 67, 134), "https://bbbc.broadinstitute.org/BBBC038",
+        "auto", ">0", "https://bbbc.broadinstitute.org/BBBC038",
         ["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
 }
 
@@ -484,15 +485,12 @@ def read_image(path, page=0):
 
 
 def resize(picture, size):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): each side by the mean over the covered area, or
-    bilinear to enlarge."""
+    """(H, W) or (H, W, 3) -> (size, size[, 3]): a side that shrinks by the mean over the covered
+    area, one that grows bilinearly."""
     height, width = picture.shape[:2]
-    if min(height, width) < size < max(height, width):      # one side is enlarged: that first
-        longer = (max(width, size), max(height, size))
-        picture = cv2.resize(picture, longer, interpolation=cv2.INTER_LINEAR)
-        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
-    how = cv2.INTER_AREA if min(height, width) >= size else cv2.INTER_LINEAR
-    return cv2.resize(picture, (size, size), interpolation=how)
+    smaller = (min(width, size), min(height, size))
+    picture = cv2.resize(picture, smaller, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -602,10 +600,8 @@ def decide_foreground(images):
     decision, agree = "bright", np.mean(bright > dark)
     if dark.mean() > bright.mean():
         decision, agree = "dark", np.mean(dark > bright)
-    evidence = f"the objects enclosed in {agree:.0%} of the training images"
-    if agree < 0.75:
-        evidence += ", which is thin: see preview.png, and set --foreground if it is wrong"
-    return decision, evidence
+    return decision, (f"the objects enclosed in {agree:.0%} of the training images; if preview.png "
+                      "shows other ones, set --foreground")
 
 
 # ------------------------------------------------------------------------------- finding the files
@@ -630,16 +626,9 @@ class Pair:
     is_binary: bool = False                     # of two values, as masks are
 
 
-@dataclass
-class Files:
-    """The image files below a folder; bad: a line for each that cannot be used."""
-    images: dict                                # {name: path}
-    masks: dict                                 # {name: [paths]}, of some of these images
-    bad: list
-
-
 def find_files(raw, match=True):
-    """Find all image files below the folder `raw`, but hidden ones: Files. Exit if there are none,
+    """Find all image files below the folder `raw`, but hidden ones: {name: path}; {name: [paths]},
+    the masks of some of them; and a line for each file that cannot be used. Exit if there are none,
     no mask has the name of an image, or an image has two masks. match=False takes all that is not
     in a mask folder as images.
 
@@ -661,14 +650,15 @@ def find_files(raw, match=True):
             continue
         visited.add(folder.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        if "SegmentationClass" in folders and "SegmentationObject" in folders:
+            print(f"{folder}/SegmentationObject is left out: SegmentationClass has the masks")
+            folders.remove("SegmentationObject")
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
         for path in sorted(folder / name for name in files if name[0] != "."):
-            if path.name == "labels.csv":
-                continue
             suffix = path.suffix.lower()
             name = name_of(path.relative_to(raw))
             if suffix not in EXTENSIONS:
-                unsupported[suffix or "without suffix"] += 1
+                unsupported[suffix or "without suffix"] += path.name != "labels.csv"
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif in_mask_folder:
@@ -681,13 +671,13 @@ def find_files(raw, match=True):
                         name += suffix
                     print(f"{path}: its name is used twice: its mask is {name}.png")
                 images[name] = path
-    if unsupported:
-        print("files of kinds that are not read:", dict(unsupported),
+    if +unsupported:
+        print("files of kinds that are not read:", dict(+unsupported),
               "(DICOM needs .dcm; cut volumes into slices, a file each)")
     if not images:
         bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
-    return Files(images, match_masks(images, candidates) if match else {}, bad)
+    return images, match_masks(images, candidates) if match else {}, bad
 
 
 def name_of(path):
@@ -719,10 +709,18 @@ def match_masks(images, candidates):
     if orphans and not masks:
         sys.exit(f"{orphans[0]}: a mask by its name or folder, but no mask has the name of an "
                  f"image, such as {min(images)}. Put masks into masks/ under their images' names")
+    used = {path.parent for paths in masks.values() for path in paths}
     print_count(orphans, "masks have no image and are not used")
+    for folder in {path.parent for path in orphans} - used:     # one may be of fields of view
+        beside = [other for other in used if other.parent == folder.parent]
+        if beside:
+            sys.exit(f"{beside[0]} and {folder}: which has the masks? Move the other away, and "
+                     "give masks the names of their images")
     for name, paths in masks.items():
-        unnumbered = [path for path in paths if not path.stem[-1].isdigit()]
-        if len({path.parent for path in paths}) > 1 or len(unnumbered) > 1:
+        stems = {path.stem for path in paths}
+        unnumbered = [stem for stem in stems if not stem[-1].isdigit()]
+        twice = len(stems) < len(paths) or len(unnumbered) > 1
+        if twice or len({path.parent for path in paths}) > 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: keep one, or "
                      "number them in one folder")
     return masks
@@ -731,12 +729,12 @@ def match_masks(images, candidates):
 def find_folder(raw, args, bad):
     """Find all images below --raw: Pairs with masks, labels, groups, and the parts that train/,
     val/ and test/ say. Of a given val or test part with masks, all need them."""
-    files = find_files(raw)
-    bad += files.bad
-    print(f"{raw}: {len(files.images)} images, {len(files.masks)} of them with masks")
+    images, masks, unusable = find_files(raw)
+    bad += unusable
+    print(f"{raw}: {len(images)} images, {len(masks)} of them with masks")
     pairs, good = [], []
-    for name, path in sorted(files.images.items()):
-        pair = Pair(name, path, files.masks.get(name, []))
+    for name, path in sorted(images.items()):
+        pair = Pair(name, path, masks.get(name, []))
         match = PART_FOLDER.fullmatch(name)
         if match:
             pair.part = match[2].lower()
@@ -787,37 +785,35 @@ def group_by_folder(raw, pairs, regex):
 
 def set_labels(path, pairs):
     """Set the label and group of each pair from the table labels.csv, in which they stand under the
-    pair's name or its file's. Exit if none does."""
-    labels, groups = {}, {}
+    pair's name or its file's. Exit if none does, or one has two."""
+    found = {}
     for row in read_table(path, ["name"]):
         name = name_of(Path(row["name"] or "?"))
-        labels[name] = row.get("label", "")
-        found = [row[column] for column in GROUP_COLUMNS if row.get(column)]
-        groups[name] = "".join(found[:1])
+        groups = [row[column] for column in GROUP_COLUMNS if row.get(column)]
+        said = (row.get("label", ""), "".join(groups[:1]))
+        if found.setdefault(name, said) != said:
+            sys.exit(f"{path}: {name} stands there twice, as {found[name]} and as {said}")
     used = set()
     for pair in pairs:
         file = name_of(pair.image.relative_to(path.parent))
         for name in (os.path.basename(file), file, pair.name):      # the last of them counts
-            if name in labels:
-                pair.label = labels[name]
-                pair.group = groups[name] or pair.group
+            if name in found:
+                pair.label, group = found[name]
+                pair.group = group or pair.group
                 used.add(name)
     print_count([pair.name for pair in pairs if not pair.label],
                 f"of {len(pairs)} images have no label in {path}")
-    print_count(sorted(labels.keys() - used), f"rows of {path} have no image")
+    print_count(sorted(found.keys() - used), f"rows of {path} have no image")
     if pairs and not used:
-        sys.exit(f"{path}: has names such as {min(labels, default='')}, images {pairs[0].name}")
+        sys.exit(f"{path}: has names such as {min(found, default='')}, images {pairs[0].name}")
 
 
 def read_table(path, columns):
-    """Read a CSV as programs write it (UTF-8, UTF-16 or Windows-1252; comma, semicolon or tab): a
-    list of dicts. Exit if one of these columns is missing."""
+    """Read a CSV as programs write it (UTF-8 or Windows-1252; comma, semicolon or tab): a list of
+    dicts. Exit if one of these columns is missing."""
     data = path.read_bytes()
-    encoding = "utf-8-sig"
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "utf-16"
     try:
-        text = data.decode(encoding)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
@@ -907,45 +903,28 @@ def assign_parts(pairs, args):
         cut_validation([pair for pair in labelled if pair.part == "train"], args.seed)
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
     parts = {part: [] for part in PARTS}
-    unlabelled, left_out, elsewhere = [], [], []
+    joined, left_out, elsewhere = [], [], []
     for pair in pairs:
         part = part_of.get(pair.split_group, "train")
-        if not pair.part and part != "train":
+        if pair.part:
+            parts[pair.part].append(pair)
+            elsewhere += [pair.image] * (pair.part != part)
+        elif part == "train":
+            parts["train"].append(pair)
+            joined.append(pair.image)
+        else:
             left_out.append(pair.image)
-            continue
-        if not pair.part:
-            pair.part = "train"
-            unlabelled.append(pair.image)
-        parts[pair.part].append(pair)
-        if pair.part != part:
-            elsewhere.append(pair.image)
-    print_count(unlabelled, "images without a mask join the part train")
+    print_count(joined, "images without a mask join the part train")
     print_count(left_out, "images without a mask are left out: of groups of the part val or test")
     print_count(elsewhere, "images have their group, patient, or an equal picture in another part")
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
         sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
                  f"(see --group-regex), to fill train, val and test: {counts}")
-    published = DATASET_INFO[args.dataset].counts
-    if published not in ((), counts):
-        print(f"warning: {counts} images here, {published} as published")
     return parts
 
 
 # ---------------------------------------------------------------------- the data sets as published
-
-def unpack(archive):
-    """Extract a .zip or .npz, once, into a folder of its name beside it. Exit if it is broken."""
-    folder = archive.with_suffix("")
-    if folder.exists():
-        return
-    print(f"{archive}: extracting to {folder}")
-    with new_folder(folder) as partial:
-        try:
-            shutil.unpack_archive(archive, partial, "zip")
-        except Exception as error:              # of zipfile, zlib, lzma, shutil
-            sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept: get it again")
-
 
 def find_all(raw, *patterns):
     """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, near
@@ -1053,14 +1032,22 @@ FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray"
 
 
 def find_published(raw, args, bad):
-    """Find the Pairs of a published data set. Exit if a whole part is missing."""
+    """Find the Pairs of a published data set, after archives are extracted, once, into folders of
+    their names. Exit if one is broken, or a whole part is missing."""
     source = DATASET_INFO[args.dataset].homepage
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder. {source}")
     remove_leftovers(raw)
-    for path in sorted(raw.glob("[!.]*")):
-        if path.suffix.lower() in (".zip", ".npz"):
-            unpack(path)
+    for archive in sorted(raw.glob("[!.]*")):
+        folder = archive.with_suffix("")
+        if archive.suffix.lower() not in (".zip", ".npz") or folder.exists():
+            continue
+        print(f"{archive}: extracting to {folder}")
+        with new_folder(folder) as partial:
+            try:
+                shutil.unpack_archive(archive, partial, "zip")
+            except Exception as error:          # of zipfile, zlib, lzma, shutil
+                sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept")
     pairs = []
     for pair in FINDERS[args.dataset](raw, args):
         if pair.masks:
@@ -1109,10 +1096,9 @@ def open_part(folder, part):
     try:
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
         return images, np.load(masks, mmap_mode="r") if masks.exists() else None
-    except OSError as error:
-        sys.exit(f"{folder}: cannot be mapped: is it there, and on a disk that maps files? {error}")
-    except (ValueError, EOFError) as error:
-        sys.exit(f"{folder}: cannot be read, prepare it again with --overwrite: {error}")
+    except (OSError, ValueError, EOFError) as error:
+        sys.exit(f"{folder}: cannot be mapped: {error}. Is it on a disk that maps files? If it is "
+                 "damaged, prepare it again with --overwrite")
 
 
 def read_names(folder, part):
@@ -1313,16 +1299,11 @@ def prepare(args, final):
     with new_folder(final) as folder:
         scratch = folder / "scratch"
         pairs = read_all(pairs, args, scratch, bad)
-        reasons = collections.defaultdict(list)
-        for line in sorted(bad):
-            reasons[line.partition(": ")[2]].append(line)
-        for lines in reasons.values():          # of 2000 that are bad in one way, five
-            if len(lines) > 5:
-                lines[5:] = [f"and {len(lines) - 5} like these"]
-            print(*lines, sep="\n", file=sys.stderr)
-        if bad and not args.skip_bad:
-            sys.exit(f"{len(bad)} bad file(s), listed above; nothing was written. Mend them, or "
-                     "leave them out with --skip-bad")
+        if bad:
+            print(*sorted(bad)[:20], f"{len(bad)} bad file(s); the first stand above",
+                  sep="\n", file=sys.stderr)
+            if not args.skip_bad:
+                sys.exit("nothing was written: mend them, or leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
         read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
         foreground, evidence = args.foreground, "by --foreground, or known of this data set"

@@ -776,7 +776,8 @@ def validate(method, loader, device, seed):
 
 def train(method, sets, options, folder, device):
     """Train on ImageSets, validate, log, save, maybe stop, until the epochs are done; or go on with
-    what `folder` holds. The first rank writes. Exits if a loss is not finite."""
+    what `folder` holds. The first rank writes. Returns the steps of all epochs. Exits if a loss is
+    not finite."""
     # ===== data =====
     rank, n_ranks = ranks()
     seed, size = options.seed, options.batch_size
@@ -876,6 +877,7 @@ def train(method, sets, options, folder, device):
         with new_file(folder / "last.pt") as file:
             torch.save(state, file)
     bar.close()
+    return total_steps
 
 
 @torch.no_grad()

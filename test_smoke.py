@@ -305,7 +305,7 @@ def test_exported_network_needs_none_of_our_code(network, data, tmp_path, reques
     images = open_part(data / "demo", "test")[0][:5]
     np.save(tmp_path / "images.npy", images.transpose(0, 3, 1, 2))
     subprocess.run([sys.executable, "-I", "-c", PREDICT_ELSEWHERE], cwd=tmp_path, check=True)
-    unet, _ = finetune_eval.whole_network(folder)
+    unet, _, _ = finetune_eval.whole_network(folder)
     logits = finetune_eval.predict_logits(unet, images[[0, 1, 2, 3, 4, 0]], "cpu")
     predicted = np.load(tmp_path / "predicted.npy")[:, 0]
     assert np.allclose(predicted, 1 / (1 + np.exp(-logits)), atol=1e-4)
@@ -331,7 +331,7 @@ def test_predict_writes_masks_at_each_image_s_own_size(predict, tmp_path):
     for row in rows:
         name = Path(row["name"]).stem
         mask = Image.open(tmp_path / f"out/{name}.png")
-        overlay = Image.open(tmp_path / f"out/overlay/{name}.png")
+        overlay = Image.open(tmp_path / f"out/overlay/{name}.overlay.png")
         assert mask.size == overlay.size == SIZES[name]
         mask = np.asarray(mask)
         assert set(np.unique(mask)) <= {0, 255}
@@ -871,7 +871,7 @@ def test_focal_cross_entropy_equals_its_definition():
     target = torch.tensor([0, 3, 1, 1, 2, 0])
     p = torch.softmax(logits, dim=1).numpy()[range(6), target]
     expected = (-(1 - p) ** 2 * np.log(p)).mean()
-    assert finetune_eval.focal_cross_entropy(logits, target).item() == approx(expected)
+    assert losses.focal_cross_entropy(logits, target).item() == approx(expected)
 
 
 def test_transfer_is_scored_by_hand(data, run, tmp_path):
