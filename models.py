@@ -10,13 +10,13 @@ timm: copy it.
 """
 
 import argparse
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BACKBONES = {"resnet50": "resnet50", "vit_small": "vit_small_patch8_224"}  # ours -> timm's name
@@ -35,7 +35,6 @@ class Gate(torch.autograd.Function):
         return (x * channel).addcmul_(x, spatial)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, channel, spatial = ctx.saved_tensors
         product = x * grad
@@ -63,28 +62,15 @@ class SCSE(nn.Module):
         return Gate.apply(x, channel, spatial)
 
 
-def conv_bn_relu(in_channels, out_channels):
-    """3x3 convolution, BatchNorm, ReLU. (B, in, H, W) -> (B, out, H, W)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True))
-
-
 def double_conv(in_channels, out_channels):
     """The paper's DC block: twice convolution, BatchNorm, ReLU. (B, in, H, W) -> (B, out, H, W)."""
-    return nn.Sequential(conv_bn_relu(in_channels, out_channels),
-                         conv_bn_relu(out_channels, out_channels))
-
-
-def upsampled_conv(x, conv, size):
-    """conv(x upsampled to `size`, nearest), for a 3x3 convolution with padding 1. (B, in, h, w) ->
-    (B, out, *size). Doubling is a transposed convolution whose 4x4 kernel sums the weights that
-    meet the same pixel of x: 16 products a pixel instead of 36."""
-    if size != (2 * x.shape[2], 2 * x.shape[3]):
-        return conv(F.interpolate(x, size=size, mode="nearest"))
-    sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)  # (out, in, 4, 4)
-    return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
+    convs = []
+    for channels in (in_channels, out_channels):
+        convs.append(nn.Sequential(
+            nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True)))
+    return nn.Sequential(*convs)
 
 
 def init_conv(module):
@@ -97,8 +83,7 @@ def init_conv(module):
 
 
 class UpBlock(nn.Module):
-    """A decoder block of the ResNet-50 U-Net: nearest x2, skip by concatenation, scSE, two
-    convolutions, scSE."""
+    """A decoder block: nearest x2, skip by concatenation, scSE, two convolutions, scSE."""
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
@@ -109,10 +94,16 @@ class UpBlock(nn.Module):
     def first_conv(self, x, size, skip):
         """Up to the first BatchNorm. (B, in, h, w), (B, skip, *size) -> (B, out, *size)."""
         conv = self.convs[0][0]
-        if skip is None:
-            return upsampled_conv(x, conv, size)
+        if skip is None and size == (2 * x.shape[2], 2 * x.shape[3]):
+            # As a transposed convolution whose 4x4 kernel sums the weights that meet the same pixel
+            # of x: 16 products a pixel instead of 36.
+            sums = 4 * F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1)
+            sums = sums.flip(2, 3).transpose(0, 1)              # (in, out, 4, 4)
+            return F.conv_transpose2d(x, sums, stride=2, padding=1)
         x = F.interpolate(x, size=size, mode="nearest")
-        return conv(self.attention1(torch.cat([x, skip], dim=1)))
+        if skip is not None:
+            x = self.attention1(torch.cat([x, skip], dim=1))
+        return conv(x)
 
     def forward(self, x, size, skip=None):
         # first_conv's wide maps are recomputed for the gradient, not kept.
@@ -136,7 +127,8 @@ class ResNet50UNet(nn.Module):
         self.up2 = UpBlock(256, 64, 128)                        # with the stem
         self.up3 = UpBlock(128, 0, 64)                          # full size, no skip
         self.head = nn.Conv2d(64, 1, 3, padding=1)
-        init_conv(self.up1), init_conv(self.up2), init_conv(self.up3)
+        for part in (self.up1, self.up2, self.up3):
+            init_conv(part)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -189,12 +181,10 @@ class ViTSmallUNet(nn.Module):
 
 def build_unet(backbone, img_size=224, encoder_depth=3):
     """A U-Net with random weights: (B, 3, H, W) float, ImageNet-normalised -> (B, 1, H, W) logits.
-    backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16).
-    encoder_depth: 3 is the only one there is. Raises ValueError for anything else."""
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}: take one of {', '.join(BACKBONES)}")
-    if encoder_depth != 3:
-        raise ValueError(f"encoder_depth is 3, as in the paper, not {encoder_depth}")
+    backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16)."""
+    if backbone not in BACKBONES or encoder_depth != 3:
+        raise ValueError(f"no U-Net of {backbone!r} with encoder_depth {encoder_depth}: backbones "
+                         f"are {', '.join(BACKBONES)}, the depth is 3")
     return ResNet50UNet() if backbone == "resnet50" else ViTSmallUNet(img_size)
 
 
@@ -205,80 +195,66 @@ def _modules(names):
 
 def export_encoder(unet_or_backbone, path):
     """Write the encoder of a network, or a plain timm model, as a bare state dict in timm's names;
-    print and return what timm's full model has beyond it. The file loads into that, and into
-    torchvision's `resnet50()`, with strict=False: no name is unexpected; the returned list (layer3,
-    layer4, fc for our ResNet) is missing. Raises ValueError for another network."""
+    print and return what timm's full model has beyond it (layer3, layer4, fc for our ResNet). Into
+    that, and torchvision's `resnet50()`, it loads with strict=False and no unexpected name."""
     encoder = getattr(unet_or_backbone, "encoder", unet_or_backbone)
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        state[name] = tensor.detach().cpu().contiguous()
-    backbone = next((b for b, anchor in ANCHORS.items() if anchor in state), None)
-    if backbone is None:
-        raise ValueError(f"no encoder to export in {type(unet_or_backbone).__name__}")
+    state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    timms = next(BACKBONES[b] for b, anchor in ANCHORS.items() if anchor in state)
     torch.save(state, path)
     with torch.device("meta"):
-        full = timm.create_model(BACKBONES[backbone])
-    names = full.state_dict().keys() - state.keys()
+        names = timm.create_model(timms).state_dict().keys() - state.keys()
     missing = sorted(name for name in names if not name.endswith("num_batches_tracked"))
-    print(f"encoder exported, {len(state)} tensors; timm's {BACKBONES[backbone]} has beyond them: "
-          f"{_modules(missing)}")
+    print(f"encoder exported, {len(state)} tensors; timm's {timms} also has {_modules(missing)}")
     return missing
 
 
-def read_file(path, backbone):
-    """Return the tensors in a checkpoint, {name: tensor}, of "state_dict", "model" or "teacher" if
-    there is one. Raises ValueError, with the path, if it cannot be read."""
+def read_encoder(path, backbone):
+    """Return {timm's name: tensor} of the one encoder in a checkpoint, without wrappings such as
+    {"state_dict": ...} and prefixes such as "module.backbone.". Raises as load_encoder."""
+    if str(path) != "imagenet" and not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
+    cause = "not a PyTorch or safetensors checkpoint that holds only weights"
     try:
         if str(path) == "imagenet":
+            cause = "these weights could not be fetched"
             return timm.create_model(BACKBONES[backbone], pretrained=True).state_dict()
-        if str(path).endswith(".safetensors"):
-            return timm.models.load_state_dict(path)
-        # DINO and timm save a Namespace, too
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):    # DINO and timm save one
+            if str(path).endswith(".safetensors"):
+                file = timm.models.load_state_dict(path)
+            else:
+                file = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                  # torch and timm's hub raise a dozen kinds
-        raise ValueError(f"{path}: no such file, or no PyTorch checkpoint that holds only weights "
-                         f"({type(error).__name__}); imagenet needs a network") from None
-    wrapped = [file] if isinstance(file, dict) else [{}]
-    while wrapped:
-        file = wrapped[0]
-        inner = [file.get(key) for key in ("state_dict", "model", "teacher")]
-        wrapped = [value for value in inner if isinstance(value, dict)]
-    return {str(name): value for name, value in file.items() if isinstance(value, torch.Tensor)}
-
-
-def read_encoder(path, backbone):
-    """Return {timm's name: tensor} of the encoder in a checkpoint, without prefixes and wrappings.
-    Raises ValueError, with the path, for a file that cannot be read or does not hold just one."""
-    state = read_file(path, backbone)
+        raise ValueError(f"{path}: {cause} ({type(error).__name__})") from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(file.get(key), dict):
+            file = file[key]
+    state = {str(name): value for name, value in file.items() if isinstance(value, torch.Tensor)}
     numbered = "4.0.conv1.weight"               # of a ResNet as a Sequential: RadImageNet, lightly
     for prefix in [n.removesuffix(numbered) for n in state if f".{n}".endswith(f".{numbered}")]:
         for number, child in SEQUENTIAL.items():
             for name in [n for n in state if n.startswith(f"{prefix}{number}.")]:
-                rest = name.removeprefix(f"{prefix}{number}")
-                state[f"{prefix}{child}{rest}"] = state.pop(name)
+                state[name.replace(prefix + number, prefix + child, 1)] = state.pop(name)
     anchor = ANCHORS[backbone]
     prefixes = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
+    if not prefixes:
+        raise ValueError(f"{path} holds no {backbone} encoder: no name ends in {anchor}; its names "
+                         f"are {', '.join([*state][:3]) or 'of no tensors'}")
     if len(prefixes) > 1:
         raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, {', '.join(prefixes)}:"
                          " save the one that is meant")
-    if not prefixes:
-        raise ValueError(f"{path} holds no {backbone} encoder: no name ends in {anchor} or "
-                         f"{numbered}; its names are {', '.join([*state][:3]) or 'of no tensors'}")
     prefix = prefixes[0]                        # "", "module.", "backbone.", "encoder.", ...
     return {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
 
 
 def load_encoder(unet, path):
     """Load an encoder into `unet.encoder`; print and return the names in the file that were not
-    used. path: a checkpoint of ours, timm's or torchvision's, bare or inside {"state_dict": ...},
-    with or without prefixes such as "module.backbone."; or "imagenet", timm's weights.
+    used. path: a checkpoint of ours, timm's or torchvision's, or "imagenet", timm's weights.
     Position embeddings of another image size are resampled. Raises ValueError, with the path, for a
     file that cannot be read, or whose weights are of another encoder or shape, or not finite."""
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
     state = read_encoder(path, backbone)
-    if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
+    if "pos_embed" in own and "pos_embed" in state:
         grid = unet.encoder.patch_embed.grid_size
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid)
     for name, tensor in state.items():

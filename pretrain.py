@@ -23,11 +23,9 @@ import atexit
 import collections
 import contextlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
 import shutil
 import time
@@ -62,12 +60,10 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 cv2.setNumThreads(0)                                    # the loader's workers are the parallelism
 
 # -------------------------------------------------------------------------- pseudo-masks (3.3.2)
-
 THRESHOLDS = ("otsu", "ght", "adaptive_mean", "adaptive_gaussian", "fixed")
 # Barron's constants for H-DIBCO 2016 (ECCV 2020, section 4). nu and kappa count pixels, of pages of
 # about 2 ** 20; bright_pixels scales them, or at 224 x 224 the prior would dominate.
 GHT_NU, GHT_TAU, GHT_KAPPA, GHT_OMEGA = 2 ** 29.5, 2 ** 3.125, 2 ** 22.25, 2 ** -3.25
-GHT_PIXELS = 2 ** 20
 
 
 def otsu_threshold(gray):
@@ -90,7 +86,6 @@ def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA
         p = w / n.sum()
         v = np.maximum((p * nu * tau ** 2 + d) / (p * nu + w), 1e-30)
         return -d / v - w * np.log(v) + 2 * (w + kappa * fraction) * np.log(w)
-
     score = side_score(counts, levels, omega)
     score += side_score(counts[::-1], levels[::-1], 1 - omega)[::-1]
     return int(np.flatnonzero(score == score.max()).mean())
@@ -103,13 +98,12 @@ def bright_pixels(gray, method):
     if method == "fixed":
         return gray > 127
     if method == "ght":
-        scale = gray.size / GHT_PIXELS
-        return gray > ght_threshold(gray, GHT_NU * scale, GHT_TAU, GHT_KAPPA * scale, GHT_OMEGA)
-    kind = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
-    if method == "adaptive_mean":
-        kind = cv2.ADAPTIVE_THRESH_MEAN_C
+        scale = gray.size / 2 ** 20
+        return gray > ght_threshold(gray, GHT_NU * scale, kappa=GHT_KAPPA * scale)
+    means = dict(adaptive_mean=cv2.ADAPTIVE_THRESH_MEAN_C,
+                 adaptive_gaussian=cv2.ADAPTIVE_THRESH_GAUSSIAN_C)
     # gray > local mean - C, block 11, C 2
-    return cv2.adaptiveThreshold(gray, 1, kind, cv2.THRESH_BINARY, 11, 2) == 1
+    return cv2.adaptiveThreshold(gray, 1, means[method], cv2.THRESH_BINARY, 11, 2) == 1
 
 
 def pseudo_mask(images, method="otsu", foreground="bright"):
@@ -127,8 +121,7 @@ def pseudo_mask(images, method="otsu", foreground="bright"):
 
 
 # ------------------------------------ refined pseudo-masks, without labels (not in the paper)
-
-CHANNELS = ("gray", "red", "green", "blue")
+CHANNELS = ("gray", "red", "green", "blue")             # skin lesions stand out more in blue
 REFINEMENTS = ("channel", "frame", "position", "trust")
 QUALITY = ("separability", "solidity", "position")      # the scores of mask_quality
 
@@ -143,8 +136,7 @@ def foreground_dark_channel(image, channel="gray", foreground="dark"):
 
 
 def separability(values, mask):
-    """Return the variance between the classes `mask`, bool (H, W), and not mask over the total
-    variance of uint8 (H, W), a float in [0, 1] (Otsu 1979, eq. 12); 0 if a class is empty."""
+    """Return the variance between bool (H, W) and the rest, over the total (Otsu 1979, eq. 12)."""
     fraction = mask.mean()
     if not 0 < fraction < 1:
         return 0.0
@@ -153,19 +145,18 @@ def separability(values, mask):
 
 
 def choose_channel(images):
-    """Return the one of CHANNELS that Otsu's threshold separates best in uint8 (N, H, W, 3), and
-    {channel: mean separability}. Gray wins ties. Skin lesions stand out more in blue."""
-    means = dict.fromkeys(CHANNELS, 0.0)
+    """Return the most separable of CHANNELS in uint8 (N, H, W, 3), gray of equals, and means."""
+    sums = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
             values = foreground_dark_channel(image, channel)
-            means[channel] += separability(values, values > otsu_threshold(values)) / len(images)
-    return max(CHANNELS, key=lambda channel: round(means[channel], 6)), means
+            sums[channel] += separability(values, values > otsu_threshold(values))
+    means = {channel: round(sums[channel] / len(images), 6) for channel in CHANNELS}
+    return max(CHANNELS, key=means.get), means
 
 
 def dark_mask(values, frame):
-    """Return what is not above Otsu's threshold in uint8 (H, W), bool (H, W): nothing if all values
-    are equal. `frame`, bool (H, W), is neither counted nor foreground."""
+    """Return uint8 (H, W) <= Otsu's threshold; bool `frame` is neither counted nor foreground."""
     counted = values[~frame][:, None]
     if not counted.size or counted.min() == counted.max():
         return np.zeros(values.shape, bool)
@@ -176,11 +167,6 @@ def connected(mask, starts):
     """Return the 4-connected components of `mask` that hold a start; all are bool (H, W)."""
     _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     return np.isin(labels, labels[mask & starts])
-
-
-def count_components(mask):
-    """Return how many 4-connected components bool (H, W) has."""
-    return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
 
 
 def touching_border(mask):
@@ -206,25 +192,21 @@ def ellipse(radius):
 
 
 def open_mask(mask, radius):
-    """Return bool (H, W) without what is thinner than a disc of `radius`, such as bridges to air
-    beside an object. It goes on beyond the picture's border."""
+    """Return bool (H, W) without what is thinner than a disc, such as bridges beside an object."""
     if radius == 0:
         return mask
-    padded = np.pad(mask.astype(np.uint8), radius, mode="edge")
+    padded = np.pad(mask.astype(np.uint8), radius, mode="edge")     # it goes on beyond the border
     padded = cv2.morphologyEx(padded, cv2.MORPH_OPEN, ellipse(radius))
     return padded[radius:-radius, radius:-radius] > 0
 
 
-def position_reliability(masks, n, splits=8):
-    """Return (reliability, radius) of an iterable of n masks, bool (H, W).
-
-    reliability, in [0, 1]: how far they agree on where objects lie, 2 c / (1 + c) of the
-    correlation c of smoothed mean masks of random halves (Spearman 1910, Brown 1910), less two
-    standard deviations over the splits, or small sets would lose objects. radius, in pixels: a
-    seventh of the median thickness, an object's largest distance to the background.
-    """
+def position_reliability(masks, n):
+    """Return (reliability, radius) of an iterable of n masks, bool (H, W). reliability, in [0, 1]:
+    how far they agree on where objects lie, 2 c / (1 + c) of the correlation c of smoothed mean
+    masks of random halves (Spearman 1910, Brown 1910), less two standard deviations over the
+    splits, or small sets would lose objects. radius, px: a seventh of the median thickness."""
     generator = np.random.default_rng(0)
-    is_counted = np.ones((1 + splits, n), np.float32)   # in all, and in the first halves
+    is_counted = np.ones((9, n), np.float32)            # in all, and in 8 first halves
     for row in is_counted[1:]:
         row[generator.permutation(n)[n // 2:]] = 0
     sums = 0
@@ -256,8 +238,7 @@ def likely_positions(masks, n, reliability, radius):
 
 def position_mask(mask, radius, likely):
     """Return bool (H, W) without what lies only where objects never lie, or as it was if all does.
-    People outline outside of a blurred edge, and Otsu's threshold lies in its middle, so a rim of
-    half the radius is added. Nothing is changed if objects are thin."""
+    People outline outside of a blurred edge, Otsu cuts in its middle: half the radius is added."""
     if radius == 0:
         return mask
     kept = connected(open_mask(mask, radius), likely).astype(np.uint8)
@@ -274,12 +255,10 @@ def position_masks(masks):
 
 
 def mask_quality(mask, values, mean_mask):
-    """Return three scores of how far bool (H, W) looks like an object; more is better.
-
-    Separability of foreground_dark_channel, uint8 (H, W), by the mask. Solidity, the area of its
-    outer contours over that of their convex hulls: objects are compact, leaks are not. Position,
-    the mean of the training images' mean mask, float (H, W), inside of it.
-    """
+    """Return three scores of how far bool (H, W) looks like an object; more is better: separability
+    of foreground_dark_channel, uint8 (H, W), by the mask; solidity, the area of its outer contours
+    over that of their convex hulls (objects are compact, leaks are not); position, the mean inside
+    of it of the training images' mean mask, float (H, W)."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     area = sum(cv2.contourArea(contour) for contour in contours)
     hull = sum(cv2.contourArea(cv2.convexHull(contour)) for contour in contours)
@@ -301,14 +280,15 @@ def trusted(quality, reliability):
     return is_trusted
 
 
-def of_two_kinds(quality, is_trusted):
-    """Return whether one of the scores of mask_quality, (N, 3), has two peaks, and those that are
-    trusted, bool (N,), are one of them: such as images with an object and images without."""
+def warn_of_two_kinds(quality, is_trusted):
+    """Print a warning if one of the scores of mask_quality, (N, 3), has two peaks, and the trusted
+    masks, bool (N,), are one of them: such as images with an object and images without."""
     for scores in (255 * quality.T).astype(np.uint8):
         upper = scores > otsu_threshold(scores)
         if separability(scores, upper) > 0.82 and (upper == is_trusted).mean() > 0.85:
-            return True
-    return False
+            print("warning: the training images are of two kinds, and only one of them is learnt "
+                  "from: see samples.png; --refine channel frame position takes all")
+            return
 
 
 @dataclass
@@ -335,20 +315,16 @@ class Refinement:
         return prepare_data.map_threads(self.refine_mask, images)
 
     def choose_trusted(self, images):
-        """Return which of uint8 (N, H, W, 3) have a mask to learn from, bool (N,), and the scores
-        that tell, (N, 3)."""
+        """Return which of uint8 (N, H, W, 3) are trusted, bool (N,), and their mask_quality."""
         def quality_of(image):
             values = foreground_dark_channel(image, self.channel, self.foreground)
             return mask_quality(self.refine_mask(image), values, self.mean_mask)
-
         quality = np.array([*prepare_data.map_threads(quality_of, images)])
         return trusted(quality, self.reliability), quality
 
 
 def decide_refinement(images, foreground, parts=REFINEMENTS):
-    """Return the Refinement of training images, uint8 (N, H, W, 3), by some of REFINEMENTS, and the
-    evidence for it, a dict: separability of the channels, fraction of a picture that the shared
-    frame covers, reliability and radius of positions, fraction of components that are dropped."""
+    """Return the Refinement that uint8 (N, H, W, 3) give by some of REFINEMENTS, and evidence."""
     refinement = Refinement(foreground)
     n = len(images)
     evidence = {}
@@ -356,36 +332,33 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
         refinement.channel, evidence["separability"] = choose_channel(images)
     evidence["channel"] = refinement.channel
     if "frame" in parts:                                # objects rarely lie there
-        times_dark = sum(mask.astype(np.int64) for mask in refinement.refine_masks(images))
+        times_dark = sum(mask.astype(int) for mask in refinement.refine_masks(images))
         refinement.frame = touching_border(times_dark > 0.7 * n)
-        evidence["shared_frame"] = float(refinement.frame.mean())
-    if "position" in parts or "trust" in parts:
-        reliability, radius = position_reliability(refinement.refine_masks(images), n)
-        refinement.reliability = evidence["reliability"] = reliability
+        evidence["shared_frame"] = round(float(refinement.frame.mean()), 4)
+    reliability, radius = position_reliability(refinement.refine_masks(images), n)
+    refinement.reliability = reliability
+    evidence["reliability"] = round(reliability, 4)
     if "position" in parts:
         likely = likely_positions(refinement.refine_masks(images), n, reliability, radius)
-        before = after = 0                              # components
+        kept = total = 0                                # components
         for mask in refinement.refine_masks(images):
-            opened = open_mask(mask, radius)
-            before += count_components(opened)
-            after += count_components(connected(opened, likely))
-        evidence |= dict(radius=radius, dropped_components=1 - after / max(1, before))
+            opened = open_mask(mask, radius).astype(np.uint8)
+            total += cv2.connectedComponents(opened, connectivity=4)[0] - 1
+            opened = connected(opened, likely).astype(np.uint8)
+            kept += cv2.connectedComponents(opened, connectivity=4)[0] - 1
+        evidence.update(radius=radius, dropped_components=round(1 - kept / max(1, total), 4))
         refinement.radius, refinement.likely = radius, likely
     if "trust" in parts:
-        times = sum(mask.astype(np.int64) for mask in refinement.refine_masks(images))
-        refinement.mean_mask = times / n
+        refinement.mean_mask = sum(mask.astype(int) for mask in refinement.refine_masks(images)) / n
     return refinement, evidence
 
 
 # ---------------------------------------------------------------------- augmentation (appendix D)
-
 def warp(image, matrix):
     """Warp uint8 (3, H, W), or a tv_tensors.Mask (1, H, W): the pixel at (x, y) is taken from
     matrix @ (x, y, 1), bilinear, of a mask the nearest. Outside is the mirror image of the inside:
     torchvision's black would be dark foreground to Otsu."""
-    interpolation = cv2.INTER_LINEAR
-    if isinstance(image, tv_tensors.Mask):
-        interpolation = cv2.INTER_NEAREST
+    interpolation = cv2.INTER_NEAREST if isinstance(image, tv_tensors.Mask) else cv2.INTER_LINEAR
     out = cv2.warpPerspective(image.permute(1, 2, 0).numpy(), matrix, image.shape[:0:-1],
                               flags=cv2.WARP_INVERSE_MAP | interpolation,
                               borderMode=cv2.BORDER_REFLECT_101)
@@ -395,14 +368,12 @@ def warp(image, matrix):
 
 class Perspective(v2.RandomPerspective):
     """torchvision's, with mirrored borders."""
-
     def transform(self, image, params):
         return warp(image, np.append(params["coefficients"], 1.0).reshape(3, 3))
 
 
 class Rotation(v2.RandomAffine):
     """torchvision's, as a rotation about the centre alone, with mirrored borders."""
-
     def transform(self, image, params):
         centre = ((image.shape[2] - 1) / 2, (image.shape[1] - 1) / 2)
         rotation = cv2.getRotationMatrix2D(centre, -params["angle"], 1)
@@ -410,8 +381,7 @@ class Rotation(v2.RandomAffine):
 
 
 def paper_augmentation():
-    """Return the paper's transforms, in its order, of uint8 (3, H, W), alone or with its
-    tv_tensors.Mask (1, H, W). The paper gives no strengths; these are mild, common ones."""
+    """Return the paper's transforms of an image and its mask, if any; mild strengths are ours."""
     jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
     return v2.Compose([
         v2.RandomChoice([jitter, Perspective(distortion_scale=0.2, p=1.0)]),
@@ -421,7 +391,6 @@ def paper_augmentation():
 
 
 # ------------------------------------------------------------------------------------- the method
-
 @dataclass
 class ViewAndMask:
     """uint8 (3, H, W) -> [view uint8 (3, H, W), its pseudo-mask uint8 {0, 1} (1, H, W)]; a given
@@ -444,17 +413,16 @@ class MedSASS(nn.Module):
     train_part "encoder" or "decoder": only that part learns, the other stays as it is, its
     BatchNorm in eval mode (section 4.1). Other members are as in every class of baselines/."""
 
-    backbones = tuple(BACKBONES)
     keep_best = True
+    refine = ()                                         # of REFINEMENTS
 
-    def __init__(self, backbone, img_size=224, batch_size=16, threshold="otsu",
-                 foreground="bright", loss="focal_tversky", train_part="end2end", refine=()):
+    def __init__(self, backbone, img_size=224, threshold="otsu", foreground="bright",
+                 train_part="end2end"):
         super().__init__()
         self.unet = build_unet(backbone, img_size)
         self.foreground = foreground
-        self.refine = refine
         self.train_part = train_part
-        self.loss = LOSSES[loss]
+        self.loss = LOSSES["focal_tversky"]
         self.lr = 3.6e-4                                # not in the paper: its authors' other code
         self.weight_decay = 1e-5
         self.plain = ViewAndMask(v2.Identity(), threshold, foreground)
@@ -495,8 +463,7 @@ class MedSASS(nn.Module):
         """Keep no moving average."""
 
     def health(self):
-        """Return, of the last batch, the foreground fractions of masks and predictions, and their
-        IoU. Predictions of 0 or 1: the network has collapsed, as in appendix B.1."""
+        """Return foreground fractions of the last batch; predicted 0 or 1: a collapse (B.1)."""
         predicted, target = self.last_batch
         both = (predicted & target).sum() / (predicted | target).sum().clamp(min=1)
         return dict(target_foreground=target.float().mean().item(),
@@ -523,38 +490,20 @@ def normalise(images):
 
 
 # ------------------------------------------------------------------------ data and its randomness
-
 def seed_from(*key):
-    """Return a 63-bit seed of non-negative integers such as (seed, epoch, index). Zeros at the end
-    do not count: (5,) and (5, 0) are one key."""
+    """Return a 63-bit seed of non-negative integers; zeros at the end do not count."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextlib.contextmanager
-def seeded(*key):
-    """Seed torch's CPU generator from `key`, and compute on one thread, as in a loader's worker, so
-    that sums round alike; afterwards both are as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_from(*key))
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
+@dataclass
 class Images(torch.utils.data.Dataset):
-    """Images of a data set, `rows`: a list of (part, row). Key (epoch, k) -> (row, what transform
-    makes of the k-th), the same in whatever process. masks: the folder of {part}_masks.npy, uint8
-    {0, 1} (N, S, S), then (row, [view, mask]); or {(part, row): class number}."""
-
-    def __init__(self, folder, rows, transform, seed, masks=None):
-        self.folder = Path(folder)
-        self.rows = rows
-        self.transform = transform
-        self.seed = seed
-        self.masks = masks
+    """Images of a data set. Key (epoch, k) -> (row, what transform makes of the k-th), the same in
+    whatever process; with masks (row, [view, mask or number])."""
+    folder: Path
+    rows: list                                          # of (part, row)
+    transform: object
+    seed: int
+    masks: object = None                # folder of {part}_masks.npy, or {(part, row): class number}
 
     def __len__(self):
         return len(self.rows)
@@ -564,14 +513,20 @@ class Images(torch.utils.data.Dataset):
         part, row = self.rows[k]                        # mapped afresh: nothing to send to a worker
         image = np.load(self.folder / f"{part}_images.npy", mmap_mode="r")[row]
         image = torch.tensor(image).permute(2, 0, 1)    # (3, S, S)
-        with seeded(self.seed, epoch, row):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                        # as in a worker: sums round alike
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_from(self.seed, epoch, row))
             if self.masks is None:
-                return row, self.transform(image)
-            if isinstance(self.masks, dict):
-                return row, [self.transform(image), self.masks[part, row]]
-            mask = np.load(self.masks / f"{part}_masks.npy", mmap_mode="r")[row]
-            view, mask = self.transform(image, tv_tensors.Mask(mask[None].copy()))
-            return row, [view, mask.as_subclass(torch.Tensor)]
+                views = self.transform(image)
+            elif isinstance(self.masks, dict):
+                views = [self.transform(image), self.masks[part, row]]
+            else:
+                mask = np.load(self.masks / f"{part}_masks.npy", mmap_mode="r")[row]
+                view, mask = self.transform(image, tv_tensors.Mask(mask[None].copy()))
+                views = [view, mask.as_subclass(torch.Tensor)]
+        torch.set_num_threads(threads)
+        return row, views
 
 
 def rows_of(folder, part):
@@ -581,12 +536,11 @@ def rows_of(folder, part):
 
 @dataclass
 class ImageSets:
-    """What train() reads: Images to learn from, un-augmented ones for BatchNorm, and those for
-    validation. epoch_size: images an epoch, if more than there are."""
+    """What train() reads."""
     train: Images
-    plain: Images
+    plain: Images                                       # un-augmented, for BatchNorm
     val: Images
-    epoch_size: int = 0
+    epoch_size: int = 0                                 # images an epoch, if more than there are
     shown: Images | None = None                         # in samples.png; default: those of val
     captions: list | None = None
 
@@ -596,20 +550,15 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wait_for_ranks():
-    """Go on when every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 class Batches:
-    """The batches of an epoch, lists of (pass, index): in an order of (seed, pass) alone, or as
-    stored without seed. An epoch has max(n, epoch_size) items, in several passes if need be. A last
-    batch of one image, or of less than half the size, joins the one before it. shard = (rank,
-    ranks): a rank takes its part of every shuffled batch, or every ranks-th batch as stored."""
+    """The batches of an epoch of max(n, epoch_size) items, lists of (pass, index): in an order of
+    (seed, pass) alone, or as stored without seed. A last batch of one image, or of less than half
+    the size, joins the one before it. shard, (rank, ranks): a rank takes its part of every
+    shuffled batch, or every ranks-th batch as stored."""
 
     def __init__(self, n, batch_size, seed=None, epoch_size=0, shard=(0, 1)):
-        self.n, self.seed = n, seed
+        self.n = n
+        self.seed = seed
         self.rank, self.ranks = shard
         self.epoch = 0
         self.epoch_size = max(n, epoch_size)
@@ -624,46 +573,51 @@ class Batches:
         return len(self.starts)
 
     def __iter__(self):
-        number = self.epoch * math.ceil(self.epoch_size / self.n)
+        passes = math.ceil(self.epoch_size / self.n)
         keys = []
-        while len(keys) < self.epoch_size:
+        for number in range(self.epoch * passes, (self.epoch + 1) * passes):
             order = range(self.n)
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(seed_from(self.seed, number))
                 order = torch.randperm(self.n, generator=generator).tolist()
             keys += [(number, index) for index in order]
-            number += 1
         batches = [keys[a:b] for a, b in itertools.pairwise([*self.starts, self.epoch_size])]
         if self.seed is None:
             return iter(batches[self.rank::self.ranks])
         return iter([batch[self.rank::self.ranks] for batch in batches])
 
 
+@atexit.register
 def end_workers():
-    """Kill, at the end of the program, the workers that a traceback still holds: Python would wait
-    for them for ever."""
+    """Kill the workers that a traceback still holds: Python would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's would report each
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
+class Loader(torch.utils.data.DataLoader):
+    """Its workers are deaf to Ctrl-C and SIGTERM, and no signal comes while they start: else those
+    that end before the program leave tracebacks."""
+
+    def __iter__(self):
+        signals = (signal.SIGINT, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        iterator = super().__iter__()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return iterator
+
+
 def make_loader(dataset, batches, workers):
-    """Return a loader of `batches`, whose .epoch may change between passes; its workers stay
-    alive."""
-    atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
+    """Return a loader of Batches, whose .epoch may change between passes."""
+    return Loader(
         dataset, batch_sampler=batches, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
 def write_refined_masks(method, data, folder):
-    """Write the refined masks of training and validation images into a run's folder, with trust
-    also which of them are learnt from, and what was decided into its config.json."""
+    """Write refined masks, and which of them are trusted, into a run's folder."""
     training, _ = open_part(data, "train")
     refinement, evidence = decide_refinement(training, method.foreground, method.refine)
-    if evidence.get("shared_frame", 0) > 0.4:
-        print("the frame covers more of a picture than a lens or letterbox should: if --foreground "
-              "is right, leave the frame out, --refine channel position trust")
     for part in ("train", "val"):
         images, _ = open_part(data, part)
         masks = refinement.refine_masks(images)
@@ -674,11 +628,9 @@ def write_refined_masks(method, data, folder):
             for name, chosen in dict(trusted=is_trusted, distrusted=~is_trusted).items():
                 means = quality[chosen].sum(axis=0) / max(1, chosen.sum())
                 scores = dict(zip(QUALITY, means.round(3).tolist(), strict=True))
-                evidence[f"{part}_{name}"] = dict(images=int(chosen.sum())) | scores
-            if part == "train" and of_two_kinds(quality, is_trusted):
-                print("warning: the training images are of two kinds, and only one of them is "
-                      "learnt from: see samples.png; --refine channel frame position takes all")
-    evidence = json.loads(json.dumps(evidence), parse_float=lambda text: round(float(text), 4))
+                evidence[f"{part}_{name}"] = dict(images=int(chosen.sum()), **scores)
+            if part == "train":
+                warn_of_two_kinds(quality, is_trusted)
     print(f"refined masks: {evidence}")
     config = read_json(folder / "config.json")          # the last: it shows that all is there
     write_json(folder / "config.json", config | dict(refinement=evidence))
@@ -686,34 +638,33 @@ def write_refined_masks(method, data, folder):
 
 def image_sets(method, data, seed, folder):
     """Return the ImageSets of pre-training, none with labels."""
-    rows = {part: rows_of(data, part) for part in ("train", "val")}
-    learnt = rows.copy()
-    masks = None
-    if refine := getattr(method, "refine", ()):
-        masks = folder
+    refine = getattr(method, "refine", ())
+    masks = folder if refine else None
+    if refine:
         if ranks()[0] == 0 and "refinement" not in read_json(folder / "config.json"):
             write_refined_masks(method, data, folder)
-        wait_for_ranks()
-    if "trust" in refine:
-        for part in rows:
-            is_trusted = np.load(folder / f"{part}_trusted.npy")
-            learnt[part] = [(part, row) for row in np.flatnonzero(is_trusted).tolist()]
+        if dist.is_initialized():
+            dist.barrier()
+    rows = rows_of(data, "train")
     plain = getattr(method, "plain", method.augment)
     sets = ImageSets(
-        train=Images(data, learnt["train"], method.augment, seed, masks),
-        plain=Images(data, rows["train"], v2.Identity(), seed),
-        val=Images(data, learnt["val"], plain, seed, masks),
-        epoch_size=len(rows["train"]))                  # as many as without trust
+        train=Images(data, rows, method.augment, seed, masks),
+        plain=Images(data, rows, v2.Identity(), seed),
+        val=Images(data, rows_of(data, "val"), plain, seed, masks),
+        epoch_size=len(rows))                           # as many as without trust
     if "trust" in refine:
-        distrusted = sorted({*rows["train"]} - {*learnt["train"]})
-        sets.shown = Images(data, learnt["train"][:2] + distrusted[:2], plain, seed, masks)
-        sets.captions = ["trusted training image"] * len(learnt["train"][:2])
-        sets.captions += ["distrusted training image"] * len(distrusted[:2])
+        for part, images in dict(train=sets.train, val=sets.val).items():
+            is_trusted = np.load(folder / f"{part}_trusted.npy")
+            images.rows = [(part, row) for row in np.flatnonzero(is_trusted).tolist()]
+        best = sets.train.rows[:2]
+        distrusted = sorted({*rows} - {*sets.train.rows})[:2]
+        sets.shown = Images(data, best + distrusted, plain, seed, masks)
+        sets.captions = ["trusted training image"] * len(best)
+        sets.captions += ["distrusted training image"] * len(distrusted)
     return sets
 
 
 # --------------------------------------------------------------------------------------- the loop
-
 @dataclass
 class Options:
     """How train() goes about it, as the flags of both stages decide."""
@@ -729,15 +680,13 @@ def to_device(views, device):
     """Move a batch's views; channels_last is what CPU and GPU convolutions are fastest in."""
     moved = []
     for view in views:
-        view = view.to(device, non_blocking=True)
-        if view.ndim == 4:
-            view = view.contiguous(memory_format=torch.channels_last)
-        moved.append(view)
+        layout = torch.channels_last if view.ndim == 4 else torch.preserve_format
+        moved.append(view.to(device, non_blocking=True, memory_format=layout))
     return moved
 
 
 @torch.no_grad()
-def update_batchnorm(method, loader, device, batches=64):
+def update_batchnorm(method, loader, device):
     """Set BatchNorm's statistics to their mean over un-augmented images under the present weights
     (Wu & Johnson 2021, "precise BN"): the running average is of ten steps, in which a young network
     changes. torch.optim.swa_utils.update_bn would reset a frozen part, too."""
@@ -750,7 +699,7 @@ def update_batchnorm(method, loader, device, batches=64):
             module.momentum = None                      # the plain mean over batches
             norms.append(module)
     if norms:
-        for _, images in itertools.islice(loader, batches):
+        for _, images in itertools.islice(loader, 64):
             network(normalise(to_device([images], device)[0]))
     for norm in norms:
         norm.momentum = 0.1
@@ -758,8 +707,7 @@ def update_batchnorm(method, loader, device, batches=64):
 
 @torch.no_grad()
 def validate(method, loader, device, seed):
-    """Return the mean loss over the validation images, the same views and masks each time, and the
-    method's health on them, a dict."""
+    """Return val_loss and health, means over the validation images, the same views each time."""
     method.eval()
     sums = collections.Counter()
     for batch, (index, views) in enumerate(loader):
@@ -788,7 +736,6 @@ def train(method, sets, options, folder, device):
     val_loader = make_loader(sets.val, Batches(len(sets.val), size, shard=(rank, n_ranks)), few)
     epoch_steps = len(batches)
     total_steps = options.epochs * epoch_steps
-
     # ===== network, optimiser, precision =====
     network = method
     if n_ranks > 1:
@@ -797,7 +744,6 @@ def train(method, sets, options, folder, device):
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     dtype = torch.float16 if options.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=options.amp != "off")
-
     # ===== where it was stopped =====
     epoch = epochs_without_improvement = 0
     best, finished, log = math.inf, False, []
@@ -810,12 +756,11 @@ def train(method, sets, options, folder, device):
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-    print(f"{folder}: precision {options.amp}" + f", going on after {epoch} epochs" * (epoch > 0))
+    print(f"{folder}: {device}, precision {options.amp}, {epoch} epochs are done")
     meta = prepare_data.read_meta(sets.train.folder)
     config = folder / "config.json"                     # open_run has written it anew
     config_time = config.stat().st_mtime_ns
-    bar = tqdm(total=total_steps, initial=epoch * epoch_steps, unit=" steps", mininterval=1,
-               disable=rank > 0)
+    bar = tqdm(total=total_steps, initial=epoch * epoch_steps, mininterval=1, disable=rank > 0)
     while not finished:
         # ===== train =====
         bar.set_description(f"epoch {epoch + 1}")
@@ -882,19 +827,15 @@ def train(method, sets, options, folder, device):
 
 @torch.no_grad()
 def finish_run(method, sets, seed, folder, device):
-    """Write encoder.pth and samples.png, what the method sees and makes of some images, of the
-    weights that are kept, which `method` then has. Print what a person should look at."""
+    """Load the weights that are kept into `method`; write encoder.pth and samples.png."""
     kept = load_checkpoint(folder / "best.pt", device)
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    row = prepare_data.read_csv(folder / "log.csv")[kept["epoch"] - 1]
-    metrics = ", ".join(f"{name} {value}" for name, value in row.items() if "val_" in name)
-    print(f"{folder}: epoch {kept['epoch']} is kept: {metrics}; look at samples.png")
+    print(f"{folder}: epoch {kept['epoch']} is kept: look at log.csv and samples.png")
     with new_file(folder / "encoder.pth") as file:
         export_encoder(method, file)
     method.eval()
     shown = sets.shown or sets.val
-    items = [shown[0, k] for k in range(len(shown))[:6]]
-    _, views = torch.utils.data.default_collate(items)
+    _, views = torch.utils.data.default_collate([shown[0, k] for k in range(len(shown))[:6]])
     torch.manual_seed(seed_from(seed))
     samples = method.samples(to_device(views, device))
     columns = []
@@ -909,24 +850,20 @@ def finish_run(method, sets, seed, folder, device):
 
 
 # ------------------------------------------------------------------------------------ run folders
-
 def load_checkpoint(path, device):
     """Return a checkpoint of this file, a dict; exit in one line if it cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                          # torch raises a dozen kinds
-        sys.exit(f"{path} cannot be read ({type(error).__name__}): the run's command, with "
-                 "--overwrite, starts it afresh")
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): --overwrite starts it afresh")
 
 
 def pick_device(name):
-    """Return a torch.device; "auto" is cuda, mps or cpu, whichever there is. Exit if it cannot be
-    used."""
+    """Return a torch.device; auto is an accelerator or cpu. Exit if it cannot be used."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
             name = torch.accelerator.current_accelerator().type
-        print(f"device: {name}")
     try:
         return torch.zeros(1, device=name).device       # with a number: the current GPU
     except (RuntimeError, AssertionError) as error:
@@ -934,23 +871,21 @@ def pick_device(name):
 
 
 def pick_precision(asked, device, method, config):
-    """Return "off", "bf16" or "fp16" for --amp; auto is what the run of `config` began with. Exit
-    if DINO is to be trained in fp16: its authors advise against it for small patches."""
-    begun = config.get("settings", {}).get("amp")
-    not_fp16 = isinstance(method, DINO)
-    if asked == "fp16" and not_fp16:
+    """Return "off", "bf16" or "fp16" for --amp; auto is what the run of `config` began with."""
+    if asked == "fp16" and isinstance(method, DINO):
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
-    flags = Path("/proc/cpuinfo")                       # Linux; "avx512_bf16", on ARM "bf16"
+    flags = Path("/proc/cpuinfo")                       # of Linux
     if asked == "bf16" and device.type == "cpu" and flags.exists():
         if "bf16" not in flags.read_text():
             print("this processor has no instructions for bf16: --amp off is faster")
-    if asked != "auto" or begun:
-        return begun if asked == "auto" else asked
-    if device.type != "cuda":
-        return "off"
+    if asked != "auto":
+        return asked
+    begun = config.get("settings", {}).get("amp")
+    if begun or device.type != "cuda":
+        return begun or "off"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
-    return "off" if not_fp16 else "fp16"
+    return "off" if isinstance(method, DINO) else "fp16"
 
 
 @contextlib.contextmanager
@@ -964,23 +899,24 @@ def exit_on_value_error():
 
 def build_method(args, meta):
     """Return the method, its weights of --seed or --encoder; exit if it cannot be built."""
-    flags = {}
-    if args.method == "medsass":
-        flags = dict(threshold=args.threshold, loss=args.loss, train_part=args.train,
-                     foreground=args.foreground or meta["foreground"], refine=args.refine or ())
     torch.manual_seed(seed_from(args.seed))
-    batch_size = min(args.batch_size * ranks()[1], meta["counts"]["train"])
     with exit_on_value_error():
-        method = METHODS[args.method](args.backbone, meta["size"], batch_size, **flags)
+        if args.method == "medsass":
+            method = MedSASS(args.backbone, meta["size"], args.threshold,
+                             args.foreground or meta["foreground"], args.train)
+            method.loss = LOSSES[args.loss]
+            method.refine = args.refine or ()
+        else:
+            batch_size = min(args.batch_size * ranks()[1], meta["counts"]["train"])
+            method = METHODS[args.method](args.backbone, meta["size"], batch_size)
         if args.encoder:
             load_encoder(getattr(method, "unet", method), args.encoder)
-    for copied in (getattr(method, "target", None), getattr(method, "student", None)):
-        if isinstance(copied, nn.Module):               # BYOL's and DINO's other copy of it, a head
-            copied[0].load_state_dict(method.encoder.state_dict())
-    if args.lr is not None:
-        method.lr = args.lr
-    if args.weight_decay is not None:
-        method.weight_decay = args.weight_decay
+    copies = dict(byol="target", dino="student")        # each with a head behind it
+    if args.method in copies:
+        getattr(method, copies[args.method])[0].load_state_dict(method.encoder.state_dict())
+    for name in ("lr", "weight_decay"):
+        if getattr(args, name) is not None:
+            setattr(method, name, getattr(args, name))
     return method
 
 
@@ -988,9 +924,8 @@ def open_run(settings, folder, command, overwrite):
     """Make a run's folder with its config.json; exit if it holds another run. It is written anew
     also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
-    versions = {"python": platform.python_version()}
-    for library in (torch, torchvision, timm, cv2, np):
-        versions[library.__name__] = library.__version__
+    libraries = (torch, torchvision, timm, cv2, np)
+    versions = {library.__name__: library.__version__ for library in libraries}
     config = dict(settings=settings, command=command, ranks=ranks()[1], versions=versions)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
@@ -1002,8 +937,7 @@ def open_run(settings, folder, command, overwrite):
                 sys.exit(f"{folder} holds a run with another {name} ({existing.get(name)} there, "
                          f"{value} asked): --overwrite starts it afresh")
     elif list(folder.glob("*.pt")):
-        sys.exit(f"{folder} holds weights but no config.json, which says what they are: put it "
-                 "back, or move them away")
+        sys.exit(f"{folder} holds weights but no config.json: put it back, or move them away")
     prepare_data.remove_leftovers(folder)
     write_json(path, config)
 
@@ -1014,7 +948,6 @@ def is_complete(folder):
 
 
 # ------------------------------------------------------------------------------------------ flags
-
 # Flags that enter a run folder's name if they are not defaults, and what stands before each value.
 VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
                patience="p", lr="lr", weight_decay="wd", amp="")
@@ -1025,11 +958,9 @@ MEDSASS_FLAGS = ("train", "threshold", "loss", "foreground", "refine")
 
 def add_training_flags(add):
     """Add the flags that training has in both stages, by a parser's add_argument."""
-    add("--batch-size", type=int, default=16,
-        help="images a step, of each process (Tables 7, 8: 8, 16, 32)")
+    add("--batch-size", type=int, default=16, help="images a step, of each process (Tables 7, 8)")
     add("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"],
-        help="precision of the networks; losses stay in float32. auto: bf16 on a GPU that has it, "
-        "else fp16 there, off on a CPU")
+        help="precision; auto: bf16 on a GPU that has it, else fp16 there, off on a CPU")
     add("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)),
         help="processes that load and augment; their number changes no result")
     add("--data", default="data", metavar="DIR", help="where prepared data sets are")
@@ -1041,28 +972,23 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("pretrain.py", description=__doc__, usage=argparse.SUPPRESS,
                                      allow_abbrev=False, formatter_class=prepare_data.Help)
     add = parser.add_argument
-    add("--dataset", required=True, type=prepare_data.dataset_name,
-        help="name of a prepared data set, a folder under --data")
+    add("--dataset", required=True, type=prepare_data.dataset_name, help="a folder under --data")
     add("--backbone", default="resnet50", choices=BACKBONES, help="the encoder of the U-Net")
     add("--method", default="medsass", choices=METHODS, help="MedSASS, or a baseline's encoder")
     add("--train", default="end2end", choices=["end2end", "encoder"],
         help="the whole U-Net, or the encoder alone against a frozen decoder (section 4.1)")
     add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
-        help="better Otsu masks, without a label: of the best channel, without a frame, "
-        "without what lies where objects never lie, and of them those that look like objects; no "
-        "PART: channel frame position trust. Default: off, as in the paper")
+        help="better Otsu masks, without a label. PARTs: channel frame position trust (README); "
+        "none: all. Default: off, as in the paper")
     add("--encoder", metavar="FILE",
-        help="start from this checkpoint, ours, timm's or torchvision's, or from \"imagenet\", "
-        "timm's weights. Default: from scratch, as in the paper")
-    add("--loss", default="focal_tversky", choices=LOSSES,
-        help="between prediction and pseudo-mask (Table 4; bce: appendix B.1)")
-    add("--foreground", choices=["bright", "dark"],
-        help="objects against what is around them. Default: what prepare_data.py decided")
+        help="start from this checkpoint, or from \"imagenet\". Default: from scratch")
+    add("--loss", default="focal_tversky", choices=LOSSES, help="of the pseudo-mask (Table 4, B.1)")
+    add("--foreground", choices=["bright", "dark"], help="default: as prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--patience", type=int,
-        help="epochs without a better validation loss before it stops; 0: never. Default: 5; 0 "
-        "for byol, dino, simsiam, whose loss says nothing about quality")
+        help="epochs without a better validation loss; 0: never stop. Default: 5; 0 for byol, dino "
+        "and simsiam, whose loss says nothing about quality")
     add("--lr", type=float, help="default: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="default: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
@@ -1115,15 +1041,14 @@ def main(argv=None):
     options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= dict(
-        foreground=args.foreground or meta["foreground"], patience=patience, lr=method.lr,
-        weight_decay=method.weight_decay, amp=options.amp, variant=variant, img_size=meta["size"],
-        data=meta["fingerprint"])
-    if args.method != "medsass":
-        settings["train"] = "encoder"
+        train=getattr(method, "train_part", "encoder"), patience=patience, lr=method.lr,
+        foreground=args.foreground or meta["foreground"], weight_decay=method.weight_decay,
+        amp=amp, variant=variant, img_size=meta["size"], data=meta["fingerprint"])
     if rank == 0:
         flags = sys.argv[1:] if argv is None else argv
         open_run(settings, folder, shlex.join(["python", "pretrain.py", *flags]), args.overwrite)
-    wait_for_ranks()
+    if n_ranks > 1:
+        dist.barrier()
     if is_complete(folder):
         print(f"{folder} is finished: nothing to do")
         return
@@ -1133,8 +1058,8 @@ def main(argv=None):
         finish_run(method, sets, args.seed, folder, device)
         if args.method != "medsass":                    # heads and copies that nobody reads again
             (folder / "best.pt").unlink()
-        print(folder / "samples.png")
-    wait_for_ranks()                                    # until the first has written the last file
+    if n_ranks > 1:                                     # until the first has written the last file
+        dist.barrier()
 
 
 if __name__ == "__main__":
