@@ -468,7 +468,7 @@ def fit_semi(method, labels, epoch_size, job):
         scores = dict(zip(map(str, WEIGHTS), scores, strict=True))
         result = dict(fold_scores=scores, fold_labels=[*map(len, folds)], fold_steps=steps)
         print("semi: IoU on the half of the labels that was not trained on, by the weight of the "
-              f"tuned network: {scores}")
+              "tuned network:", *(f"{w} {score:.3f}" for w, score in scores.items()))
     steps, tuned = tune(labels, epochs, "tuned")
     load_average(tuned, weight)
     print(f"semi: {weight} of the network tuned on all labels, the rest of the one before")
@@ -871,14 +871,13 @@ def mean_std(cell, score):
 
 
 def difference(cell, other):
-    """Return the paired difference of two cells, "+0.0123 [-0.0045, +0.0291] ≈"; ≈ if the interval
-    holds 0; "" if there is no other. The same resampled images are scored for both: what is hard
-    for all cancels (Efron & Tibshirani 1993)."""
+    """Return the paired difference of two cells, "+0.0123 [-0.0045, +0.0291]", "" if there is no
+    other. The same resampled images are scored for both: what is hard for all cancels (Efron &
+    Tibshirani 1993)."""
     if other is None or other is cell or other["groups"] != cell["groups"]:
         return ""
     low, high = interval(cell["samples"] - other["samples"])
-    sign = " ≈" if low <= 0 <= high else ""
-    return f"{cell['iou'] - other['iou']:+.4f} [{low:+.4f}, {high:+.4f}]{sign}"
+    return f"{cell['iou'] - other['iou']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def best_of(cells, *keys, **wanted):
@@ -897,8 +896,7 @@ def dataset_table(cells):
     """Return the lines of a data set's table: every cell but the probes."""
     best = best_of(cells, "iou", protocol="reference", used="0")        # it costs nothing
     rows = [["network", "labels", "IoU, mean ± std (seeds)", "95 % interval",
-             f"vs {best['title'] if best else 'best reference'}", "vs supervised, most labels",
-             "paper"]]
+             "vs best reference without labels", "vs supervised, most labels", "paper"]]
     for cell in cells:
         supervised = best_of(cells, "n_labels_train", "budget_steps", protocol="supervised",
                              backbone=cell["backbone"])
@@ -963,8 +961,8 @@ def report(out):
         "# Results", "",
         "Written by `python finetune_eval.py --report`. IoU is over the whole test part (counts "
         "summed), intervals are 95 % bootstrap over test images or their groups. Labels: training "
-        "+ validation images whose masks or classes were used. ≈: the interval of the paired "
-        "difference contains 0: no difference is shown. paper: its Tables 1 and 2, Figures 3, 4. "
+        "+ validation images whose masks or classes were used. Differences are paired; one whose "
+        "interval contains 0 shows nothing. paper: its Tables 1 and 2, Figures 3, 4. "
         "raw_threshold: Otsu's masks; refined_threshold: those of --refine; random_init: the "
         "untrained network; best_constant: one mask for all images, from the training truth.",
         "", *bad]

@@ -123,7 +123,6 @@ def pseudo_mask(images, method="otsu", foreground="bright"):
 # ------------------------------------ refined pseudo-masks, without labels (not in the paper)
 CHANNELS = ("gray", "red", "green", "blue")             # skin lesions stand out more in blue
 REFINEMENTS = ("channel", "frame", "position", "trust")
-QUALITY = ("separability", "solidity", "position")      # the scores of mask_quality
 
 
 def foreground_dark_channel(image, channel="gray", foreground="dark"):
@@ -627,8 +626,9 @@ def write_refined_masks(method, data, folder):
             prepare_data.write_npy(folder / f"{part}_trusted.npy", is_trusted, is_trusted.shape)
             for name, chosen in dict(trusted=is_trusted, distrusted=~is_trusted).items():
                 means = quality[chosen].sum(axis=0) / max(1, chosen.sum())
-                scores = dict(zip(QUALITY, means.round(3).tolist(), strict=True))
-                evidence[f"{part}_{name}"] = dict(images=int(chosen.sum()), **scores)
+                names = ("separability", "solidity", "position")
+                evidence[f"{part}_{name}"] = dict(zip(names, means.round(3).tolist(), strict=True))
+                evidence[f"{part}_{name}"]["images"] = int(chosen.sum())
             if part == "train":
                 warn_of_two_kinds(quality, is_trusted)
     print(f"refined masks: {evidence}")
@@ -723,9 +723,8 @@ def validate(method, loader, device, seed):
 
 
 def train(method, sets, options, folder, device):
-    """Train on ImageSets, validate, log, save, maybe stop, until the epochs are done; or go on with
-    what `folder` holds. The first rank writes. Returns the steps of all epochs. Exits if a loss is
-    not finite."""
+    """Train on ImageSets, or go on with what `folder` holds; the first rank writes. Returns the
+    steps of all epochs. Exits if a loss is not finite."""
     # ===== data =====
     rank, n_ranks = ranks()
     seed, size = options.seed, options.batch_size
@@ -942,11 +941,6 @@ def open_run(settings, folder, command, overwrite):
     write_json(path, config)
 
 
-def is_complete(folder):
-    """Return whether a run folder has all its files: samples.png is the last one."""
-    return (folder / "samples.png").exists()
-
-
 # ------------------------------------------------------------------------------------------ flags
 # Flags that enter a run folder's name if they are not defaults, and what stands before each value.
 VARIANT = dict(train="", threshold="", loss="", foreground="", epochs="e", batch_size="b",
@@ -1049,7 +1043,7 @@ def main(argv=None):
         open_run(settings, folder, shlex.join(["python", "pretrain.py", *flags]), args.overwrite)
     if n_ranks > 1:
         dist.barrier()
-    if is_complete(folder):
+    if (folder / "samples.png").exists():               # the last file of a run
         print(f"{folder} is finished: nothing to do")
         return
     sets = image_sets(method, data, args.seed, folder)
