@@ -41,6 +41,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
+from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -555,7 +556,6 @@ def reference(job):
     unet = unet.to(job.device, memory_format=torch.channels_last).eval()
     training, training_masks = open_part(job.data, "train")
     foreground = job.head["foreground"]
-    other = dict(bright="dark", dark="bright")[foreground]
     refinement, evidence = pretrain.decide_refinement(training, foreground)
     is_trusted, _ = refinement.choose_trusted(images)
 
@@ -570,7 +570,7 @@ def reference(job):
         all_foreground=everywhere(True),
         all_background=everywhere(False),
         raw_threshold=thresholded(foreground),
-        raw_threshold_inverted=thresholded(other),
+        raw_threshold_inverted=thresholded(dict(bright="dark", dark="bright")[foreground]),
         refined_threshold=refinement.refine_masks(images),
         random_init=predict_each(unet, images, job.device))
     if training_masks is not None:
@@ -677,7 +677,8 @@ def predict_tiled(unet, image, tile, size, device, flips=False):
     height, width = image.shape[:2]
     below = max(0, tile - height)
     right = max(0, tile - width)
-    image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101)
+    if below + right:
+        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101)
     corners = []
     for side in image.shape[:2]:
         corners.append([*range(0, side - tile, tile // 2), side - tile])
@@ -736,8 +737,8 @@ def predict_folder(args):
         prepare_data.write_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
             red = cv2.addWeighted(image, 0.6, np.full_like(image, (255, 0, 0)), 0.4, 0)
-            overlay = np.where(mask[..., None], red, image)
-            prepare_data.write_png(out / "overlay" / f"{name}.overlay.png", overlay)
+            with new_file(out / "overlay" / f"{name}.jpg") as file:     # no mask is called so
+                Image.fromarray(np.where(mask[..., None], red, image)).save(file, "JPEG")
         relative = path.relative_to(source).as_posix()
         rows.append(dict(name=relative, foreground_fraction=f"{mask.mean():.6f}"))
     prepare_data.print_count(several_pages, "files have several pages or frames: page "
@@ -1033,8 +1034,7 @@ def parse_args(argv):
     add("--flips", action="store_true", help="predict with the mean over a picture's four flips")
     instead.add_argument("--predict", help="write masks for this folder; needs --run, --out")
     add("--tile", type=int, nargs="?", const=0,
-        help="with --predict: in overlapping windows of so many pixels a side (no number: the "
-        "training size) instead of resized as a whole")
+        help="with --predict: in windows of so many pixels a side (no number: the training size)")
     add("--page", type=int, default=0, help="with --predict: of files that have several; from 0")
     add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
     instead.add_argument("--export", help="write the network of --run as one file (.pt2)")

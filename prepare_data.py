@@ -1047,7 +1047,7 @@ def find_published(raw, args, bad):
             try:
                 shutil.unpack_archive(archive, partial, "zip")
             except Exception as error:          # of zipfile, zlib, lzma, shutil
-                sys.exit(f"{archive}: cannot be extracted ({error}); nothing was kept")
+                sys.exit(f"{archive}: cannot be extracted, get it again ({error})")
     pairs = []
     for pair in FINDERS[args.dataset](raw, args):
         if pair.masks:
@@ -1299,11 +1299,11 @@ def prepare(args, final):
     with new_folder(final) as folder:
         scratch = folder / "scratch"
         pairs = read_all(pairs, args, scratch, bad)
-        if bad:
-            print(*sorted(bad)[:20], f"{len(bad)} bad file(s); the first stand above",
-                  sep="\n", file=sys.stderr)
-            if not args.skip_bad:
-                sys.exit("nothing was written: mend them, or leave them out with --skip-bad")
+        for line in sorted(bad)[:20]:
+            print(line, file=sys.stderr)
+        if bad and not args.skip_bad:
+            sys.exit(f"{len(bad)} bad file(s), the first listed above; nothing was written. Mend "
+                     "them, or leave them out with --skip-bad")
         parts = assign_parts(pairs, args)
         read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
         foreground, evidence = args.foreground, "by --foreground, or known of this data set"
