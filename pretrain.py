@@ -595,8 +595,7 @@ def end_workers():
 
 
 class Loader(torch.utils.data.DataLoader):
-    """Its workers are deaf to Ctrl-C and SIGTERM, and no signal comes while they start: else those
-    that end before the program leave tracebacks."""
+    """Its workers are deaf to Ctrl-C and SIGTERM: one that ends before us leaves a traceback."""
 
     def __iter__(self):
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -755,7 +754,7 @@ def train(method, sets, options, folder, device):
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-    print(f"{folder}: {device}, precision {options.amp}, {epoch} epochs are done")
+    print(f"{folder}: precision {options.amp}" + f", going on after {epoch} epochs" * (epoch > 0))
     meta = prepare_data.read_meta(sets.train.folder)
     config = folder / "config.json"                     # open_run has written it anew
     config_time = config.stat().st_mtime_ns
@@ -829,7 +828,9 @@ def finish_run(method, sets, seed, folder, device):
     """Load the weights that are kept into `method`; write encoder.pth and samples.png."""
     kept = load_checkpoint(folder / "best.pt", device)
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    print(f"{folder}: epoch {kept['epoch']} is kept: look at log.csv and samples.png")
+    row = prepare_data.read_csv(folder / "log.csv")[kept["epoch"] - 1]
+    metrics = ", ".join(f"{name} {value}" for name, value in row.items() if "val_" in name)
+    print(f"{folder}: epoch {kept['epoch']} is kept: {metrics}; look at samples.png")
     with new_file(folder / "encoder.pth") as file:
         export_encoder(method, file)
     method.eval()
@@ -873,10 +874,9 @@ def pick_precision(asked, device, method, config):
     """Return "off", "bf16" or "fp16" for --amp; auto is what the run of `config` began with."""
     if asked == "fp16" and isinstance(method, DINO):
         sys.exit("--amp fp16 is not for dino, whose loss becomes nan in it: bf16 or off")
-    flags = Path("/proc/cpuinfo")                       # of Linux
-    if asked == "bf16" and device.type == "cpu" and flags.exists():
-        if "bf16" not in flags.read_text():
-            print("this processor has no instructions for bf16: --amp off is faster")
+    cpu = Path("/proc/cpuinfo")                         # of Linux
+    if asked == "bf16" and device.type == "cpu" and cpu.exists() and "bf16" not in cpu.read_text():
+        print("this processor has no instructions for bf16: --amp off is faster")
     if asked != "auto":
         return asked
     begun = config.get("settings", {}).get("amp")
@@ -981,8 +981,7 @@ def parse_args(argv=None):
     add("--foreground", choices=["bright", "dark"], help="default: as prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--patience", type=int,
-        help="epochs without a better validation loss; 0: never stop. Default: 5; 0 for byol, dino "
-        "and simsiam, whose loss says nothing about quality")
+        help="epochs without a better validation loss, 0: any. Default: 5; 0: byol, dino, simsiam")
     add("--lr", type=float, help="default: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="default: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
