@@ -60,15 +60,13 @@ MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask
     rf"(?P<name>.*[^/])[ _.-]({MASK_WORD}|(cp|inst)_masks?|lesion|binary|anno|[12](st|nd)ho)"
     rf"([ _.-]?\d+)?|(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)
 PART_FOLDER = re.compile(                       # training/x: train, x
-    "(.*?/)??(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
+    "(|.*?/)(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
-CONVERTED = {"PA": "RGBA", "La": "LA"}          # Pillow's mode: the mode that is read
-CONVERTED |= dict.fromkeys(("P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"), "RGB")
-GROUP_COLUMNS = ("group", "patient", "patient_id", "case")        # of labels.csv
+CONVERTED = {"P", "PA", "CMYK", "YCbCr", "LAB", "RGBX"}         # Pillow's modes read as RGB
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30     # ICC profiles, XMP
-Image.MAX_IMAGE_PIXELS = 5 * 10 ** 8            # Pillow refuses twice as many
+Image.MAX_IMAGE_PIXELS = 500_000_000            # Pillow refuses twice as many
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
 warnings.filterwarnings("ignore", module="PIL|pydicom")         # of files that they still read
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)     # of what it raises too
@@ -111,8 +109,7 @@ DATASET_INFO = {
 
 @contextlib.contextmanager
 def new_file(path):
-    """Open a temporary binary file that takes the place of `path` if the block ends well. Raises
-    OSError, which names `path`."""
+    """Open a binary file that takes the place of `path` if the block ends well. Raises OSError."""
     temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +125,9 @@ def new_file(path):
 def remove_leftovers(folder):
     """Delete temporary files and folders, older than a day, that killed processes left in it."""
     for path in Path(folder).glob(".[0-9]*.tmp"):
-        if time.time() - path.lstat().st_mtime > 24 * 60 * 60:
+        if time.time() - path.lstat().st_mtime > 86400:
             shutil.rmtree(path, ignore_errors=True)             # which leaves a file
-            if path.is_file():
-                path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def read_json(path):
@@ -155,9 +151,17 @@ def write_png(path, pixels):
 
 
 def read_csv(path):
-    """Return the rows of a CSV of write_csv, a list of dicts."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """Return the rows of a CSV, a list of dicts, as any program writes it: UTF-8 or Windows-1252;
+    comma, semicolon or tab."""
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", "replace")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+    return list(rows)
 
 
 def write_csv(path, rows):
@@ -173,7 +177,7 @@ def write_csv(path, rows):
 def write_npy(path, arrays, shape):
     """Write arrays, uint8 or bool, one after the other as one uint8 .npy of the whole shape."""
     with new_file(path) as file:                # a memory map would die by SIGBUS on a full disk
-        header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
             file.write(np.ascontiguousarray(array, np.uint8))
@@ -202,8 +206,7 @@ def new_folder(final):
 
 
 def map_threads(function, items):
-    """Yield function(item) for each item, in order, computed on all cores: Pillow and OpenCV let go
-    of Python's lock."""
+    """Yield function(item) for each, in order, on all cores: Pillow and OpenCV release the GIL."""
     items = iter(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(itertools.islice(items, 256)):      # pool.map submits all it is given
@@ -217,8 +220,7 @@ def print_count(items, message):
 
 
 def dataset_name(text):
-    """Return the name of a folder under --data, without the slash of tab completion. Raises
-    argparse.ArgumentTypeError."""
+    """Return the name of a folder under --data, without a last slash. Raises ArgumentTypeError."""
     name = text.rstrip("/")
     if "/" in name or name in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text} is not a name: give the folder above it with "
@@ -244,8 +246,7 @@ def check_numbers(parser, args, **minimum):
 
 
 def drop_unused(parser, args, flags):
-    """Return args with the defaults of `flags`, which this command does not use. Prints those that
-    were given."""
+    """Return args with the defaults of `flags`, not used here. Prints those that were given."""
     used = vars(args).copy()
     for flag in flags:
         if used[flag] != parser.get_default(flag):
@@ -271,8 +272,7 @@ def interrupt(signum, frame):
 
 
 def run_script(main, advice):
-    """Run a script's main(). Exit in one line on SIGTERM, Ctrl-C, an error of the system, or too
-    little memory."""
+    """Run main(). Exit in one line on SIGTERM, Ctrl-C, a system's error, or too little memory."""
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -282,18 +282,14 @@ def run_script(main, advice):
     except (OSError, csv.Error, re.error, KeyboardInterrupt) as error:
         sys.exit(f"{script}: {str(error) or 'interrupted'}; {advice}")
     except RuntimeError as error:                   # torch's
-        text = str(error).lower()
-        if re.search("shared memory|bus error|killed by signal", text):
-            sys.exit(f"{script}: a process that loads images was killed, or shared memory is too "
-                     f"small: --workers 0, or docker run --shm-size 1g; {advice}")
-        if re.search("out of memory|allocate memory", text):
-            sys.exit(f"{script}: out of memory: a smaller --batch-size, or pictures prepared at a "
-                     "smaller --size")
-        raise
+        words = "(shared|out of|allocate) memory|bus error|killed by signal"
+        if not re.search(words, str(error), re.IGNORECASE):
+            raise
+        sys.exit(f"{script}: out of memory: if the GPU's, a smaller --batch-size or --size; if "
+                 f"shared, or a worker's, --workers 0 or docker run --shm-size 1g; {advice}")
 
 
-# ---------------------------------------------------------------------------------- reading files
-
+# ----------------------------------------------------------------------- reading images and masks
 @dataclass
 class Picture:
     """One page of an image file, values as stored. read_picture undoes orientation (the number of
@@ -307,39 +303,35 @@ class Picture:
 
 def read_picture(path, page=0, as_mask=False):
     """Read one page of an image file: a Picture, upright, with bright as the larger value. Raises
-    ValueError, path and reason, if it cannot be read whole and correctly. as_mask keeps stored
-    values of DICOM, and indices of palettes that start with black and hold colours."""
+    ValueError, path and reason, if it cannot. as_mask keeps stored values of DICOM, and indices of
+    palettes that start with black and hold colours."""
     try:
         read = read_dicom if Path(path).suffix.lower() in DICOM else read_with_pillow
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
             picture = read(file, page, as_mask)
         pixels = picture.pixels
-        if pixels.dtype.kind == "c" or pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        if pixels.dtype.kind == "c" or not np.isfinite(pixels).all():
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or repr(error)
         if isinstance(error, Image.DecompressionBombError):
             reason = "it has more than 10^9 pixels: cut it into tiles"
-        if page:
-            reason = f"page {page}, counted from 0: {reason}"
-        raise ValueError(f"{path}: cannot be read: {reason}") from None
+        place = f"page {page}, counted from 0, " * bool(page)
+        raise ValueError(f"{path}: {place}cannot be read: {reason}") from None
     if picture.white_is_zero:
         pixels = max(1, pixels.max()) - pixels if pixels.dtype.kind == "f" else ~pixels
-    if picture.orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if picture.orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if picture.orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    picture.pixels = pixels
     if pixels.dtype == bool:
-        picture.pixels = pixels * np.uint8(255)
+        pixels = pixels * np.uint8(255)
+    quarters = {3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}.get(picture.orientation, 0)
+    pixels = np.rot90(pixels, quarters)
+    if picture.orientation in (2, 4, 5, 7):
+        pixels = np.fliplr(pixels)
+    picture.pixels = pixels
     return picture
 
 
 def read_with_pillow(file, page, as_mask):
-    """Read an open file with Pillow, 16-bit colour with OpenCV, and what neither reads rightly with
-    tifffile."""
+    """Read an open file with Pillow, 16-bit colour with OpenCV, other TIFFs with tifffile."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
@@ -353,12 +345,12 @@ def read_with_pillow(file, page, as_mask):
     orientation = 1
     with contextlib.suppress(Exception):        # a damaged EXIF block does not concern the pixels
         orientation = image.getexif().get(274, 1)
-    is_index = False
+    is_converted = image.mode in CONVERTED
     if image.mode == "P" and as_mask:
         palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-        is_index = not palette[0].any() and (palette != palette[:, :1]).any()
-    if image.mode in CONVERTED and not is_index:
-        image = image.convert(CONVERTED[image.mode])
+        is_converted = palette[0].any() or (palette == palette[:, :1]).all()
+    if is_converted:
+        image = image.convert("RGB")
     pixels = np.asarray(image)
     if is_deep and pixels.ndim == 3:
         file.seek(0)
@@ -370,14 +362,17 @@ def read_with_pillow(file, page, as_mask):
 def pillow_can_read(image):
     """Whether Pillow reads an open page of a TIFF as it is meant: 8 bits, not signed, of known
     channels, alpha not in planes; 16 bits or floats if gray and black is zero."""
-    tags, n = image.tag_v2, len(image.getbands())
-    photometric, extra = tags.get(262, 0), tags.get(338, ())        # 0: it is not said what
-    kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]           # bits; 1 unsigned, 3 float
+    tags = image.tag_v2
+    n = len(image.getbands())
+    photometric = tags.get(262, 0)
+    extra = tags.get(338, ())                   # 0: it is not said what
+    bits = tags.get(258, (1,))[0]
+    kind = tags.get(339, (1,))[0]               # 1 unsigned, 3 float
     if n != tags.get(277, 1) or photometric < 2 and extra == (0,):
         return False
-    if kind[0] <= 8:
-        return kind[1] == 1 and not (extra and tags.get(284) == 2)
-    is_known = kind == (16, 1) or kind == (32, 3) and tags.prefix == b"II"
+    if bits <= 8:
+        return kind == 1 and not (extra and tags.get(284) == 2)
+    is_known = bits == 16 and kind == 1 or bits == 32 and kind == 3 and tags.prefix == b"II"
     return is_known and n == 1 and photometric == 1
 
 
@@ -412,45 +407,42 @@ def read_dicom(file, page, as_mask):
     except ImportError:
         raise ValueError("a DICOM file: pip install pydicom (3 or newer) to read it") from None
     ds = pydicom.dcmread(file, force=True)      # some lack the mark DICM
-    if "Rows" not in ds:
-        raise ValueError("not a DICOM file with an image")
     pixels = dicom.pixel_array(ds, index=page)
-    groups = [*ds.get("SharedFunctionalGroupsSequence", ())]
-    groups += ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]
+    pages = int(ds.get("NumberOfFrames") or 1)
+    photometric = ds.PhotometricInterpretation
+    white_is_zero = photometric == "MONOCHROME1"
+    if as_mask:
+        if white_is_zero:
+            raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
+        return Picture(pixels, pages)
+    groups = [*ds.get("SharedFunctionalGroupsSequence", ()),
+              *ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]]
     for group in groups:                        # where enhanced files keep slope and window
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for item in group.get(name, ()):
                 ds.update(item)
-    photometric = ds.PhotometricInterpretation
-    white_is_zero = photometric == "MONOCHROME1"
-    padding = np.zeros(pixels.shape, bool)      # what lies outside of the picture proper
-    if ds.get("PixelPaddingValue") is not None and photometric.startswith("MONOCHROME"):
-        ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
-        padding = (pixels >= min(ends)) & (pixels <= max(ends))
-    if photometric == "MONOCHROME1" and as_mask:
-        raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
     if photometric == "PALETTE COLOR":
         pixels = dicom.apply_color_lut(pixels, ds)
-        if pixels.dtype == np.uint16:
-            pixels = (pixels >> 8).astype(np.uint8)
-    elif photometric.startswith("MONOCHROME") and not as_mask:
+    elif photometric.startswith("MONOCHROME"):
+        padding = np.zeros(pixels.shape, bool)  # what lies outside of the picture proper
+        if ds.get("PixelPaddingValue") is not None:
+            ends = ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
+            padding = (pixels >= min(ends)) & (pixels <= max(ends))
         pixels = dicom.apply_modality_lut(pixels, ds)
         ends = None
         if ds.get("VOILUTSequence"):
             ends = 0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
         elif ds.get("WindowWidth"):
             ends = dicom.apply_voi_lut(np.array([-1e9, 1e9]), ds)       # its black and white
+        elif padding.any() and not padding.all():
+            ends = np.percentile(pixels[~padding], (0.1, 99.9))
         if ends is not None:
             pixels = to_eight_bits(dicom.apply_voi_lut(pixels, ds), ends)
-    if padding.any() and not padding.all() and not as_mask:
-        if pixels.dtype != np.uint8:
-            pixels = to_eight_bits(pixels, np.percentile(pixels[~padding], (0.1, 99.9)))
-        pixels = np.where(padding, 255 * np.uint8(white_is_zero), pixels)   # the darkest
+            pixels[padding] = 255 * white_is_zero       # the darkest
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(pixels, int(ds.get("NumberOfFrames") or 1),
-                   white_is_zero=white_is_zero, patient=patient)
+    return Picture(pixels, pages, white_is_zero=white_is_zero, patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
@@ -474,7 +466,7 @@ def to_rgb(picture):
         pixels = pixels[..., :-1]
     if pixels.dtype != np.uint8:
         pixels = to_eight_bits(pixels)
-    if opacity is not None and opacity.min() < 1:
+    if opacity is not None:
         pixels = (255 + (pixels - 255.0) * opacity).round().clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
@@ -493,50 +485,36 @@ def resize(picture, size):
     return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-# ------------------------------------------------------------------------------------------ masks
-
-def read_mask(path, page=0):
-    """Read a mask file: values (H, W), and whether they are colours, 0xRRGGBB. Raises ValueError.
-    RGB with equal channels is gray; alpha counts if it alone varies; one page serves any `page`."""
+def find_foreground(path, rule="auto", page=0):
+    """Return the foreground of a mask file, bool (H, W), and how it was found, in words. Raises
+    ValueError. RGB with equal channels is gray; alpha counts if it alone varies; one page serves
+    any `page`. rule: ">N" or "<N", of colours the largest channel; a list, of values "1,255" or of
+    colours "#ff0000"; or "auto": of one value what is above 0, of two the larger, of two colours
+    that which is not black or white, and soft edges are cut at half of the largest value."""
     picture = read_picture(path, as_mask=True)
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask=True)
-    values = np.atleast_3d(picture.pixels)
-    if values.shape[2] in (2, 4):
-        alpha, values = values[..., -1:], values[..., :-1]
-        is_flat = (values == values[0, 0]).all()
+    pixels = np.atleast_3d(picture.pixels)      # (H, W, 1 to 4)
+    if pixels.shape[2] in (2, 4):
+        alpha, pixels = pixels[..., -1:], pixels[..., :-1]
+        is_flat = (pixels == pixels[0, 0]).all()
         if is_flat and (alpha.min() < alpha.max() or not alpha.any()):
-            values = alpha
-    if (values != values[..., :1]).any():
-        return to_rgb(Picture(values)) @ np.array([0x10000, 0x100, 1]), True
-    return values[..., 0], False
-
-
-def find_foreground(path, rule="auto", page=0):
-    """Return the foreground of a mask file, bool (H, W), and how it was found, in words. Raises
-    ValueError. rule: "auto"; ">N" or "<N", of colours the largest channel; or a list, of values
-    "1,255" or of colours "#ff0000"."""
-    values, is_colour = read_mask(path, page)
-    if rule == "auto":
-        return choose_foreground(path, values, is_colour)
+            pixels = alpha
+    values = pixels.max(axis=2)
+    is_colour = (pixels != values[..., None]).any()
     if rule[0] in "<>":
-        if is_colour:
-            values = np.maximum.reduce([values >> 16, values >> 8 & 255, values & 255])
         limit = float(rule[1:])
         return values > limit if rule[0] == ">" else values < limit, rule
-    if "#" not in rule:
-        if is_colour:
+    if is_colour:
+        values = to_rgb(Picture(pixels)) @ np.array([0x10000, 0x100, 1])        # 0xRRGGBB
+    if rule != "auto":
+        if is_colour and "#" not in rule:
             raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
-        return np.isin(values, [int(item) for item in rule.split(",")]), rule
-    if not is_colour:
-        values = values.astype(np.int64) * 0x10101              # gray as a colour
-    return np.isin(values, [int(item[1:], 16) for item in rule.split(",")]), rule
-
-
-def choose_foreground(path, values, is_colour):
-    """Return the foreground of a mask by its values (H, W) alone, bool (H, W), and how, in words:
-    of one value, if above 0; of two, the larger; of two colours, that which is not black or white;
-    soft edges are cut at half of the largest value. Raises ValueError for anything else."""
+        if "#" in rule and not is_colour:
+            values = values.astype(np.int64) * 0x10101          # gray as a colour
+        base = 16 if "#" in rule else 10
+        listed = [int(item.strip("#"), base) for item in rule.split(",")]
+        return np.isin(values, listed), rule
     found = np.unique(values)
     top = found[-1]
     shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
@@ -548,8 +526,8 @@ def choose_foreground(path, values, is_colour):
         return (values == top) & (top > 0), f"{top:g} of {shown}"
     elif has_soft_edges(values, found):
         return values > top / 2, "above half, of soft edges"
-    raise ValueError(f"{path}: a mask with the values {shown}{', ...' if len(found) > 5 else ''}: "
-                     "say which are foreground, with --mask-foreground '>0', '>127' (above half), "
+    raise ValueError(f"{path}: a mask with the values {shown}{', ...' * (len(found) > 5)}: say "
+                     "which are foreground, with --mask-foreground '>0', '>127' (above half), "
                      "'<128', or a list: 1 or 1,2 (255 is often an ignore value) or '#ff0000'")
 
 
@@ -562,14 +540,11 @@ def has_soft_edges(values, found):
         return False
     values = values.astype(np.float32)
     between = (values > 0.2 * top) & (values < 0.8 * top)
-    square = np.ones((3, 3), np.uint8)
-    on_slope = (cv2.erode(values, square) < values) & (values < cv2.dilate(values, square))
+    on_slope = (cv2.erode(values, None) < values) & (values < cv2.dilate(values, None))     # 3 x 3
     # Of masks of nuclei, histology, skin and X-rays: .58 to 1 in soft masks, 0 to .07 of instances.
     n = between.sum()
     return 3 * n < np.count_nonzero(values) and 2 * (on_slope & between).sum() >= n
 
-
-# --------------------------------------------------------------------- bright or dark, label-free
 
 def otsu_mask(image, foreground):
     """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", else not
@@ -581,27 +556,20 @@ def otsu_mask(image, foreground):
     return cv2.threshold(gray, 0, 1, side | cv2.THRESH_OTSU)[1]
 
 
-def measure_enclosed(image):
-    """uint8 (H, W, 3) -> (bright, dark): the fraction of the picture in components, of either side
-    of Otsu's threshold, that do not touch the border, as the background does."""
-    fractions = []
-    for foreground in ("bright", "dark"):
-        mask = otsu_mask(image, foreground)
-        mask = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
-        cv2.floodFill(mask, None, (0, 0), 0)    # the border, and all that touches it
-        fractions.append(float(mask[1:-1, 1:-1].mean()))
-    return fractions
-
-
 def decide_foreground(images):
-    """Return "bright" or "dark", for a whole data set, and the evidence, in words. images: those
-    of the training part, uint8 (S, S, 3)."""
-    bright, dark = np.array([*map_threads(measure_enclosed, images)]).T
-    decision, agree = "bright", np.mean(bright > dark)
-    if dark.mean() > bright.mean():
-        decision, agree = "dark", np.mean(dark > bright)
-    return decision, (f"the objects enclosed in {agree:.0%} of the training images; if preview.png "
-                      "shows other ones, set --foreground")
+    """Return "bright" or "dark", for a whole data set: the side of Otsu's threshold with more area
+    in components that do not touch the border, as the background does. images: those of the
+    training part, uint8 (S, S, 3)."""
+    def enclosed(image):
+        fractions = []
+        for foreground in ("bright", "dark"):
+            mask = np.pad(otsu_mask(image, foreground), 1, constant_values=1)
+            cv2.floodFill(mask, None, (0, 0), 0)        # the border, and all that touches it
+            fractions.append(mask[1:-1, 1:-1].mean())
+        return fractions
+
+    bright, dark = np.mean([*map_threads(enclosed, images)], axis=0)
+    return "dark" if dark > bright else "bright"
 
 
 # ------------------------------------------------------------------------------- finding the files
@@ -620,45 +588,41 @@ class Pair:
     pages: int = 1
     row: int = 0                                # of the scratch file
     mask_rule: str = ""                         # how the foreground was found, in words
-    foreground_fraction: float = 0              # of the mask
     digest: str = ""                            # digest_of
     patient: str = ""                           # of DICOM
-    is_binary: bool = False                     # of two values, as masks are
 
 
 def find_files(raw, match=True):
     """Find all image files below the folder `raw`, but hidden ones: {name: path}; {name: [paths]},
-    the masks of some of them; and a line for each file that cannot be used. Exit if there are none,
-    no mask has the name of an image, or an image has two masks. match=False takes all that is not
-    in a mask folder as images.
-
-    A name is the path below raw without suffix, in Unicode NFC, and without folders called images
-    or as MASK_FOLDER. Masks are the files in mask folders, and NAME_mask beside or below NAME.
-    """
+    the masks of some of them, which lie in mask folders or are called NAME_mask; and a line for
+    each file that cannot be used. Exit if there are none, no mask has the name of an image, or one
+    has two. match=False takes all that is not in a mask folder as images."""
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder")
-    images, candidates, bad, visited = {}, [], [], set()
+    images = {}
+    candidates = []
+    bad = []
     unsupported = collections.Counter()
-
-    def stop(error):                            # os.walk would leave the folder out
-        raise error
-
-    for folder, folders, files in os.walk(raw, followlinks=True, onerror=stop):
-        folder = Path(folder)
+    visited = set()
+    folders = [raw]
+    for folder in folders:                      # which grows
+        files = sorted(os.listdir(folder))
         if "train_images.npy" in files or folder.resolve() in visited:      # a link in a circle
-            folders.clear()
             continue
         visited.add(folder.resolve())
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        if "SegmentationClass" in folders and "SegmentationObject" in folders:
-            print(f"{folder}/SegmentationObject is left out: SegmentationClass has the masks")
-            folders.remove("SegmentationObject")
         in_mask_folder = any(map(MASK_FOLDER.fullmatch, folder.relative_to(raw).parts))
-        for path in sorted(folder / name for name in files if name[0] != "."):
+        for file in files:
+            path = folder / file
             suffix = path.suffix.lower()
             name = name_of(path.relative_to(raw))
-            if suffix not in EXTENSIONS:
-                unsupported[suffix or "without suffix"] += path.name != "labels.csv"
+            if file.startswith((".", "__MACOSX", "labels.csv")):
+                continue
+            if file == "SegmentationObject" and "SegmentationClass" in files:
+                print(f"{path} is left out: SegmentationClass has the masks")
+            elif path.is_dir():
+                folders.append(path)
+            elif suffix not in EXTENSIONS:
+                unsupported[suffix or "without suffix"] += 1
             elif name.encode(errors="ignore").decode() != name:
                 bad.append(f"{path}: its name is not UTF-8 (of a Windows zip?): rename it")
             elif in_mask_folder:
@@ -666,42 +630,27 @@ def find_files(raw, match=True):
             elif name in images and match:
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
-                if name in images:
-                    while name in images:       # q.png, q.jpg, images/q.png
-                        name += suffix
-                    print(f"{path}: its name is used twice: its mask is {name}.png")
+                while name in images:           # q.png, q.jpg, images/q.png
+                    print(f"{path}: the name {name} is used twice: {name}{suffix} is taken")
+                    name += suffix
                 images[name] = path
-    if +unsupported:
-        print("files of kinds that are not read:", dict(+unsupported),
+    if unsupported:
+        print("files of kinds that are not read:", dict(unsupported),
               "(DICOM needs .dcm; cut volumes into slices, a file each)")
     if not images:
         bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
-    return images, match_masks(images, candidates) if match else {}, bad
-
-
-def name_of(path):
-    """Return the name of an image or mask file from its path below --raw: see find_files."""
-    *folders, file = path.parts
-    if path.suffix.lower() in EXTENSIONS:
-        file = path.stem
-    if re.search("(^|/)images(Tr|Ts)/", path.as_posix()):
-        file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
-    names = itertools.filterfalse(FOLDER_OF_KIND.fullmatch, folders)
-    return unicodedata.normalize("NFC", "/".join([*names, file]))
-
-
-def match_masks(images, candidates):
-    """Return {name: [mask paths]}. images: {name: path}, from which masks are removed; candidates:
-    [(name, path)] of the files in mask folders. Exit if no mask has an image, or one has two."""
+    if not match:
+        return images, {}, bad
     like_masks = list(filter(MASK_NAME.fullmatch, images))
     if len(like_masks) < len(images):           # else they are images, for all their names
         candidates += [(name, images.pop(name)) for name in like_masks]
-    masks, orphans = collections.defaultdict(list), []
+    masks = collections.defaultdict(list)
+    orphans = []
     for name, path in candidates:
-        match = MASK_NAME.fullmatch(name)
-        if match and name not in images:
-            name = match["name"] or name
+        found = MASK_NAME.fullmatch(name)
+        if found and name not in images:
+            name = found["name"] or name
         if name in images:
             masks[name].append(path)
         else:
@@ -709,26 +658,38 @@ def match_masks(images, candidates):
     if orphans and not masks:
         sys.exit(f"{orphans[0]}: a mask by its name or folder, but no mask has the name of an "
                  f"image, such as {min(images)}. Put masks into masks/ under their images' names")
-    used = {path.parent for paths in masks.values() for path in paths}
     print_count(orphans, "masks have no image and are not used")
+    used = {path.parent for paths in masks.values() for path in paths}
     for folder in {path.parent for path in orphans} - used:     # one may be of fields of view
-        beside = [other for other in used if other.parent == folder.parent]
-        if beside:
-            sys.exit(f"{beside[0]} and {folder}: which has the masks? Move the other away, and "
-                     "give masks the names of their images")
-    for name, paths in masks.items():
-        stems = {path.stem for path in paths}
-        unnumbered = [stem for stem in stems if not stem[-1].isdigit()]
-        twice = len(stems) < len(paths) or len(unnumbered) > 1
-        if twice or len({path.parent for path in paths}) > 1:
+        for other in used:
+            if other.parent == folder.parent:
+                sys.exit(f"{other} and {folder}: which has the masks? Move the other away, and "
+                         "give masks the names of their images")
+    for name, paths in masks.items():           # NAME_mask, NAME_mask_1, NAME_mask_2: one kind
+        stems = {str(path.with_suffix("")) for path in paths}
+        kinds = {re.sub(r"[ _.-]?\d+$", "", stem) for stem in stems}
+        if len(stems) < len(paths) or len(kinds) > 1:
             sys.exit(f"{images[name]}: has two masks, {paths[0]} and {paths[1]}: keep one, or "
                      "number them in one folder")
-    return masks
+    return images, masks, bad
+
+
+def name_of(path):
+    """Return the name of an image or mask file: its path below --raw without suffix, in Unicode
+    NFC, and without folders called images or as MASK_FOLDER."""
+    *folders, file = path.parts
+    if path.suffix.lower() in EXTENSIONS:
+        file = path.stem
+    if {"imagesTr", "imagesTs"} & {*folders}:
+        file = re.sub(r"_\d{4}$", "", file)     # nnU-Net's channel
+    names = itertools.filterfalse(FOLDER_OF_KIND.fullmatch, folders)
+    return unicodedata.normalize("NFC", "/".join([*names, file]))
 
 
 def find_folder(raw, args, bad):
-    """Find all images below --raw: Pairs with masks, labels, groups, and the parts that train/,
-    val/ and test/ say. Of a given val or test part with masks, all need them."""
+    """Find all images below --raw: Pairs with masks, the parts of train/, val/ and test/, groups of
+    folders, --group-regex (its first group, or all) or labels.csv, and its labels. Of a given val
+    or test part with masks, all need them. Exit if folders or labels.csv are unclear."""
     images, masks, unusable = find_files(raw)
     bad += unusable
     print(f"{raw}: {len(images)} images, {len(masks)} of them with masks")
@@ -738,7 +699,7 @@ def find_folder(raw, args, bad):
         match = PART_FOLDER.fullmatch(name)
         if match:
             pair.part = match[2].lower()
-            pair.name = (match[1] or "") + match[3]
+            pair.name = match[1] + match[3]
         pairs.append(pair)
     found = {pair.part for pair in pairs}
     if found == {"train", "val"}:               # a challenge keeps its test masks
@@ -748,8 +709,26 @@ def find_folder(raw, args, bad):
     elif found not in ({""}, {"train", "test"}, {*PARTS}):
         sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give train and test, or also "
                  "val, and no images outside of them, or none")
-    masked = {pair.part for pair in pairs if pair.masks} & {"val", "test"}
-    group_by_folder(raw, pairs, args.group_regex)
+    masked = {pair.part for pair in pairs if pair.masks} - {"", "train"}
+    if args.group_regex:
+        for pair in pairs:
+            match = re.search(args.group_regex, pair.name)
+            pair.group = match and match[match.re.groups and 1] or ""
+    else:                                       # the topmost folder that not all share
+        folders = [pair.name.split("/")[:-1] for pair in pairs]
+        depth = len(os.path.commonprefix(folders))
+        for pair, names in zip(pairs, folders, strict=True):
+            pair.group = "".join(names[depth:depth + 1])
+        names = sorted({pair.group for pair in pairs} - {""})
+        n = len({pair.group or pair.name for pair in pairs})
+        is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
+        if names and not pairs[0].part and not is_dicom:
+            if n < 5 and len(pairs) >= 8 * n:
+                sys.exit(f"{raw}: are the folders {', '.join(names)} patients, whose images stay "
+                         "in one part? Then give --group-regex '^([^/]+)/'. If they are classes, "
+                         "give '.+'")
+            print_count(names, "folders are taken as patients, and each stays in one part: "
+                        "--group-regex '.+' splits image by image")
     for pair in pairs:
         if not pair.masks and pair.part in masked:
             bad.append(f"{pair.image}: has no mask, as others in {pair.part} have")
@@ -757,71 +736,30 @@ def find_folder(raw, args, bad):
             bad.append(f"{pair.image}: {pair.name} does not match --group-regex")
         else:
             good.append(pair)
-    table = raw / "labels.csv"
-    if table.is_file():
-        set_labels(table, good)
-    return good
-
-
-def group_by_folder(raw, pairs, regex):
-    """Set the group of each pair: what `regex` finds in its name, its first group or all of it; by
-    default the topmost folder that not all share. Exit if few large folders may be classes."""
-    shared = os.path.commonprefix([pair.name.split("/")[:-1] for pair in pairs])
-    default = f"^{re.escape('/'.join([*shared, '']))}([^/]+)/"
-    for pair in pairs:
-        match = re.search(regex or default, pair.name)
-        pair.group = match and match[match.re.groups and 1] or ""
-    names = sorted({pair.group for pair in pairs} - {""})
-    is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
-    if regex or not names or pairs[0].part or is_dicom:
-        return
-    n = len({pair.group or pair.name for pair in pairs})
-    if n < 5 and len(pairs) >= 8 * n:
-        sys.exit(f"{raw}: are the folders {', '.join(names)} patients, whose images stay in one "
-                 "part? Then give --group-regex '^([^/]+)/'. If they are classes, give '.+'")
-    print_count(names, "folders are taken as patients, and each stays in one part: --group-regex "
-                "'.+' splits image by image")
-
-
-def set_labels(path, pairs):
-    """Set the label and group of each pair from the table labels.csv, in which they stand under the
-    pair's name or its file's. Exit if none does, or one has two."""
-    found = {}
-    for row in read_table(path, ["name"]):
-        name = name_of(Path(row["name"] or "?"))
-        groups = [row[column] for column in GROUP_COLUMNS if row.get(column)]
-        said = (row.get("label", ""), "".join(groups[:1]))
-        if found.setdefault(name, said) != said:
-            sys.exit(f"{path}: {name} stands there twice, as {found[name]} and as {said}")
-    used = set()
-    for pair in pairs:
-        file = name_of(pair.image.relative_to(path.parent))
+    path = raw / "labels.csv"
+    if not good or not path.is_file():
+        return good
+    said, used = {}, set()                      # {name: (label, group)}
+    for row in read_csv(path):
+        name = name_of(Path(row.get("name", "").strip() or "?"))
+        groups = map(row.get, ("group", "patient", "patient_id", "case"))
+        content = (row.get("label", "").strip(), next(filter(None, groups), "").strip())
+        if said.setdefault(name, content) != content:
+            sys.exit(f"{path}: {name} stands there twice, with two labels or groups")
+    for pair in good:
+        file = name_of(pair.image.relative_to(raw))
         for name in (os.path.basename(file), file, pair.name):      # the last of them counts
-            if name in found:
-                pair.label, group = found[name]
+            if name in said:
+                pair.label, group = said[name]
                 pair.group = group or pair.group
                 used.add(name)
-    print_count([pair.name for pair in pairs if not pair.label],
-                f"of {len(pairs)} images have no label in {path}")
-    print_count(sorted(found.keys() - used), f"rows of {path} have no image")
-    if pairs and not used:
-        sys.exit(f"{path}: has names such as {min(found, default='')}, images {pairs[0].name}")
-
-
-def read_table(path, columns):
-    """Read a CSV as programs write it (UTF-8 or Windows-1252; comma, semicolon or tab): a list of
-    dicts. Exit if one of these columns is missing."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace")
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
-    if not {*columns} <= {*rows.fieldnames}:
-        sys.exit(f"{path}: needs the columns {' and '.join(columns)}, has {rows.fieldnames}")
-    return [{key: str(row[key] or "").strip() for key in rows.fieldnames} for row in rows]
+    if not used:
+        sys.exit(f"{path}: has no column name, or none of the images: {min(said, default='')}, "
+                 f"not {good[0].name}")
+    print_count([pair.name for pair in good if not pair.label],
+                f"of {len(good)} images have no label in {path}")
+    print_count(sorted(said.keys() - used), f"rows of {path} have no image")
+    return good
 
 
 # -------------------------------------------------------------------------------------- splitting
@@ -829,7 +767,8 @@ def read_table(path, columns):
 def join_duplicates(pairs):
     """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one."""
     groups = np.array([pair.group or f"{pair.part}/{pair.name}" for pair in pairs])
-    first, again = {}, []
+    first = {}
+    again = []
     for k, pair in enumerate(pairs):
         for key in filter(None, (pair.digest, pair.patient)):
             other = first.setdefault(key, k)
@@ -842,53 +781,39 @@ def join_duplicates(pairs):
     print_count(again, "pictures are there twice")
 
 
-def split_pairs(pairs, seed, stratified=False):
-    """Set the part of every pair: split groups, in seeded order, are cut at int(.7 n) and int(.8 n)
-    images, or slides. Of three or more groups, some of several images, each part gets at least one.
-    stratified: 20 % test, then 13 % of the rest validation, both rounded up; each label has an
-    order of its own, evenly merged."""
+def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
+    """Set the part of every pair: split groups, in seeded order, are cut at int(share n) images, or
+    slides, into train, val and, by a second share, test. Of groups of several images each part gets
+    one. stratified: 20 % test, then 13 % of the rest validation, both rounded up, of each label."""
     images = collections.defaultdict(set)       # of each group; the tiles of a slide are one
     classes = collections.defaultdict(list)
     for pair in pairs:
         images[pair.split_group].add(pair.image)
         classes[pair.label].append(pair.split_group)
     total = sum(map(len, images.values()))
+    parts = PARTS[:len(shares) + 1]
+    cuts = [int(share * total) for share in shares]
     if stratified:
         test = math.ceil(0.2 * total)
-        parts, cuts = ("test", "val", "train"), [test, test + math.ceil(0.13 * (total - test))]
+        parts = ("test", "val", "train")
+        cuts = [test, test + math.ceil(0.13 * (total - test))]
     else:
-        parts, cuts = PARTS, [int(0.7 * total), int(0.8 * total)]
         classes = {"": sorted(images)}
     generator = np.random.default_rng(seed)
-    ranked = []
+    ranked = []                                 # each label in an order of its own, evenly merged
     for label, groups in sorted(classes.items()):
         for k, group in enumerate(generator.permutation(groups).tolist()):
             ranked.append(((k + 0.5) / len(groups), label, group))
     order = list(dict.fromkeys(group for *_, group in sorted(ranked)))
-    starts = np.cumsum([0] + [len(images[group]) for group in order])
-    first, second = np.searchsorted(starts, cuts)           # the groups that begin at or after it
     n = len(order)
-    if 3 <= n < total:
-        first = np.clip(first, 1, n - 2)
-        second = np.clip(second, first + 1, n - 1)
-    part_of = dict(zip(order, np.repeat(parts, [first, second - first, n - second]).tolist(),
-                       strict=True))
+    starts = np.cumsum([0] + [len(images[group]) for group in order])
+    ends = [0, *np.searchsorted(starts, cuts), n]           # the groups that begin at or after it
+    if len(parts) <= n < total:
+        for i in range(1, len(parts)):
+            ends[i] = np.clip(ends[i], ends[i - 1] + 1, n - len(parts) + i)
+    part_of = dict(zip(order, np.repeat(parts, np.diff(ends)).tolist(), strict=True))
     for pair in pairs:
         pair.part = part_of[pair.split_group]
-
-
-def cut_validation(pairs, seed):
-    """Move an eighth of the given training Pairs, in whole groups in a seeded order, to val."""
-    groups = collections.defaultdict(list)
-    for pair in pairs:
-        groups[pair.split_group].append(pair)
-    moved = []
-    for group in np.random.default_rng(seed).permutation(sorted(groups)).tolist()[:-1]:
-        if 8 * len(moved) < len(pairs):
-            moved += groups[group]
-    for pair in moved:
-        pair.part = "val"
-    print(f"no validation part is given: {len(moved)} of {len(pairs)} training images become it")
 
 
 def assign_parts(pairs, args):
@@ -897,18 +822,25 @@ def assign_parts(pairs, args):
     pairs = sorted(pairs, key=lambda pair: (not pair.masks, pair.name))
     join_duplicates(pairs)
     labelled = [pair for pair in pairs if pair.masks] or pairs
-    if not any(pair.part for pair in pairs):
+    given = {pair.part for pair in pairs}
+    if given == {""}:
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
-    elif "val" not in {pair.part for pair in pairs}:
-        cut_validation([pair for pair in labelled if pair.part == "train"], args.seed)
+    elif "val" not in given:
+        training = [pair for pair in labelled if pair.part == "train"]
+        split_pairs(training, args.seed, shares=[0.875])
+        n = sum(pair.part == "val" for pair in training)
+        print(f"no validation part is given: {n} of {len(training)} training images become it")
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
     parts = {part: [] for part in PARTS}
-    joined, left_out, elsewhere = [], [], []
+    joined = []
+    left_out = []
+    elsewhere = []
     for pair in pairs:
         part = part_of.get(pair.split_group, "train")
         if pair.part:
             parts[pair.part].append(pair)
-            elsewhere += [pair.image] * (pair.part != part)
+            if pair.part != part:
+                elsewhere.append(pair.image)
         elif part == "train":
             parts["train"].append(pair)
             joined.append(pair.image)
@@ -927,112 +859,33 @@ def assign_parts(pairs, args):
 # ---------------------------------------------------------------------- the data sets as published
 
 def find_all(raw, *patterns):
-    """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, near
-    ones first. Prints the patterns if there are none."""
+    """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, sorted
+    for each pattern. Prints the patterns if there are none."""
     found = []
     for pattern in patterns:
-        paths = glob.glob(f"**/{pattern}", root_dir=raw, recursive=True)
-        found += sorted(paths, key=lambda path: (path.count("/"), path))
+        found += sorted(glob.glob(f"**/{pattern}", root_dir=raw, recursive=True))
     if not found:
         print(f"{raw}: nothing here is called {' or '.join(patterns)}")
     return [raw / path for path in found]
 
 
-def images_in(raw, *patterns):
-    """Return {name: path} of find_all's image files, of equal names the first. A name is the stem
-    up to _segmentation or _component."""
-    found = {}
-    for path in find_all(raw, *patterns):
-        if path.suffix.lower() in EXTENSIONS:
-            found.setdefault(re.sub("_segmentation$|_component_.*", "", path.stem), path)
-    return found
-
-
 def pairs_in(raw, images, masks, **more):
-    """Return Pairs of the images and masks of equal names, see images_in; more: fields. images,
-    masks: patterns."""
-    masks = images_in(raw, *masks)
-    pairs = []
-    for name, path in sorted(images_in(raw, *images).items()):
-        found = [masks[name]] if name in masks else []
-        pairs.append(Pair(name, path, found, **more))
-    return pairs
-
-
-def find_isic(raw, args):
-    """ISIC-2017: the official parts; labels from Part3, nevus if neither column says 1."""
-    pairs, labels = [], {}
-    diseases = ("seborrheic_keratosis", "melanoma")
-    for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
-        stem = f"ISIC-2017_{official}_"
-        for table in find_all(raw, stem + "Part3_GroundTruth.csv")[:1]:
-            for row in read_table(table, ("image_id", *diseases)):
-                found = [disease for disease in diseases if row[disease].startswith("1")]
-                labels[row["image_id"]] = ["nevus", *found][-1]
-        pairs += pairs_in(raw, [stem + "Data/*[0-9].*"],        # not *_superpixels.png
-                          [stem + "Part1_GroundTruth/*_segmentation.*"], part=part)
-    for pair in pairs:
-        pair.label = labels.get(pair.name, "")
-    return pairs
-
-
-def find_xray(raw, args):
-    """The COVID-19 Radiography data: class = label; masks of 256 px for images of 299."""
-    pairs = []
-    for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
-        pairs += pairs_in(raw, [f"{label}/images/*"], [f"{label}/masks/*"], label=label)
-    return pairs
-
-
-def find_drone(raw, args):
-    """The Semantic Drone Dataset, from Kaggle or its own page: foreground is any class but
-    `unlabeled`, which is index 0 and black."""
-    print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
-    return pairs_in(raw, ["original_images/*", "training_set/images/*"],
-                    ["label_images_semantic/*", "RGB_color_image_masks/*",
-                     "training_set/gt/semantic/label_images/*"])
-
-
-def find_dsb2018(raw, args):
-    """BBBC038 stage 1: one folder per image, named after it; one mask per nucleus."""
-    pairs = []
-    for name, path in sorted(images_in(raw, "images/*").items()):
-        folder = path.parent.parent
-        if name == folder.name:
-            pairs.append(Pair(name, path, sorted(folder.glob("masks/[!.]*.*"))))
-    return pairs
-
-
-def find_dm(raw, args):
-    """Dermatomyositis slides, masks as in either publication. Groups are slides, or patients (the
-    first two fields of the name)."""
-    pairs = pairs_in(raw, ["*_component_data.tif", "*_component_data.tiff"],
-                     ["*_component_mask_labels.tif*", "*_component_data.tif[mM]ask.tif*"])
-    for pair in pairs:
-        pair.group = pair.name
-        if args.split_by == "patient":
-            pair.group = "_".join(pair.name.split("_")[:2])
-    return pairs
-
-
-def find_tissuenet(raw, args):
-    """TissueNet: the official parts, of the latest version; foreground is the whole cell."""
-    pairs = []
-    for part in PARTS:
-        for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
-            for i in range(len(np.load(path, mmap_mode="r"))):
-                name = f"{path.parent}[{i}]"
-                pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
-                                  source=(path.parent, i)))
-    return pairs
-
-
-FINDERS = {"dm": find_dm, "tissuenet": find_tissuenet, "isic": find_isic, "xray": find_xray,
-           "drone": find_drone, "dsb2018": find_dsb2018}
+    """Return Pairs of the image files that match these patterns, with the masks of equal names;
+    more: fields. A name is the stem up to _segmentation or _component; the first file counts."""
+    pairs = {}
+    for path in find_all(raw, *images):
+        name = re.sub("_component_.*", "", path.stem)
+        if path.suffix.lower() in EXTENSIONS:
+            pairs.setdefault(name, Pair(name, path, **more))
+    for path in find_all(raw, *masks):
+        name = re.sub("_segmentation$|_component_.*", "", path.stem)
+        if name in pairs and not pairs[name].masks:
+            pairs[name].masks.append(path)
+    return [pair for _, pair in sorted(pairs.items())]
 
 
 def find_published(raw, args, bad):
-    """Find the Pairs of a published data set, after archives are extracted, once, into folders of
+    """Find the Pairs of a published data set, in archives too, which are extracted into folders of
     their names. Exit if one is broken, or a whole part is missing."""
     source = DATASET_INFO[args.dataset].homepage
     if not raw.is_dir():
@@ -1047,13 +900,49 @@ def find_published(raw, args, bad):
             try:
                 shutil.unpack_archive(archive, partial, "zip")
             except Exception as error:          # of zipfile, zlib, lzma, shutil
-                sys.exit(f"{archive}: cannot be extracted, get it again ({error})")
+                sys.exit(f"{archive}: cannot be extracted ({error}): get it again")
     pairs = []
-    for pair in FINDERS[args.dataset](raw, args):
-        if pair.masks:
-            pairs.append(pair)
-        else:
-            bad.append(f"{pair.image}: has no mask")
+    if args.dataset == "isic":                  # nevus, if neither column says 1
+        labels = {}
+        for part, official in zip(PARTS, ("Training", "Validation", "Test_v2"), strict=True):
+            stem = f"ISIC-2017_{official}_"
+            for table in find_all(raw, stem + "Part3_GroundTruth.csv"):
+                for row in read_csv(table):
+                    labels[row["image_id"]] = "nevus"
+                    for disease in ("seborrheic_keratosis", "melanoma"):
+                        if row[disease].startswith("1"):
+                            labels[row["image_id"]] = disease
+            pairs += pairs_in(raw, [stem + "Data/*[0-9].*"],        # not *_superpixels.png
+                              [stem + "Part1_GroundTruth/*_segmentation.*"], part=part)
+        for pair in pairs:
+            pair.label = labels.get(pair.name, "")
+    elif args.dataset == "xray":
+        for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
+            pairs += pairs_in(raw, [f"{label}/images/*"], [f"{label}/masks/*"], label=label)
+    elif args.dataset == "drone":               # from Kaggle, or its own page
+        print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
+        pairs = pairs_in(raw, ["original_images/*", "training_set/images/*"],
+                         ["label_images_semantic/*", "training_set/gt/semantic/label_images/*"])
+    elif args.dataset == "dsb2018":             # one folder per image, one mask per nucleus
+        pairs = pairs_in(raw, ["images/*"], ["masks/*"])
+        for pair in pairs:
+            pair.masks = sorted(pair.image.parent.parent.glob("masks/[!.]*.*"))
+    elif args.dataset == "dm":                  # masks as in either publication
+        pairs = pairs_in(raw, ["*_component_data.tif", "*_component_data.tiff"],
+                         ["*_component_mask_labels.tif*", "*_component_data.tif[mM]ask.tif*"])
+        for pair in pairs:
+            pair.group = pair.name
+            if args.split_by == "patient":
+                pair.group = "_".join(pair.name.split("_")[:2])
+    else:                                       # tissuenet, the latest version
+        for part in PARTS:
+            for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
+                for i in range(len(np.load(path, mmap_mode="r"))):
+                    name = f"{path.parent}[{i}]"
+                    pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
+                                      source=(path.parent, i)))
+    bad += [f"{pair.image}: has no mask" for pair in pairs if not pair.masks]
+    pairs = [pair for pair in pairs if pair.masks]
     if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
         sys.exit(f"{raw}: not enough is here to fill train, val and test: give the folder that "
                  f"holds all files of {source}")
@@ -1067,23 +956,22 @@ def fetch(args):
     if not info.files:
         sys.exit(f"--download is for isic and dsb2018. Give --raw DIR. {info.homepage}")
     for url in info.files:
-        path = Path(args.raw) / url.rpartition("/")[2]
+        path = Path(args.raw) / os.path.basename(url)
         if path.exists() or path.with_suffix("").is_dir():
             continue
-        partial = path.with_name(path.name + ".part")
+        partial = f"{path}.part"
         command = "curl --fail --location --continue-at - --retry 5 --create-dirs --speed-limit 1"
         if subprocess.run([*command.split(), "--output", partial, url]).returncode:
             sys.exit(f"{url}: not fetched, see curl's words above. The same command goes on from "
                      f"{partial}, unless you delete it")
-        partial.replace(path)
+        os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------- reading them back
 
 def read_meta(folder):
     """Read the meta.json of a prepared data set, a dict. Exit if there is none."""
-    folder = Path(folder)
-    meta = read_json(folder / "meta.json")
+    meta = read_json(Path(folder) / "meta.json")
     if not meta:
         sys.exit(f"{folder} is not prepared: run python prepare_data.py --dataset NAME --raw DIR")
     return meta
@@ -1092,10 +980,13 @@ def read_meta(folder):
 def open_part(folder, part):
     """Map, not read, the arrays of a part: images uint8 (N, S, S, 3), and masks uint8 {0, 1} (N, S,
     S) or None. Exit if they cannot be read."""
-    masks = Path(folder) / f"{part}_masks.npy"
+    path = Path(folder) / f"{part}_masks.npy"
+    masks = None
     try:
         images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
-        return images, np.load(masks, mmap_mode="r") if masks.exists() else None
+        if path.exists():
+            masks = np.load(path, mmap_mode="r")
+        return images, masks
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{folder}: cannot be mapped: {error}. Is it on a disk that maps files? If it is "
                  "damaged, prepare it again with --overwrite")
@@ -1103,17 +994,16 @@ def open_part(folder, part):
 
 def read_names(folder, part):
     """Read {part}.csv, in the order of the arrays: a list of dicts name, group, label."""
-    return read_csv(Path(folder) / f"{part}.csv")
+    return read_csv(f"{folder}/{part}.csv")
 
 
 def fingerprint_of(folder):
     """Return the sha256 of the arrays of a prepared data set. Exit if they cannot be read."""
     digest = hashlib.sha256()
     for part in PARTS:
-        images, masks = open_part(folder, part)
-        digest.update(images)
-        if masks is not None:
-            digest.update(masks)
+        for array in open_part(folder, part):
+            if array is not None:
+                digest.update(array)
     return digest.hexdigest()
 
 
@@ -1127,7 +1017,8 @@ def digest_of(image):
 def check(folder):
     """Read a prepared data set back. Exit with a line for each problem found."""
     meta = read_meta(folder)
-    problems, first = [], {}
+    problems = []
+    first = {}                                  # {a group or picture: where it was first}
     for part, n in meta["counts"].items():
         rows = read_names(folder, part)
         if len(rows) != n:
@@ -1159,8 +1050,10 @@ def contact_sheet(rows, titles, captions=None):
         top = line + k * height
         for i, tile in enumerate(row):
             if tile is not None:
-                tile = to_rgb(Picture(tile if tile.ndim == 3 else (tile > 0) * np.uint8(255)))
-                sheet.paste(Image.fromarray(resize(tile, cell)), (i * width, top))
+                if tile.ndim == 2:
+                    tile = tile * np.uint8(255)
+                tile = resize(to_rgb(Picture(tile)), cell)
+                sheet.paste(Image.fromarray(tile), (i * width, top))
         if captions:
             draw.text((2, top + width), captions[k], "black")
     return np.array(sheet)
@@ -1169,8 +1062,7 @@ def contact_sheet(rows, titles, captions=None):
 # -------------------------------------------------------------------------------------- preparing
 
 def draw_nuclei(size, rng):
-    """Return a picture in the look of stained nuclei, uint8 (S, S, 3), and its true mask, bool (S,
-    S)."""
+    """Draw a picture like stained nuclei, uint8 (S, S, 3), and its true mask, bool (S, S)."""
     fine = 4 * size                             # drawn four times as fine, then averaged down
     glow = rng.uniform(10, 60, (3, 3)).astype(np.float32)
     glow = cv2.resize(glow, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -1191,44 +1083,25 @@ def draw_nuclei(size, rng):
     return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), mask
 
 
-def two_channels(x):
-    """TissueNet's (H, W, 2), nuclei and membranes -> uint8 (H, W, 3), green and blue as DeepCell
-    shows them, each from the 5 and 95 percentiles of its non-zero pixels."""
-    image = np.zeros((*x.shape[:2], 3), np.uint8)
-    for channel in (0, 1):
-        values = x[..., channel]
-        if values.any():
-            ends = np.percentile(values[values > 0], (5, 95))
-            image[..., channel + 1] = to_eight_bits(values, ends)
-    return image
-
-
-def tile_slide(pair, image, mask):
-    """Yield the tiles of a slide, each a Pair, its image (TILE, TILE, 3) and mask (TILE, TILE);
-    what lies outside of the slide is 0."""
-    height, width = mask.shape
-    image = np.pad(image, ((0, TILE), (0, TILE), (0, 0)))
-    mask = np.pad(mask, (0, TILE))
-    for y, x in itertools.product(range(0, height, TILE), range(0, width, TILE)):
-        window = np.s_[y:y + TILE, x:x + TILE]
-        tile = replace(pair, name=f"{pair.name}_{y // TILE}_{x // TILE}")
-        yield tile, image[window], mask[window]
-
-
 def load(pair, args):
     """Read an image and its masks: [(Pair, uint8 (S, S, 4))], one for each tile of a dm slide, or
-    one in all; the fourth channel is the mask {0, 1}. Sets what a Pair says of its pictures. Raises
-    ValueError with the path of the file that is bad."""
+    one in all; the fourth channel is the mask {0, 1}. Raises ValueError, path and reason."""
     if args.dataset == "demo":
         image, mask = draw_nuclei(args.size, np.random.default_rng(pair.source))
-    elif args.dataset == "tissuenet":
+    elif args.dataset == "tissuenet":           # nuclei green, membranes blue, as DeepCell shows it
         folder, i = pair.source
-        image = two_channels(np.load(folder / "X.npy", mmap_mode="r")[i])
+        x = np.load(folder / "X.npy", mmap_mode="r")[i]         # (H, W, 2)
+        image = np.zeros((*x.shape[:2], 3), np.uint8)
+        for channel in (0, 1):
+            values = x[..., channel]
+            if values.any():
+                ends = np.percentile(values[values > 0], (5, 95))
+                image[..., channel + 1] = to_eight_bits(values, ends)
         mask = np.load(folder / "y.npy", mmap_mode="r")[i, ..., 0] > 0
     else:
         picture = read_picture(pair.image, args.page)
         image = to_rgb(picture)
-        mask = np.zeros(image.shape[:2] if pair.masks else (1, 1), bool)
+        mask = np.zeros(image.shape[:2], bool)
         pair.pages = picture.pages
         if not args.group_regex:                # which says more
             pair.patient = picture.patient
@@ -1241,22 +1114,41 @@ def load(pair, args):
             else:
                 raise ValueError(f"{path}: the mask has {found.shape} rows and columns, its image "
                                  f"{mask.shape}")
-    coarse = image[::4, ::4]
-    pair.is_binary = np.isin(coarse, (coarse.min(), coarse.max())).all()
-    tiles = tile_slide(pair, image, mask) if args.dataset == "dm" else [(pair, image, mask)]
+    tiles = [(pair.name, image, mask)]
+    if args.dataset == "dm":                    # what lies outside of the slide is 0
+        tiles = []
+        padded = np.pad(np.dstack([image, mask]), ((0, TILE), (0, TILE), (0, 0)))
+        height, width = mask.shape
+        for y, x in itertools.product(range(0, height, TILE), range(0, width, TILE)):
+            tile = padded[y:y + TILE, x:x + TILE]
+            name = f"{pair.name}_{y // TILE}_{x // TILE}"
+            tiles.append((name, tile[..., :3], tile[..., 3]))
     rows = []
-    for tile, image, mask in tiles:
+    for name, image, mask in tiles:
         image = resize(image, args.size)
         mask = resize(mask.astype(np.float32), args.size) >= 0.5        # where half the area is
-        tile.digest = digest_of(image)
-        tile.foreground_fraction = mask.mean()
+        tile = replace(pair, name=name, digest=digest_of(image))
         rows.append((tile, np.dstack([image, mask])))
     return rows
 
 
-def read_all(pairs, args, scratch, bad):
-    """Return the Pairs that can be read. Writes what load returns of them to the file `scratch`,
-    and appends a line on each of the others to `bad`."""
+def prepare(args, final):
+    """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
+    to be skipped."""
+    raw = Path(args.raw)
+    size = args.size
+    bad = []
+    if args.dataset == "folder":
+        pairs = find_folder(raw, args, bad)
+    elif args.dataset != "demo":
+        pairs = find_published(raw, args, bad)
+    else:
+        pairs = []
+        for p, n in enumerate((64, 16, 32)):
+            for i in range(n):                  # every picture has a generator of its own
+                name = f"{PARTS[p]}_{i:03d}"
+                pairs.append(Pair(name, name, [name], part=PARTS[p], source=(args.seed, p, i)))
+
     def attempt(pair):
         try:
             return load(pair, args)
@@ -1264,89 +1156,64 @@ def read_all(pairs, args, scratch, bad):
             bad.append(str(error))
             return []
 
-    good = []
-    with open(scratch, "wb") as file, contextlib.closing(map_threads(attempt, pairs)) as results:
-        for rows in tqdm(results, "images", len(pairs), unit=" images"):
-            for tile, row in rows:
-                tile.row = len(good)
-                good.append(tile)
-                file.write(row)
-    patients = {pair.patient for pair in good}
-    if good and "" not in patients:             # else folders and patients are both kept together
-        print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
-        for pair in good:
-            pair.group = pair.patient
-    print_count([pair.image for pair in good if pair.is_binary], "images have two values or one: "
-                "are they masks? Put masks into masks/ under their images' names")
-    print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages or "
-                f"frames: page {args.page} is taken, counted from 0 (--page)")
-    return good
-
-
-def prepare(args, final):
-    """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
-    to be skipped."""
-    raw, bad, pairs, size = Path(args.raw), [], [], args.size
-    if args.dataset == "folder":
-        pairs = find_folder(raw, args, bad)
-    elif args.dataset != "demo":
-        pairs = find_published(raw, args, bad)
-    else:
-        for p, (part, n) in enumerate(zip(PARTS, (64, 16, 32), strict=True)):
-            for i in range(n):                  # every picture has a generator of its own
-                name = f"{part}_{i:03d}"
-                pairs.append(Pair(name, name, [name], part=part, source=(args.seed, p, i)))
     with new_folder(final) as folder:
         scratch = folder / "scratch"
-        pairs = read_all(pairs, args, scratch, bad)
-        for line in sorted(bad)[:20]:
-            print(line, file=sys.stderr)
-        if bad and not args.skip_bad:
-            sys.exit(f"{len(bad)} bad file(s), the first listed above; nothing was written. Mend "
-                     "them, or leave them out with --skip-bad")
-        parts = assign_parts(pairs, args)
+        good = []
+        with open(scratch, "wb") as file:
+            for rows in tqdm(map_threads(attempt, pairs), "images", len(pairs), unit=" images"):
+                for tile, row in rows:
+                    tile.row = len(good)
+                    good.append(tile)
+                    file.write(row)
+        if bad:
+            print(*sorted(bad)[:20], sep="\n", file=sys.stderr)
+            if not args.skip_bad:
+                sys.exit(f"{len(bad)} bad file(s), the first are named above, and nothing was "
+                         "written: mend them, or leave them out with --skip-bad")
+        print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages "
+                    f"or frames: page {args.page} is taken, counted from 0 (--page)")
+        patients = {pair.patient for pair in good}
+        if good and "" not in patients:         # else folders and patients are both kept together
+            print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
+            for pair in good:
+                pair.group = pair.patient
+        parts = assign_parts(good, args)
         read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
-        foreground, evidence = args.foreground, "by --foreground, or known of this data set"
+        foreground = args.foreground
         if foreground == "auto":
-            images = [read[pair.row, ..., :3] for pair in parts["train"]]
-            foreground, evidence = decide_foreground(images)
-        print(f"foreground: {foreground} ({evidence})")
+            foreground = decide_foreground(read[pair.row, ..., :3] for pair in parts["train"])
+        print(f"foreground: {foreground}; if preview.png shows other objects, set --foreground")
         columns = {}                            # of preview.png
+        rules = collections.Counter()
+        fractions = []
         for part, pairs in parts.items():
             rows = [dict(name=pair.name, group=pair.group, label=pair.label) for pair in pairs]
             write_csv(folder / f"{part}.csv", rows)
             images = [read[pair.row, ..., :3] for pair in pairs]
             write_npy(folder / f"{part}_images.npy", images, (len(images), size, size, 3))
-            masks = [read[pair.row, ..., 3] for pair in pairs if pair.masks]
+            masked = [pair for pair in pairs if pair.masks]
+            masks = [read[pair.row, ..., 3] for pair in masked]
             if masks:
                 write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
+            rules.update(pair.mask_rule or "known" for pair in masked)
+            fractions += [mask.mean() for mask in masks]
             columns[f"{part}: image"] = images[:4]
             columns["Otsu, " + part] = [otsu_mask(image, foreground) for image in images[:4]]
             columns["truth, " + part] = masks[:4]
         scratch.unlink()
         sheet = contact_sheet([*itertools.zip_longest(*columns.values())], [*columns])
         write_png(folder / "preview.png", sheet)
-        masked = [pair for pair in sum(parts.values(), []) if pair.masks]
-        rules = collections.Counter(pair.mask_rule for pair in masked)
-        mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9) if rule)
-        fractions = [pair.foreground_fraction for pair in masked]
-        if masked:
-            mean = np.mean(fractions)
-            print(f"mask foreground: {mask_evidence or 'known'}; it covers {mean:.1%} of the "
-                  f"pixels; at this --size {fractions.count(0)} of {len(masked)} are empty")
-            if mean > 0.5:
-                print("are the masks inverted? --mask-foreground '<128'")
-            elif args.mask_foreground != "auto" and not mean:
-                sys.exit(f"{raw}: no foreground by --mask-foreground {args.mask_foreground}")
+        mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
+        if fractions:
+            print(f"mask foreground: {mask_evidence}; it covers {np.mean(fractions):.1%} of the "
+                  f"pixels; at this --size {fractions.count(0)} of {len(fractions)} are empty. If "
+                  "masks are inverted: --mask-foreground '<128'")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
-            source=str(raw), foreground=foreground, foreground_evidence=evidence,
-            mask_foreground=mask_evidence,
+            source=args.raw, foreground=foreground, mask_foreground=mask_evidence,
             skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
-    print(f"{final}: {counts} of {size} px; look at {final / 'preview.png'}")
+    print(f"{final}: {counts} of {size} px; look at preview.png in it")
 
-
-# ------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, allow_abbrev=False,
@@ -1388,8 +1255,6 @@ def parse_args(argv=None):
     info = DATASET_INFO[args.dataset]
     args.foreground = args.foreground or info.foreground
     args.mask_foreground = args.mask_foreground or info.mask_foreground
-    if not args.name:
-        sys.exit(f"--raw {args.raw} has no name: give --name")
     if not MASK_RULE.fullmatch(args.mask_foreground):
         sys.exit("--mask-foreground is auto, '>127', '<128', or a list such as 1,255 or '#ff0000'")
     return args
@@ -1399,9 +1264,8 @@ def main(argv=None):
     args = parse_args(argv)
     final = Path(args.out) / args.name
     place = final.resolve()
-    old = place.with_name(f".{place.name}.old")
-    if old.exists() and not place.exists():     # killed between new_folder's two renames
-        old.rename(place)
+    with contextlib.suppress(OSError):          # killed between new_folder's two renames
+        place.with_name(f".{place.name}.old").rename(place)
     if args.check:
         return check(final)
     remove_leftovers(args.out)
