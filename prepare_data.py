@@ -908,6 +908,8 @@ def find_published(raw, args, bad):
             stem = f"ISIC-2017_{official}_"
             for table in find_all(raw, stem + "Part3_GroundTruth.csv"):
                 for row in read_csv(table):
+                    if not row.keys() >= {"image_id", "seborrheic_keratosis", "melanoma"}:
+                        sys.exit(f"{table}: its columns are {', '.join(row)}: get it again")
                     labels[row["image_id"]] = "nevus"
                     for disease in ("seborrheic_keratosis", "melanoma"):
                         if row[disease].startswith("1"):
