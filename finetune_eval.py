@@ -919,15 +919,15 @@ def probe_table(cells):
 
 
 def write_chart(cells, path):
-    """Write a PNG: IoU against the labels used, with 95 % intervals, a line per network; dashed,
-    the best row of reference without labels, and the best constant mask."""
+    """Write a PNG: IoU against the labels used, with 95 % intervals, a line per network; dashed and
+    dotted, the best row of reference without labels, and with (the best constant mask)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    for used in ("0", "all"):
+    for used, style in (("0", "--"), ("all", ":")):
         best = best_of(cells, "iou", protocol="reference", used=used)
         if best:
-            axes.axhline(best["iou"], linestyle="--", color="gray", label=best["title"])
+            axes.axhline(best["iou"], linestyle=style, color="gray", label=best["title"])
     curves = collections.defaultdict(list)
     for cell in cells:
         if cell["protocol"] != "reference":
@@ -937,9 +937,10 @@ def write_chart(cells, path):
         iou = np.array([cell["iou"] for cell in curve])
         reach = np.abs(np.transpose([cell["ci"] for cell in curve]) - iou)      # down and up
         axes.errorbar(labels, iou, reach, label=name, capsize=2, marker="o")
+    counts = sorted({cell["n_labels_train"] for cell in cells})
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlim=(-0.2, None), ylim=(0, 1), xlabel="labelled training images",
-             ylabel="test IoU (global)")
+    axes.set_xticks(counts, counts, minor=False)
+    axes.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)")
     figure.legend(fontsize=7, loc="outside right upper")
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=100)

@@ -310,7 +310,7 @@ def read_picture(path, page=0, as_mask=False):
         with open(path, "rb") as file:          # Pillow misreads some turned TIFFs given by path
             picture = read(file, page, as_mask)
         pixels = picture.pixels
-        if pixels.dtype.kind == "c" or not np.isfinite(pixels).all():
+        if pixels.dtype.kind in "fc" and not (np.isrealobj(pixels) and np.isfinite(pixels).all()):
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or repr(error)
@@ -1103,7 +1103,7 @@ def load(pair, args):
     else:
         picture = read_picture(pair.image, args.page)
         image = to_rgb(picture)
-        mask = np.zeros(image.shape[:2], bool)
+        mask = np.zeros(image.shape[:2] if pair.masks else (1, 1), bool)
         pair.pages = picture.pages
         if not args.group_regex:                # which says more
             pair.patient = picture.patient

@@ -1805,8 +1805,9 @@ def test_input_path():
     """Read, augment, pseudo-mask, batches of 16 at 224 px, one worker; medians of five."""
     images = rng.integers(0, 256, (160, 28, 28, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     np.save("train_images.npy", images)
-    rows = pretrain.rows_of(".", "train")
-    dataset = pretrain.Images(".", rows, MedSASS("resnet50").augment, 0)
+    here = Path()
+    rows = pretrain.rows_of(here, "train")
+    dataset = pretrain.Images(here, rows, MedSASS("resnet50").augment, 0)
     ours = pretrain.make_loader(dataset, pretrain.Batches(160, 16, 0), 1)
     augment = transforms.BYOLTransform(transforms.BYOLView1Transform(input_size=224),
                                        transforms.BYOLView2Transform(input_size=224))
@@ -1862,8 +1863,8 @@ def test_training_step():
 def test_preparing():
     """2000 jpgs of 1022x767 to arrays of 224 px, the whole script against one process."""
     for i in range(20):
-        small = rng.integers(0, 256, (24, 32, 3), np.uint8)
-        save_image(f"raw/{i}.jpg", cv2.resize(small, (1022, 767), interpolation=cv2.INTER_CUBIC))
+        small = rng.integers(0, 256, (95, 127, 3), np.uint8)
+        save_image(f"raw/{i}.jpg", cv2.resize(small, (1022, 767)), quality=92)
         for k in range(1, 100):
             shutil.copy(f"raw/{i}.jpg", f"raw/{i}_{k}.jpg")
     times = [time.perf_counter()]
