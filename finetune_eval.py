@@ -969,9 +969,8 @@ def report(out):
         "untrained network; best_constant: one mask for all images, from the training truth.",
         "", *bad]
     prepared = group_by_seed(rows)
-    names = [dataset for dataset, _ in prepared]
     for (title, data), cells in prepared.items():
-        if names.count(title) > 1:          # prepared more than once: not to be compared
+        if [name for name, _ in prepared].count(title) > 1:          # prepared more than once: not to be compared
             title += f" ({data[:8]})"
         first = cells[0]
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "

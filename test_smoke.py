@@ -1125,7 +1125,9 @@ def test_a_killed_rank_ends_the_run(small_data):
     assert (folder / "config.json").exists() and not (folder / "samples.png").exists()
 
 
-def test_semi_averages_as_two_folds_choose_and_reads_no_other_label(data, copied_run, labels_read):
+def test_semi_averages_as_two_folds_choose_and_reads_no_other_label(
+        data, copied_run, labels_read, monkeypatch):
+    monkeypatch.setattr(finetune_eval, "WEIGHTS", (.25, .75))
     flags = ["--run", copied_run, "--labels", "6", "--protocol", "semi"]
     result, folder = tune(data, *flags, epochs=4)
     before, tuned, kept = map(weights_of, (copied_run, folder / "tuned", folder))
@@ -1446,6 +1448,8 @@ def test_images_without_masks_join_the_training_part(raw, capsys):
     for part, row, _, mask in prepared(out):
         assert os.path.exists(f"raw/masks/{row['name']}.png") == (mask is not None)
         assert part == "train" or mask is not None
+    supervised = "--dataset raw --backbone resnet50 --protocol supervised --labels 5".split()
+    refused(lambda: score("data", *supervised), "has 4 training images of which the mask is known")
     prepare(raw, "--group-regex", "^([^_]+)_")                  # not if the patient is in val, test
     assert groups_in(out) == {"p0", "p1", "p2", "p3"}
     left_out = re.search(r"(\d+) images without a mask are left out", capsys.readouterr().out)
