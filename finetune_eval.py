@@ -970,7 +970,7 @@ def report(out):
         "", *bad]
     prepared = group_by_seed(rows)
     for (title, data), cells in prepared.items():
-        if [name for name, _ in prepared].count(title) > 1:          # prepared more than once: not to be compared
+        if [name for name, _ in prepared].count(title) > 1:     # not to be compared
             title += f" ({data[:8]})"
         first = cells[0]
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "
