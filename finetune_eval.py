@@ -61,8 +61,7 @@ WEIGHTS = (0, 0.25, 0.5, 0.75, 1)           # of the tuned network in the averag
 
 # -------------------------------------------------------------------------- metrics (appendix G)
 def count_pixels(pred, target):
-    """Return true positives, false positives, false negatives and true negatives of bool (..., H,
-    W) twice, int64 (..., 4)."""
+    """Return the pixels that are tp, fp, fn, tn, of bool (..., H, W) twice: int64 (..., 4)."""
     kinds = [pred & target, pred & ~target, ~pred & target, ~pred & ~target]
     return np.stack(kinds, axis=-3).sum(axis=(-2, -1))
 
