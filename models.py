@@ -1,5 +1,4 @@
-"""The two U-Nets of MedSASS (appendix A.1), and encoders in and out of files. One file, torch and
-timm: copy it.
+"""The two U-Nets of MedSASS (appendix A.1), and their encoders in files. Torch and timm: copy it.
 
     from models import build_unet, load_encoder
     unet = build_unet("resnet50")                   # or build_unet("vit_small", img_size=224)
