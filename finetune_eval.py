@@ -201,7 +201,6 @@ def make_job(args, name, command):
             sys.exit(f"{args.run} was trained on another preparation of {dataset}, perhaps on "
                      "images that are test images now: prepare it as it was, or train again")
         print(f"{args.run} saw another preparation of {dataset}: perhaps test images, too")
-
     # Where the weights are, and whether the decoder has some.
     decoder, weights = "fresh", args.encoder
     if run:
@@ -215,7 +214,6 @@ def make_job(args, name, command):
     elif protocol == "semi":
         sys.exit("semi averages whole networks: it needs a --run of pretrain.py that trained a "
                  f"whole U-Net, and {args.run or args.encoder} is none")
-
     # What the result says of itself.
     variant = protocol
     if args.encoder:                        # of a run: all are called encoder.pth
@@ -238,7 +236,6 @@ def make_job(args, name, command):
     if protocol in LABEL_PROTOCOLS:
         head.update(labels=args.labels, decoder=decoder)
     head["name"] = name + "-flips" * args.flips
-
     # Where it is trained.
     seed, backbone = head["seed"], head["backbone"]
     folder = Path(args.runs, dataset, backbone, head["variant"], f"seed{seed}", name)
@@ -275,8 +272,7 @@ def predict_each(unet, images, device, flips=False):
 
 # ----------------------------------------------------------------------------- training on labels
 def shuffled_groups(items, names, *seed):
-    """Return items, whose rows of a CSV are `names`, as a list of lists, one of each group, in an
-    order of `seed` alone."""
+    """Return items, whose rows are `names`, as lists, one of each group, in an order of `seed`."""
     groups = collections.defaultdict(list)
     for item, group in zip(items, groups_of(names), strict=True):
         groups[group].append(item)
@@ -445,7 +441,6 @@ def fit_semi(method, labels, epoch_size, job):
         unet.load_state_dict(average)
         pretrain.update_batchnorm(method, loader, job.device)
         method.eval()
-
     names = [read_names(job.data, part)[row] for part, row in labels]
     groups = shuffled_groups(labels, names, job.seed, FOLDS_SEED)
     middle = len(groups) // 2
@@ -750,8 +745,7 @@ def predict_folder(args):
 
 
 class Exported(nn.Module):
-    """A U-Net with its normalisation inside: uint8 RGB (B, 3, S, S) -> float32 (B, 1, S, S), the
-    probability of foreground."""
+    """uint8 RGB (B, 3, S, S) -> float32 (B, 1, S, S), the probability of foreground."""
 
     def __init__(self, unet):
         super().__init__()
@@ -871,9 +865,8 @@ def mean_std(cell, score):
 
 
 def difference(cell, other):
-    """Return the paired difference of two cells, "+0.0123 [-0.0045, +0.0291]", "" if there is no
-    other. The same resampled images are scored for both: what is hard for all cancels (Efron &
-    Tibshirani 1993)."""
+    """Return the difference of two cells, "+0.0123 [-0.0045, +0.0291]", or "": paired, by the same
+    resampled images, so that what is hard for all cancels (Efron & Tibshirani 1993)."""
     if other is None or other is cell or other["groups"] != cell["groups"]:
         return ""
     low, high = interval(cell["samples"] - other["samples"])
@@ -1008,8 +1001,7 @@ NAME_FLAGS = dict(labels="l", epochs="e", batch_size="b", lr="lr", amp="")
 
 
 def parse_args(argv):
-    """Return the flags, and the name that protocol and flags give to a result. Exits if they
-    contradict each other or numbers make no sense."""
+    """Return the flags, and the name that they give to a result; exit if they contradict."""
     parser = argparse.ArgumentParser("finetune_eval.py", description=__doc__, allow_abbrev=False,
                                      usage=argparse.SUPPRESS, formatter_class=prepare_data.Help)
     add = parser.add_argument
@@ -1042,22 +1034,31 @@ def parse_args(argv):
     add("--out", help="folder for results (default: results), or with --predict for masks")
     add("--overwrite", action="store_true", help="replace trainings or masks that are there")
     args = parser.parse_args(argv)
+    if args.report:
+        return args, ""
     prepare_data.check_numbers(parser, args, epochs=1, batch_size=1, lr=0, seed=0, workers=0,
                                page=0)
-    scores = not (args.predict or args.export or args.report)
+    scores = not (args.predict or args.export)
     if args.tile and args.tile < 16:
         parser.error("--tile is at least 16 pixels")
     if args.predict and not (args.run and args.out) or args.export and not args.run:
         parser.error("--predict needs --run RUN_DIR and --out DIR, --export needs --run RUN_DIR")
     if scores and not args.run and not (args.dataset and args.backbone):
         parser.error("give --run RUN_DIR, or --dataset NAME and --backbone B")
-    network = args.run or args.encoder
-    if scores and (args.protocol in ("supervised", "reference")) == bool(network):
+    if scores and (args.protocol in ("supervised", "reference")) == bool(args.run or args.encoder):
         parser.error("give --run RUN_DIR or --encoder FILE, but neither for supervised, reference")
+    unused = []
+    if not scores:
+        unused += ["dataset", "protocol", "seed"]
     if not scores or args.protocol not in LABEL_PROTOCOLS:
-        args = prepare_data.drop_unused(parser, args, NAME_FLAGS)
+        unused += [*NAME_FLAGS, "workers"]
     if not args.predict:
-        args = prepare_data.drop_unused(parser, args, ["overlay", "tile", "page"])
+        unused += ["overlay", "tile", "page"]
+    if args.run:
+        unused += ["backbone"]
+    if args.export or args.protocol in ("classify", "reference"):
+        unused += ["flips"]
+    args = prepare_data.drop_unused(parser, args, unused)
     return args, args.protocol + prepare_data.name_suffix(parser, args, NAME_FLAGS)
 
 

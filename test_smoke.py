@@ -1647,6 +1647,12 @@ def test_errors_of_the_system_are_said_in_one_line(error, flag):
     refused(lambda: prepare_data.run_script(main, "advice"), flag)
 
 
+def test_flags_that_a_command_does_not_use_are_said_and_change_no_name(capsys):
+    args, name = finetune_eval.parse_args([*ON_DEMO, "--protocol", "reference", "--flips"])
+    assert (args.flips, name) == (False, "reference")
+    assert "ignored: --flips" in capsys.readouterr().out
+
+
 def test_predict_replaces_nothing_and_names_bad_files(predict, run):
     Path("in/Thumbs.db").touch(mode=0)
     Path("in/bad.png").write_text("text")
