@@ -1041,7 +1041,7 @@ def check(folder):
 
 def contact_sheet(rows, titles, captions=None):
     """Return a table of pictures, uint8 (H, W, 3) RGB, with a title over each column and a caption
-    under each row. rows: lists of uint8 (S, S, 3), masks {0, 1} or bool (S, S), or None (empty)."""
+    under each row. rows: lists of uint8 (S, S, 3), masks or logits (S, S), or None (empty)."""
     cell, width, line = 112, 116, 18            # pixels
     height = width + line * bool(captions)
     sheet = Image.new("RGB", (len(titles) * width, line + len(rows) * height), "white")
@@ -1053,7 +1053,7 @@ def contact_sheet(rows, titles, captions=None):
         for i, tile in enumerate(row):
             if tile is not None:
                 if tile.ndim == 2:
-                    tile = tile * np.uint8(255)
+                    tile = (tile > 0) * np.uint8(255)
                 tile = resize(to_rgb(Picture(tile)), cell)
                 sheet.paste(Image.fromarray(tile), (i * width, top))
         if captions:

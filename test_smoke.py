@@ -1647,6 +1647,12 @@ def test_errors_of_the_system_are_said_in_one_line(error, flag):
     refused(lambda: prepare_data.run_script(main, "advice"), flag)
 
 
+def test_a_sheet_shows_logits_as_the_masks_that_are_scored():
+    logits = rng.normal(size=(32, 32))
+    sheets = [prepare_data.contact_sheet([[x]], ["x"]) for x in (logits, logits > 0)]
+    assert array_equal(*sheets)
+
+
 def test_flags_that_a_command_does_not_use_are_said_and_change_no_name(capsys):
     args, name = finetune_eval.parse_args([*ON_DEMO, "--protocol", "reference", "--flips"])
     assert (args.flips, name) == (False, "reference")
