@@ -49,7 +49,7 @@ import prepare_data
 import pretrain
 from losses import focal_cross_entropy
 from models import BACKBONES, build_unet, load_encoder, read_encoder
-from prepare_data import new_file, open_part, read_json, read_names, resize, write_csv, write_json
+from prepare_data import new_file, open_part, read_csv, read_json, resize, write_csv, write_json
 from pretrain import Batches, Images, MedSASS, exit_on_value_error, load_checkpoint, seed_from
 
 BATCH = 16                                  # test images at a time; no score depends on it
@@ -360,7 +360,7 @@ def choose_labels(job, classes=()):
     labels = []
     epoch_size = 0
     for part in ("train", "val"):
-        names = read_names(job.data, part)
+        names = read_csv(job.data / f"{part}.csv")
         masks = open_part(job.data, part)[1]
         if classes:
             rows = [k for k, row in enumerate(names) if row["label"]]
@@ -441,7 +441,7 @@ def fit_semi(method, labels, epoch_size, job):
         unet.load_state_dict(average)
         pretrain.update_batchnorm(method, loader, job.device)
         method.eval()
-    names = [read_names(job.data, part)[row] for part, row in labels]
+    names = [read_csv(job.data / f"{part}.csv")[row] for part, row in labels]
     groups = shuffled_groups(labels, names, job.seed, FOLDS_SEED)
     middle = len(groups) // 2
     folds = [list(itertools.chain(*half)) for half in (groups[:middle], groups[middle:])]
@@ -520,7 +520,7 @@ def segment(job):
         result["budget_steps"] = fit(method, sets, job, job.args.epochs)
     unet.eval()
     images, masks = open_part(job.data, "test")
-    names = read_names(job.data, "test")
+    names = read_csv(job.data / "test.csv")
     counts = count_masks(predict_each(unet, images, device, flips), masks)
     iou = scores_from_counts(counts)["iou"]
     sheet = best_median_worst(unet, images, masks, names, iou, job)
@@ -543,7 +543,7 @@ def reference(job):
     refined_trusted is of the better ones of the test images' refined masks alone. Returns the
     result, a block of scores each, the rows of its CSV, and no sheet."""
     images, masks = open_part(job.data, "test")
-    names = read_names(job.data, "test")
+    names = read_csv(job.data / "test.csv")
     torch.manual_seed(seed_from(job.seed))          # the very weights that pre-training starts from
     with exit_on_value_error():
         unet = build_unet(job.backbone, job.size)
@@ -591,7 +591,7 @@ def classify(job):
     its CSV, and no sheet; exits if a probe cannot be trained."""
     numbers = {}                            # {(part, row): class}, first in words
     for part in prepare_data.PARTS:
-        for k, row in enumerate(read_names(job.data, part)):
+        for k, row in enumerate(read_csv(job.data / f"{part}.csv")):
             if row["label"]:
                 numbers[part, k] = row["label"]
     classes = sorted({label for (part, _), label in numbers.items() if part == "train"})
@@ -613,7 +613,7 @@ def classify(job):
     images, _ = open_part(job.data, "test")
     rows = []
     confusion = np.zeros((len(classes), len(classes)), np.int64)        # truth by rows
-    for k, row in enumerate(read_names(job.data, "test")):
+    for k, row in enumerate(read_csv(job.data / "test.csv")):
         if row["label"]:
             image = torch.from_numpy(images[[k]]).permute(0, 3, 1, 2).to(job.device)
             with torch.inference_mode():
@@ -808,7 +808,7 @@ def read_result(path):
     its scores, title, used (labels, in words), groups of the test images and, unless it is of a
     probe, their counts, float (N, 4). Raises KeyError, ValueError and such if it is no result."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    lines = prepare_data.read_csv(path.with_suffix(".csv"))
+    lines = read_csv(path.with_suffix(".csv"))
     rows = []
     for name, block in score_blocks(result).items():
         row = result | block

@@ -3,16 +3,15 @@
     python prepare_data.py --dataset demo
     python prepare_data.py --dataset folder --raw my_images --size 224
     python prepare_data.py --dataset isic --raw raw/isic --download
-    python prepare_data.py --dataset isic --check
 
 folder takes any folder of images, sub-folders included: masks lie in masks/, labels/, gt/ ... under
 the names of their images, or are called NAME_mask. Images without a mask, where others have one,
 join the training part. train/, val/ and test/ are kept as the parts; an optional labels.csv has
 name,label. The other sets are taken as their authors publish them, extracted or not.
 
-Writes data/<name>/{train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8
-{0, 1} (N, S, S), of the images with masks, which come first; {...}.csv (name, group, label);
-meta.json; preview.png.
+Writes {train,val,test}_images.npy, uint8 (N, S, S, 3) RGB; {...}_masks.npy, uint8 {0, 1} (N, S,
+S), of the images with masks, which come first; {...}.csv (name, group, label); meta.json;
+preview.png.
 """
 
 import signal
@@ -85,20 +84,15 @@ ISIC = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_"
 DATASET_INFO = {
     "demo": DatasetInfo("bright"),
     "folder": DatasetInfo("auto", "auto"),
-    "dm": DatasetInfo(
-        "bright", ">0", "Van Buren et al. 2022, https://doi.org/10.1016/j.jim.2022.113233"),
-    "tissuenet": DatasetInfo(
-        "bright", ">0", "https://datasets.deepcell.org/data (free account)"),
+    "dm": DatasetInfo("bright", homepage="Van Buren et al. 2022, from the authors"),
+    "tissuenet": DatasetInfo("bright", homepage="https://datasets.deepcell.org/data"),
     "isic": DatasetInfo(
         "dark", ">127", "https://challenge.isic-archive.com/data/#2017",
         [f"{ISIC}{part}_{file}" for part in ("Training", "Validation", "Test_v2")
          for file in ("Data.zip", "Part1_GroundTruth.zip", "Part3_GroundTruth.csv")]),
-    "xray": DatasetInfo(
-        "dark", ">127", "https://www.kaggle.com/datasets/tawsifurrahman/"
-        "covid19-radiography-database (free account)"),
-    "drone": DatasetInfo(
-        "bright", ">0", "http://dronedataset.icg.tugraz.at (or the Semantic Drone "
-        "Dataset on Kaggle, free account)"),
+    "xray": DatasetInfo("dark", ">127", "https://www.kaggle.com/datasets/tawsifurrahman/"
+                        "covid19-radiography-database"),
+    "drone": DatasetInfo("bright", homepage="http://dronedataset.icg.tugraz.at, or Kaggle"),
     "dsb2018": DatasetInfo(
         "auto", ">0", "https://bbbc.broadinstitute.org/BBBC038",
         ["https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"]),
@@ -151,8 +145,7 @@ def write_png(path, pixels):
 
 
 def read_csv(path):
-    """Return the rows of a CSV, a list of dicts, as any program writes it: UTF-8 or Windows-1252;
-    comma, semicolon or tab."""
+    """Return the rows of a CSV, dicts: UTF-8 or Windows-1252; comma, semicolon or tab."""
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -477,8 +470,7 @@ def read_image(path, page=0):
 
 
 def resize(picture, size):
-    """(H, W) or (H, W, 3) -> (size, size[, 3]): a side that shrinks by the mean over the covered
-    area, one that grows bilinearly."""
+    """(H, W[, 3]) -> (size, size[, 3]): a side that shrinks by area, one that grows bilinearly."""
     height, width = picture.shape[:2]
     smaller = (min(width, size), min(height, size))
     picture = cv2.resize(picture, smaller, interpolation=cv2.INTER_AREA)
@@ -505,13 +497,11 @@ def find_foreground(path, rule="auto", page=0):
     if rule[0] in "<>":
         limit = float(rule[1:])
         return values > limit if rule[0] == ">" else values < limit, rule
-    if is_colour:
+    if is_colour or "#" in rule:
         values = to_rgb(Picture(pixels)) @ np.array([0x10000, 0x100, 1])        # 0xRRGGBB
     if rule != "auto":
         if is_colour and "#" not in rule:
             raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
-        if "#" in rule and not is_colour:
-            values = values.astype(np.int64) * 0x10101          # gray as a colour
         base = 16 if "#" in rule else 10
         listed = [int(item.strip("#"), base) for item in rule.split(",")]
         return np.isin(values, listed), rule
@@ -532,8 +522,7 @@ def find_foreground(path, rule="auto", page=0):
 
 
 def has_soft_edges(values, found):
-    """Whether a mask (H, W) of the values `found`, sorted, has two levels and, on slopes between
-    them, what resizing, blurring or jpg leave."""
+    """Whether a mask (H, W) of the sorted values `found` has two levels and, between, slopes."""
     top = found[-1]
     is_whole = (found == np.rint(found)).all()
     if found[0] < 0 or len(found) <= 16 or is_whole and top < 64:
@@ -547,11 +536,8 @@ def has_soft_edges(values, found):
 
 
 def otsu_mask(image, foreground):
-    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold for "bright", else not
-    above it; all 0 if the image is of one gray."""
+    """uint8 (H, W, 3) RGB -> uint8 {0, 1} (H, W): above Otsu's threshold if "bright", or not."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    if gray.min() == gray.max():
-        return np.zeros_like(gray)
     side = cv2.THRESH_BINARY if foreground == "bright" else cv2.THRESH_BINARY_INV
     return cv2.threshold(gray, 0, 1, side | cv2.THRESH_OTSU)[1]
 
@@ -589,7 +575,6 @@ class Pair:
     row: int = 0                                # of the scratch file
     mask_rule: str = ""                         # how the foreground was found, in words
     digest: str = ""                            # digest_of
-    patient: str = ""                           # of DICOM
 
 
 def find_files(raw, match=True):
@@ -724,9 +709,8 @@ def find_folder(raw, args, bad):
         is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
         if names and not pairs[0].part and not is_dicom:
             if n < 5 and len(pairs) >= 8 * n:
-                sys.exit(f"{raw}: are the folders {', '.join(names)} patients, whose images stay "
-                         "in one part? Then give --group-regex '^([^/]+)/'. If they are classes, "
-                         "give '.+'")
+                sys.exit(f"{raw}: are {', '.join(names)} patients, who stay in one part? Then give "
+                         "--group-regex '^([^/]+)/'; if they are classes, '.+'")
             print_count(names, "folders are taken as patients, and each stays in one part: "
                         "--group-regex '.+' splits image by image")
     for pair in pairs:
@@ -739,46 +723,48 @@ def find_folder(raw, args, bad):
     path = raw / "labels.csv"
     if not good or not path.is_file():
         return good
-    said, used = {}, set()                      # {name: (label, group)}
+    table, used = {}, set()
+    columns = ("label", "group", "patient", "patient_id", "case")
     for row in read_csv(path):
         name = name_of(Path(row.get("name", "").strip() or "?"))
-        groups = map(row.get, ("group", "patient", "patient_id", "case"))
-        content = (row.get("label", "").strip(), next(filter(None, groups), "").strip())
-        if said.setdefault(name, content) != content:
+        content = [row.get(column, "").strip() for column in columns]
+        if table.setdefault(name, content) != content:
             sys.exit(f"{path}: {name} stands there twice, with two labels or groups")
     for pair in good:
         file = name_of(pair.image.relative_to(raw))
         for name in (os.path.basename(file), file, pair.name):      # the last of them counts
-            if name in said:
-                pair.label, group = said[name]
-                pair.group = group or pair.group
+            if name in table:
                 used.add(name)
+                pair.label, *groups = table[name]
+                pair.group = next(filter(None, groups), pair.group)
     if not used:
-        sys.exit(f"{path}: has no column name, or none of the images: {min(said, default='')}, "
+        sys.exit(f"{path}: has no column name, or none of the images: {min(table, default='')}, "
                  f"not {good[0].name}")
     print_count([pair.name for pair in good if not pair.label],
                 f"of {len(good)} images have no label in {path}")
-    print_count(sorted(said.keys() - used), f"rows of {path} have no image")
+    print_count(sorted(table.keys() - used), f"rows of {path} have no image")
     return good
 
 
 # -------------------------------------------------------------------------------------- splitting
 
 def join_duplicates(pairs):
-    """Set Pair.split_group: groups that share a picture (Pair.digest) or a patient become one."""
+    """Set Pair.split_group: groups that share a picture (Pair.digest) become one."""
     groups = np.array([pair.group or f"{pair.part}/{pair.name}" for pair in pairs])
     first = {}
     again = []
     for k, pair in enumerate(pairs):
-        for key in filter(None, (pair.digest, pair.patient)):
-            other = first.setdefault(key, k)
-            if groups[k] != groups[other]:
-                groups[groups == groups[k]] = groups[other]
-            if other != k and key == pair.digest:
-                again.append(f"{pair.image} and {pairs[other].image}")
+        other = first.setdefault(pair.digest or k, k)
+        if other != k:
+            again.append(f"{pair.image} and {pairs[other].image}")
+        if groups[k] != groups[other]:
+            groups[groups == groups[k]] = groups[other]
     for pair, group in zip(pairs, groups.tolist(), strict=True):
         pair.split_group = group
     print_count(again, "pictures are there twice")
+    n = len(set(groups.tolist()))
+    if n < len(pairs):
+        print(f"{len(pairs)} images in {n} groups, each of which stays in one part")
 
 
 def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
@@ -817,8 +803,7 @@ def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
 
 
 def assign_parts(pairs, args):
-    """Return {part: Pairs by name, those with masks first}, split if the parts are not given. Exit
-    if one would be empty."""
+    """Return {part: Pairs, those with masks first}, split if need be; exit if one is empty."""
     pairs = sorted(pairs, key=lambda pair: (not pair.masks, pair.name))
     join_duplicates(pairs)
     labelled = [pair for pair in pairs if pair.masks] or pairs
@@ -922,7 +907,6 @@ def find_published(raw, args, bad):
         for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
             pairs += pairs_in(raw, [f"{label}/images/*"], [f"{label}/masks/*"], label=label)
     elif args.dataset == "drone":               # from Kaggle, or its own page
-        print("foreground is nearly everything: 99.8 % of the pixels of the published masks")
         pairs = pairs_in(raw, ["original_images/*", "training_set/images/*"],
                          ["label_images_semantic/*", "training_set/gt/semantic/label_images/*"])
     elif args.dataset == "dsb2018":             # one folder per image, one mask per nucleus
@@ -952,8 +936,7 @@ def find_published(raw, args, bad):
 
 
 def fetch(args):
-    """Fetch the published files into --raw, with curl. The next call goes on from a .part. Exit if
-    one cannot be had."""
+    """Fetch the published files into --raw, with curl; exit if one cannot be had."""
     info = DATASET_INFO[args.dataset]
     if not info.files:
         sys.exit(f"--download is for isic and dsb2018. Give --raw DIR. {info.homepage}")
@@ -980,8 +963,8 @@ def read_meta(folder):
 
 
 def open_part(folder, part):
-    """Map, not read, the arrays of a part: images uint8 (N, S, S, 3), and masks uint8 {0, 1} (N, S,
-    S) or None. Exit if they cannot be read."""
+    """Map the arrays of a part: images uint8 (N, S, S, 3), masks uint8 {0, 1} (N, S, S) or None.
+    Exit if they cannot be read."""
     path = Path(folder) / f"{part}_masks.npy"
     masks = None
     try:
@@ -992,11 +975,6 @@ def open_part(folder, part):
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{folder}: cannot be mapped: {error}. Is it on a disk that maps files? If it is "
                  "damaged, prepare it again with --overwrite")
-
-
-def read_names(folder, part):
-    """Read {part}.csv, in the order of the arrays: a list of dicts name, group, label."""
-    return read_csv(f"{folder}/{part}.csv")
 
 
 def fingerprint_of(folder):
@@ -1022,7 +1000,7 @@ def check(folder):
     problems = []
     first = {}                                  # {a group or picture: where it was first}
     for part, n in meta["counts"].items():
-        rows = read_names(folder, part)
+        rows = read_csv(folder / f"{part}.csv")
         if len(rows) != n:
             problems.append(f"{part}.csv has {len(rows)} rows, meta.json says {n}")
         for row, image in zip(rows, open_part(folder, part)[0], strict=False):
@@ -1074,12 +1052,12 @@ def draw_nuclei(size, rng):
     for _ in range(rng.integers(6, 16)):
         centre = centres[rng.integers(len(centres))] + rng.normal(0, 0.13 * fine, 2)    # clumped
         axes = rng.uniform(0.04, 0.085, 2) * fine
-        nucleus = np.zeros((fine, fine), np.float32)
-        cv2.ellipse(nucleus, centre.astype(int), axes.astype(int), rng.uniform(0, 180), 0, 360, 1,
-                    -1)
-        nucleus = resize(nucleus, size)
-        light = np.maximum(light, nucleus * rng.uniform(50, 140))
-        mask |= nucleus >= 0.5
+        disc = np.zeros((fine, fine), np.float32)
+        angle = rng.uniform(0, 180)
+        cv2.ellipse(disc, centre.astype(int), axes.astype(int), angle, 0, 360, 1, -1)
+        disc = resize(disc, size)
+        light = np.maximum(light, disc * rng.uniform(50, 140))
+        mask |= disc >= 0.5
     picture = cv2.GaussianBlur(glow + light, (0, 0), size / 90) + rng.normal(0, 7, (size, size))
     gray = picture.round().clip(0, 255).astype(np.uint8)
     return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), mask
@@ -1105,8 +1083,8 @@ def load(pair, args):
         image = to_rgb(picture)
         mask = np.zeros(image.shape[:2] if pair.masks else (1, 1), bool)
         pair.pages = picture.pages
-        if not args.group_regex:                # which says more
-            pair.patient = picture.patient
+        if picture.patient and not args.group_regex:            # which says more
+            pair.group = picture.patient
         for path in pair.masks:
             found, pair.mask_rule = find_foreground(path, args.mask_foreground, args.page)
             if args.dataset == "xray":
@@ -1114,8 +1092,7 @@ def load(pair, args):
             elif found.shape == mask.shape:
                 mask |= found
             else:
-                raise ValueError(f"{path}: the mask has {found.shape} rows and columns, its image "
-                                 f"{mask.shape}")
+                raise ValueError(f"{path}: mask of {found.shape}, but image of {mask.shape} pixels")
     tiles = [(pair.name, image, mask)]
     if args.dataset == "dm":                    # what lies outside of the slide is 0
         tiles = []
@@ -1135,8 +1112,7 @@ def load(pair, args):
 
 
 def prepare(args, final):
-    """Find, read, split and write a data set. Exit, with nothing written, if files are bad and not
-    to be skipped."""
+    """Find, read, split and write a data set; exit, with nothing written, if files are bad."""
     raw = Path(args.raw)
     size = args.size
     bad = []
@@ -1174,11 +1150,6 @@ def prepare(args, final):
                          "written: mend them, or leave them out with --skip-bad")
         print_count([pair.image for pair in good if pair.pages > 1], "images are of several pages "
                     f"or frames: page {args.page} is taken, counted from 0 (--page)")
-        patients = {pair.patient for pair in good}
-        if good and "" not in patients:         # else folders and patients are both kept together
-            print(f"{len(patients)} patients by their DICOM ids, and each stays in one part")
-            for pair in good:
-                pair.group = pair.patient
         parts = assign_parts(good, args)
         read = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 4)
         foreground = args.foreground
@@ -1224,21 +1195,20 @@ def parse_args(argv=None):
     add("--dataset", required=True, choices=[*DATASET_INFO], help="what to prepare")
     add("--raw", metavar="DIR", help="the images, or the published files or archives (default: "
         "raw/ and the published name)")
-    add("--name", type=dataset_name, help="the data set's name (default: the raw folder's own, or "
-        "the published one)")
+    add("--name", type=dataset_name, help="of the data set (default: the raw folder's, or the "
+        "published one)")
     add("--out", default="data", metavar="DIR", help="where data sets are kept")
     add("--size", type=int, help="side of the pictures in pixels (default: 224, demo 64)")
     add("--seed", type=int, default=0, help="of the split, and of the demo's drawing")
     add("--foreground", choices=["bright", "dark", "auto"], help="what objects are against their "
         "background (default: auto, label-free, for folder and dsb2018, else known)")
     add("--mask-foreground", metavar="RULE", help="which mask values are foreground: '>127', "
-        "'<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two values the larger; soft "
-        "edges are cut at half (default: auto for folder, else as published)")
+        "'<128', a list such as 1 or 1,255 or '#ff0000', or auto: of two values the larger "
+        "(default: auto for folder, else as published)")
     add("--group-regex", metavar="REGEX", help="folder: finds the patient, whose images stay in "
-        "one part, in a path below --raw: first group, or whole match (default: the topmost "
-        "folder, or DICOM's patient id)")
-    add("--split-by", default="slide", choices=["slide", "patient"], help="dm: what stays in one "
-        "part; in the paper slides, so that a patient may be in several")
+        "one part, in a path: first group, or whole match (default: topmost folder, or DICOM's id)")
+    add("--split-by", default="slide", choices=["slide", "patient"],
+        help="dm: what stays in one part; in the paper slides")
     add("--page", type=int, default=0, help="page or frame of files of several; dm: the stain")
     add("--download", action="store_true", help="isic, dsb2018: first fetch the files into --raw")
     add("--check", action="store_true", help="read a prepared data set back; exit code 1: problems")

@@ -51,7 +51,7 @@ import pretrain
 from baselines import byol, mae
 from finetune_eval import predict_logits, predict_tiled, segmentation_scores
 from models import build_unet
-from prepare_data import PARTS, check, open_part, read_csv, read_image, read_meta, read_names
+from prepare_data import PARTS, check, open_part, read_csv, read_image, read_meta
 from pretrain import METHODS, MedSASS, pseudo_mask, seed_from
 
 HERE = Path(__file__).parent
@@ -843,7 +843,8 @@ def labels_read(monkeypatch):
 
 
 def test_labelled_images_are_nested_and_by_group(labels_read):
-    names = read_names(prepare(write_folder("demo", n=24), "--group-regex", "^(p[0-9]+)_"), "train")
+    out = prepare(write_folder("demo", n=24), "--group-regex", "^(p[0-9]+)_")
+    names = read_csv(out / "train.csv")
     for n in (7, 4):
         before = {*labels_read}
         labels_read.clear()
@@ -1170,7 +1171,7 @@ def prepared(out):
     found = []
     for part in PARTS:
         images, masks = open_part(out, part)
-        rows = read_names(out, part)
+        rows = read_csv(out / f"{part}.csv")
         if masks is None:
             masks = []
         found += itertools.zip_longest([part] * len(rows), rows, images, masks)
