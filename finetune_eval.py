@@ -223,8 +223,8 @@ def make_job(args, name, command):
             variant = "{dataset}-{backbone}-{variant}-seed{seed}".format(**origin)
     head = dict(
         method=variant, variant=variant, train="encoder" if args.encoder else None,
-        backbone=args.backbone, labels=0.0, threshold="otsu", refine=None,
-        foreground=meta["foreground"], n_labels_train=0, n_labels_val=0, seed=0)
+        backbone=args.backbone, labels=0.0, foreground=meta["foreground"], n_labels_train=0,
+        n_labels_val=0, seed=0)
     for key in head:
         head[key] = run.get(key, head[key])
     head.update(dataset=dataset, protocol=protocol, img_size=size, data=meta["fingerprint"])
@@ -477,7 +477,7 @@ def fit_semi(method, labels, epoch_size, job):
 def best_median_worst(unet, images, masks, names, iou, job):
     """Return a sheet as the paper's Table 6: image, pseudo-mask, prediction, truth, of the test
     images of best, median and worst IoU."""
-    threshold = job.head["threshold"]
+    threshold = job.run.get("threshold", "otsu")
     order = np.argsort(-iou, kind="stable")
     three = order[[0, len(order) // 2, -1]]
     shown = np.array(images[three])
@@ -669,14 +669,11 @@ def predict_tiled(unet, image, tile, size, device, flips=False):
     the `size` of the network, overlap by half; their logits are weighted by sin ** 2 towards the
     middle and summed, in float32 (H, W)."""
     height, width = image.shape[:2]
-    below = max(0, tile - height)
-    right = max(0, tile - width)
-    if below + right:
-        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101)
-    corners = []
-    for side in image.shape[:2]:
-        corners.append([*range(0, side - tile, tile // 2), side - tile])
-    corners = list(itertools.product(*corners))
+    if min(height, width) < tile:
+        lacking = (0, max(0, tile - height)), (0, max(0, tile - width)), (0, 0)
+        image = np.pad(image, lacking, "reflect")
+    starts = [[*range(0, side - tile, tile // 2), side - tile] for side in image.shape[:2]]
+    corners = list(itertools.product(*starts))
     ramp = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** 2
     weight = np.outer(ramp, ramp).astype(np.float32)
     total = np.zeros(image.shape[:2], np.float32)
@@ -764,9 +761,7 @@ def export_network(args):
     if path.exists() and not args.overwrite:
         sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
     unet, size, settings = whole_network(args.run)
-    about = dict(size=size, foreground=settings["foreground"], dataset=settings["dataset"],
-                 input="uint8 RGB (B, 3, size, size)",
-                 output="float32 (B, 1, size, size), probability of foreground")
+    about = dict(size=size, foreground=settings["foreground"], dataset=settings["dataset"])
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(Exported(unet), (images,),

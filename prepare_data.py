@@ -216,8 +216,7 @@ def dataset_name(text):
     """Return the name of a folder under --data, without a last slash. Raises ArgumentTypeError."""
     name = text.rstrip("/")
     if "/" in name or name in ("", ".", ".."):
-        raise argparse.ArgumentTypeError(f"{text} is not a name: give the folder above it with "
-                                         "--data, or to prepare_data.py with --out")
+        raise argparse.ArgumentTypeError(f"{text} is no name: its folder goes to --data or --out")
     return name
 
 
@@ -930,8 +929,7 @@ def find_published(raw, args, bad):
     bad += [f"{pair.image}: has no mask" for pair in pairs if not pair.masks]
     pairs = [pair for pair in pairs if pair.masks]
     if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
-        sys.exit(f"{raw}: not enough is here to fill train, val and test: give the folder that "
-                 f"holds all files of {source}")
+        sys.exit(f"{raw}: files of train, val or test are missing: it needs all of {source}")
     return pairs
 
 
