@@ -100,7 +100,6 @@ DATASET_INFO = {
 
 
 # -------------------------------------------------------------------- files, threads, command line
-
 @contextlib.contextmanager
 def new_file(path):
     """Open a binary file that takes the place of `path` if the block ends well. Raises OSError."""
@@ -337,12 +336,15 @@ def read_with_pillow(file, page, as_mask):
     orientation = 1
     with contextlib.suppress(Exception):        # a damaged EXIF block does not concern the pixels
         orientation = image.getexif().get(274, 1)
-    is_converted = image.mode in CONVERTED
+    mode = "RGB" if image.mode in CONVERTED else image.mode
     if image.mode == "P" and as_mask:
         palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-        is_converted = palette[0].any() or (palette == palette[:, :1]).all()
-    if is_converted:
-        image = image.convert("RGB")
+        if not palette[0].any() and (palette != palette[:, :1]).any():
+            mode = "P"
+    elif "transparency" in image.info and not is_deep:          # one colour is transparent
+        mode = "RGBA"
+    if mode != image.mode:
+        image = image.convert(mode)
     pixels = np.asarray(image)
     if is_deep and pixels.ndim == 3:
         file.seek(0)
@@ -558,7 +560,6 @@ def decide_foreground(images):
 
 
 # ------------------------------------------------------------------------------- finding the files
-
 @dataclass
 class Pair:
     """An image with its masks, where it belongs, and what load found."""
@@ -746,7 +747,6 @@ def find_folder(raw, args, bad):
 
 
 # -------------------------------------------------------------------------------------- splitting
-
 def join_duplicates(pairs):
     """Set Pair.split_group: groups that share a picture (Pair.digest) become one."""
     groups = np.array([pair.group or f"{pair.part}/{pair.name}" for pair in pairs])
@@ -841,7 +841,6 @@ def assign_parts(pairs, args):
 
 
 # ---------------------------------------------------------------------- the data sets as published
-
 def find_all(raw, *patterns):
     """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, sorted
     for each pattern. Prints the patterns if there are none."""
@@ -951,7 +950,6 @@ def fetch(args):
 
 
 # ------------------------------------------------------------------------------- reading them back
-
 def read_meta(folder):
     """Read the meta.json of a prepared data set, a dict. Exit if there is none."""
     meta = read_json(Path(folder) / "meta.json")
@@ -1038,7 +1036,6 @@ def contact_sheet(rows, titles, captions=None):
 
 
 # -------------------------------------------------------------------------------------- preparing
-
 def draw_nuclei(size, rng):
     """Draw a picture like stained nuclei, uint8 (S, S, 3), and its true mask, bool (S, S)."""
     fine = 4 * size                             # drawn four times as fine, then averaged down
