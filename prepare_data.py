@@ -763,7 +763,7 @@ def join_duplicates(pairs):
     print_count(again, "pictures are there twice")
     n = len(set(groups.tolist()))
     if n < len(pairs):
-        print(f"{len(pairs)} images in {n} groups, each of which stays in one part")
+        print(f"{len(pairs)} images of {n} patients or other groups, each of which is in one part")
 
 
 def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
