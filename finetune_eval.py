@@ -218,7 +218,7 @@ def make_job(args, name, command):
     variant = protocol
     if args.encoder:                        # of a run: all are called encoder.pth
         origin = read_json(Path(args.encoder).with_name("config.json")).get("settings")
-        variant = f"file-{Path(args.encoder).stem}"
+        variant = "-".join(["file", *Path(args.encoder.strip("/")).with_suffix("").parts[-2:]])
         if origin:
             variant = "{dataset}-{backbone}-{variant}-seed{seed}".format(**origin)
     head = dict(
@@ -424,8 +424,6 @@ def fit_semi(method, labels, epoch_size, job):
     Returns the result, a dict; the run folder has the network."""
     unet, epochs = method.unet, job.args.epochs
     pretrained = load_checkpoint(job.weights, "cpu")["model"]
-    plain = Images(job.data, pretrain.rows_of(job.data, "train"), v2.Identity(), 0)
-    loader = pretrain.make_loader(plain, Batches(len(plain), BATCH, job.seed), 0)
 
     def tune(labels, epochs, subfolder):
         unet.load_state_dict(pretrained)
@@ -433,13 +431,15 @@ def fit_semi(method, labels, epoch_size, job):
         steps = fit(method, sets, job, epochs, subfolder)
         return steps, load_checkpoint(job.folder / subfolder / "best.pt", "cpu")["model"]
 
-    def load_average(tuned, weight):        # BatchNorm settles on all training images
+    def load_average(tuned, weight, labels):        # BatchNorm settles on the images tuned on
         average = pretrained.copy()
         for name, value in pretrained.items():
             if value.is_floating_point():
                 average[name] = value.lerp(tuned[name], weight)
         unet.load_state_dict(average)
-        pretrain.update_batchnorm(method, loader, job.device)
+        plain = label_sets(job, labels, labels, 0, None).plain
+        batches = Batches(len(plain), job.args.batch_size, job.seed)
+        pretrain.update_batchnorm(method, pretrain.make_loader(plain, batches, 0), job.device)
         method.eval()
     names = [read_csv(job.data / f"{part}.csv")[row] for part, row in labels]
     groups = shuffled_groups(labels, names, job.seed, FOLDS_SEED)
@@ -456,7 +456,7 @@ def fit_semi(method, labels, epoch_size, job):
                 images.append(part_images[row])
                 masks.append(part_masks[row])
             for w, total in zip(WEIGHTS, counts, strict=True):
-                load_average(tuned, w)
+                load_average(tuned, w, fold)
                 total += count_masks(predict_each(unet, images, job.device), masks).sum(axis=0)
         scores = scores_from_counts(counts)["iou"].tolist()
         weight = WEIGHTS[np.argmax(scores)]     # of equals the smallest
@@ -465,7 +465,7 @@ def fit_semi(method, labels, epoch_size, job):
         print("semi: IoU on the half of the labels that was not trained on, by the weight of the "
               "tuned network:", *(f"{w} {score:.3f}" for w, score in scores.items()))
     steps, tuned = tune(labels, epochs, "tuned")
-    load_average(tuned, weight)
+    load_average(tuned, weight, labels)
     print(f"semi: {weight} of the network tuned on all labels, the rest of the one before")
     pretrain.open_run(training_settings(job, method), job.folder, job.command, overwrite=False)
     with new_file(job.folder / "best.pt") as file:
@@ -736,7 +736,7 @@ def predict_folder(args):
                              f"{args.page} is taken, counted from 0")
     if rows:
         write_csv(out / "foreground.csv", rows)
-    print(f"{out}: {len(rows)} masks, and foreground.csv")
+        print(f"{out}: {len(rows)} masks, and foreground.csv")
     if bad:
         sys.exit("\n".join(bad) + f"\n{len(bad)} bad file(s), listed above, have no mask")
 

@@ -49,7 +49,7 @@ from tqdm import tqdm
 PARTS = ("train", "val", "test")
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = {".gif", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM}
-IMAGE_FOLDER = "(image|img|jpegimage)s?|imagest[rs]"
+IMAGE_FOLDER = "(image|img|jpegimage|original)s?|imagest[rs]"
 MASK_WORD = "masks?|labels?|gt|ground[ _-]?truths?|annotations?|segmentation(s|class)?|segs?|manual"
 MASK_FOLDER = re.compile(                       # masks, lung_masks, labelsTr, gt_val, 1st_manual
     rf"({MASK_WORD}|.+[ _-](masks?|ground[ _-]?truths?|manual))([ _-]?(tr|ts|train|val|test|\d))?",
@@ -60,11 +60,13 @@ MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask
     rf"([ _.-]?\d+)?|(.*/)?({MASK_WORD})([ _.-][^/]*)?", re.IGNORECASE)
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(|.*?/)(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
-MASK_RULE = re.compile(r"auto|[<>]\d+(\.\d+)?|\d+(,\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
+MASK_RULE = re.compile(
+    r"auto|[<>]-?\d+(\.\d+)?|-?\d+(,-?\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
 CONVERTED = {"P", "PA", "CMYK", "YCbCr", "LAB", "RGBX"}         # Pillow's modes read as RGB
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30     # ICC profiles, XMP
+PngImagePlugin.PngStream.crc = PngImagePlugin.PngStream.crc_skip     # pixels have zlib's checksum
 Image.MAX_IMAGE_PIXELS = 500_000_000            # Pillow refuses twice as many
 Image.core.set_blocks_max(16)                   # Pillow keeps memory: new pages stall the threads
 warnings.filterwarnings("ignore", module="PIL|pydicom")         # of files that they still read
@@ -267,11 +269,12 @@ def run_script(main, advice):
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")        # for names that the terminal cannot show
+    if sys.stdout:                                  # for names that the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (OSError, csv.Error, re.error, KeyboardInterrupt) as error:
-        sys.exit(f"{script}: {str(error) or 'interrupted'}; {advice}")
+        sys.exit(f"{script}: {' '.join(str(error).splitlines()[-1:]) or 'interrupted'}; {advice}")
     except RuntimeError as error:                   # torch's
         words = "(shared|out of|allocate) memory|bus error|killed by signal"
         if not re.search(words, str(error), re.IGNORECASE):
@@ -409,14 +412,9 @@ def read_dicom(file, page, as_mask):
         if white_is_zero:
             raise ValueError("a MONOCHROME1 mask, of unclear foreground: save it as png")
         return Picture(pixels, pages)
-    groups = [*ds.get("SharedFunctionalGroupsSequence", ()),
-              *ds.get("PerFrameFunctionalGroupsSequence", ())[page:page + 1]]
-    for group in groups:                        # where enhanced files keep slope and window
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            for item in group.get(name, ()):
-                ds.update(item)
     if photometric == "PALETTE COLOR":
         pixels = dicom.apply_color_lut(pixels, ds)
+        pixels = to_eight_bits(pixels, (0, np.iinfo(pixels.dtype).max))
     elif photometric.startswith("MONOCHROME"):
         padding = np.zeros(pixels.shape, bool)  # what lies outside of the picture proper
         if ds.get("PixelPaddingValue") is not None:
@@ -484,9 +482,11 @@ def find_foreground(path, rule="auto", page=0):
     any `page`. rule: ">N" or "<N", of colours the largest channel; a list, of values "1,255" or of
     colours "#ff0000"; or "auto": of one value what is above 0, of two the larger, of two colours
     that which is not black or white, and soft edges are cut at half of the largest value."""
-    picture = read_picture(path, as_mask=True)
+    as_mask = "#" not in rule                   # a palette's colours are meant then
+    picture = read_picture(path, as_mask=as_mask)
     if page and picture.pages > 1:
-        picture = read_picture(path, page, as_mask=True)
+        picture = read_picture(path, page, as_mask)
+    of_pages = f", page {page} of {picture.pages}" * (picture.pages > 1)
     pixels = np.atleast_3d(picture.pixels)      # (H, W, 1 to 4)
     if pixels.shape[2] in (2, 4):
         alpha, pixels = pixels[..., -1:], pixels[..., :-1]
@@ -497,7 +497,7 @@ def find_foreground(path, rule="auto", page=0):
     is_colour = (pixels != values[..., None]).any()
     if rule[0] in "<>":
         limit = float(rule[1:])
-        return values > limit if rule[0] == ">" else values < limit, rule
+        return values > limit if rule[0] == ">" else values < limit, rule + of_pages
     if is_colour or "#" in rule:
         values = to_rgb(Picture(pixels)) @ np.array([0x10000, 0x100, 1])        # 0xRRGGBB
     if rule != "auto":
@@ -505,21 +505,21 @@ def find_foreground(path, rule="auto", page=0):
             raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
         base = 16 if "#" in rule else 10
         listed = [int(item.strip("#"), base) for item in rule.split(",")]
-        return np.isin(values, listed), rule
+        return np.isin(values, listed), rule + of_pages
     found = np.unique(values)
     top = found[-1]
     shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
-            return values == colours[0], f"#{colours[0]:06x}"
+            return values == colours[0], f"#{colours[0]:06x}{of_pages}"
     elif len(found) <= 2 and found[0] >= 0:
-        return (values == top) & (top > 0), f"{top:g} of {shown}"
+        return (values == top) & (top > 0), f"{top:g} of {shown}{of_pages}"
     elif has_soft_edges(values, found):
-        return values > top / 2, "above half, of soft edges"
+        return values > top / 2, "above half, of soft edges" + of_pages
     raise ValueError(f"{path}: a mask with the values {shown}{', ...' * (len(found) > 5)}: say "
-                     "which are foreground, with --mask-foreground '>0', '>127' (above half), "
-                     "'<128', or a list: 1 or 1,2 (255 is often an ignore value) or '#ff0000'")
+                     f"which are foreground, with --mask-foreground '>0', '>{top // 2 or .5:g}' "
+                     "(above half), '<128', 1 or 1,2 (255 is often an ignore value), '#ff0000'")
 
 
 def has_soft_edges(values, found):
@@ -616,8 +616,8 @@ def find_files(raw, match=True):
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
                 while name in images:           # q.png, q.jpg, images/q.png
-                    print(f"{path}: the name {name} is used twice: {name}{suffix} is taken")
                     name += suffix
+                    print(f"{path}: its name is used twice: its mask is {name}.png")
                 images[name] = path
     if unsupported:
         print("files of kinds that are not read:", dict(unsupported),
@@ -626,6 +626,7 @@ def find_files(raw, match=True):
         bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
         sys.exit("\n".join(bad))
     if not match:
+        print_count([path for _, path in candidates], "files lie in mask folders: left out")
         return images, {}, bad
     like_masks = list(filter(MASK_NAME.fullmatch, images))
     if len(like_masks) < len(images):           # else they are images, for all their names
@@ -642,7 +643,7 @@ def find_files(raw, match=True):
             orphans.append(path)
     if orphans and not masks:
         sys.exit(f"{orphans[0]}: a mask by its name or folder, but no mask has the name of an "
-                 f"image, such as {min(images)}. Put masks into masks/ under their images' names")
+                 f"image, such as {min(images)}. Put them into images/ and masks/, of equal names")
     print_count(orphans, "masks have no image and are not used")
     used = {path.parent for paths in masks.values() for path in paths}
     for folder in {path.parent for path in orphans} - used:     # one may be of fields of view
@@ -723,7 +724,7 @@ def find_folder(raw, args, bad):
     path = raw / "labels.csv"
     if not good or not path.is_file():
         return good
-    table, used = {}, set()
+    table, used, grouped = {}, set(), []
     columns = ("label", "group", "patient", "patient_id", "case")
     for row in read_csv(path):
         name = name_of(Path(row.get("name", "").strip() or "?"))
@@ -737,9 +738,11 @@ def find_folder(raw, args, bad):
                 used.add(name)
                 pair.label, *groups = table[name]
                 pair.group = next(filter(None, groups), pair.group)
+                grouped += [name] * any(groups)
     if not used:
         sys.exit(f"{path}: has no column name, or none of the images: {min(table, default='')}, "
                  f"not {good[0].name}")
+    print_count(grouped, f"images are grouped as {path} says")
     print_count([pair.name for pair in good if not pair.label],
                 f"of {len(good)} images have no label in {path}")
     print_count(sorted(table.keys() - used), f"rows of {path} have no image")
@@ -763,7 +766,7 @@ def join_duplicates(pairs):
     print_count(again, "pictures are there twice")
     n = len(set(groups.tolist()))
     if n < len(pairs):
-        print(f"{len(pairs)} images of {n} patients or other groups, each of which is in one part")
+        print(f"{len(pairs)} images of {n} patients or other groups")
 
 
 def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
@@ -842,8 +845,7 @@ def assign_parts(pairs, args):
 
 # ---------------------------------------------------------------------- the data sets as published
 def find_all(raw, *patterns):
-    """Return the paths at any depth below `raw` that match a pattern such as COVID/images/*, sorted
-    for each pattern. Prints the patterns if there are none."""
+    """Return the paths below `raw` that match patterns such as COVID/images/*, sorted for each."""
     found = []
     for pattern in patterns:
         found += sorted(glob.glob(f"**/{pattern}", root_dir=raw, recursive=True))
@@ -868,8 +870,7 @@ def pairs_in(raw, images, masks, **more):
 
 
 def find_published(raw, args, bad):
-    """Find the Pairs of a published data set, in archives too, which are extracted into folders of
-    their names. Exit if one is broken, or a whole part is missing."""
+    """Find the Pairs of a published data set, extracting archives; exit if a part is missing."""
     source = DATASET_INFO[args.dataset].homepage
     if not raw.is_dir():
         sys.exit(f"{raw}: no such folder. {source}")
@@ -1175,7 +1176,7 @@ def prepare(args, final):
         if fractions:
             print(f"mask foreground: {mask_evidence}; it covers {np.mean(fractions):.1%} of the "
                   f"pixels; at this --size {fractions.count(0)} of {len(fractions)} are empty. If "
-                  "masks are inverted: --mask-foreground '<128'")
+                  "that is the background, give the other values to --mask-foreground")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
             source=args.raw, foreground=foreground, mask_foreground=mask_evidence,
@@ -1236,6 +1237,8 @@ def main(argv=None):
     if args.check:
         return check(final)
     remove_leftovers(args.out)
+    if final.exists() and not (final / "meta.json").exists():
+        sys.exit(f"{final} is no data set of this script: give another --name, or --out")
     if final.exists() and not args.overwrite:
         sys.exit(f"{final} is already there: nothing done; --overwrite replaces it")
     if args.download:

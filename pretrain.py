@@ -7,9 +7,8 @@ encoder; without any label.
     python pretrain.py --dataset isic --method byol
     torchrun --standalone --nproc-per-node 4 pretrain.py --dataset xray
 
-Reads data/<dataset>/ (see prepare_data.py), writes
-runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same command resumes after the last
-whole epoch, on a CPU bit for bit.
+Reads data/<dataset>/, writes runs/<dataset>/<backbone>/<method>[-variant]/seed<k>/. The same
+command resumes after the last whole epoch, on a CPU bit for bit.
 """
 
 import signal
@@ -38,7 +37,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torchvision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -510,8 +508,10 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, k = key
         part, row = self.rows[k]                        # mapped afresh: nothing to send to a worker
-        image = np.load(self.folder / f"{part}_images.npy", mmap_mode="r")[row]
-        image = torch.tensor(image).permute(2, 0, 1)    # (3, S, S)
+        images = np.load(self.folder / f"{part}_images.npy", mmap_mode="r")
+        if row >= len(images):
+            raise OSError(f"{self.folder} was prepared again, of fewer images")
+        image = torch.tensor(images[row]).permute(2, 0, 1)      # (3, S, S)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                        # as in a worker: sums round alike
         with torch.random.fork_rng(devices=[]):
@@ -687,8 +687,8 @@ def to_device(views, device):
 @torch.no_grad()
 def update_batchnorm(method, loader, device):
     """Set BatchNorm's statistics to their mean over un-augmented images under the present weights
-    (Wu & Johnson 2021, "precise BN"): the running average is of ten steps, in which a young network
-    changes. torch.optim.swa_utils.update_bn would reset a frozen part, too."""
+    (Wu & Johnson 2021): the running average is of ten steps, in which a young network changes;
+    update_bn of torch would reset a frozen part, too."""
     method.train()
     network = getattr(method, "unet", method.encoder)
     norms = []
@@ -855,7 +855,7 @@ def load_checkpoint(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                          # torch raises a dozen kinds
-        sys.exit(f"{path} cannot be read ({type(error).__name__}): --overwrite starts it afresh")
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): copy it again, or --overwrite")
 
 
 def pick_device(name):
@@ -923,7 +923,7 @@ def open_run(settings, folder, command, overwrite):
     """Make a run's folder with its config.json; exit if it holds another run. It is written anew
     also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
-    libraries = (torch, torchvision, timm, cv2, np)
+    libraries = (torch, timm, cv2, np)
     versions = {library.__name__: library.__version__ for library in libraries}
     config = dict(settings=settings, command=command, ranks=ranks()[1], versions=versions)
     if overwrite and folder.exists():

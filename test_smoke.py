@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,8 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from resource import RLIMIT_FSIZE, setrlimit
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -32,16 +33,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightly import loss as lightly_loss
 from lightly import transforms
+from lightly.loss import DINOLoss, NegativeCosineSimilarity
 from lightly.models import modules
 from lightly.models import utils as lightly_utils
 from numpy import array_equal
 from PIL import Image, ImageOps, PngImagePlugin
 from pytest import approx, fixture, mark, raises
-from skimage import filters, measure, morphology
+from scipy.ndimage import binary_dilation, binary_propagation, gaussian_filter
+from skimage import filters, morphology
 from sklearn import metrics
-from torch import allclose, equal
+from torch import allclose, equal, manual_seed
 
 import finetune_eval
 import losses
@@ -51,8 +53,8 @@ import pretrain
 from baselines import byol, mae
 from finetune_eval import predict_logits, predict_tiled, segmentation_scores
 from models import build_unet
-from prepare_data import PARTS, check, open_part, read_csv, read_image, read_meta
-from pretrain import METHODS, MedSASS, pseudo_mask, seed_from
+from prepare_data import PARTS, Pair, check, open_part, read_csv, read_image, read_meta
+from pretrain import METHODS, MedSASS, ellipse, open_mask, position_masks, pseudo_mask, seed_from
 
 HERE = Path(__file__).parent
 rng = np.random.default_rng(0)
@@ -65,16 +67,16 @@ def workplace(tmp_path, monkeypatch):
     """Run each test in an empty folder of its own, its draws independent of other tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    torch.manual_seed(0)
+    manual_seed(0)
     rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def spot(height, width, *seed):
     """A picture with one bright disc on noise, gray uint8 (H, W), and its mask {0, 1}."""
     rng = np.random.default_rng(seed)
-    x, y = rng.uniform(.3, .7, 2)
+    centre = rng.uniform(.3, .7, 2) * (width, height)
     mask = np.zeros((height, width), np.uint8)
-    cv2.circle(mask, (int(x * width), int(y * height)), min(height, width) // 5, 1, -1)
+    cv2.circle(mask, centre.astype(int), min(mask.shape) // 5, 1, -1)
     return np.uint8(rng.normal(100, 8, mask.shape) + mask * 90), mask
 
 
@@ -217,10 +219,6 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def log_of(folder):
-    return read_csv(folder / "log.csv")
-
-
 def differing(state, other):
     """Return the names of the tensors of `state` that are not the same in `other`."""
     return {name for name, value in state.items() if not equal(value, other[name])}
@@ -241,7 +239,8 @@ def refused(call, *words):
         call()
     message = str(end.value.code)
     assert message not in ("0", "None")
-    assert not [word for word in words if str(word) not in message], message
+    for word in words:
+        assert str(word) in message
     return message
 
 
@@ -355,9 +354,8 @@ def test_predict_writes_a_mask_for_every_image_at_its_own_size(predict):
     assert {*fractions} == {*SIZES, "images/c.png"}
     assert len([*Path("out").glob("*.png")]) == len(fractions)
     for name, size in SIZES.items():
-        path = Path(name).with_suffix(".png")
-        mask = np.asarray(Image.open("out" / path))
-        overlay = Image.open("out/overlay" / path.with_suffix(".jpg"))
+        mask = np.asarray(Image.open(f"out/{name[:-4]}.png"))
+        overlay = Image.open(f"out/overlay/{name[:-4]}.jpg")
         assert mask.shape[::-1] == overlay.size == size
         assert set(np.unique(mask)) <= {0, 255}
         assert mask.mean() / 255 == approx(fractions[name], abs=1e-6)
@@ -389,11 +387,10 @@ def test_focal_cross_entropy_of_two_classes_is_the_focal_loss():
 
 @mark.parametrize("name", losses.LOSSES)
 @mark.parametrize("value", [-1e4, 0, 1e4])
-@mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_losses_and_gradients_are_finite_at_the_extremes(name, value, dtype):
+def test_half_precision_losses_and_gradients_are_finite_at_the_extremes(name, value):
     for columns in range(3):                                    # none, one of two, all
         target = (torch.arange(300) % 2 < columns).float().expand(2, 1, 300, 300)
-        logits = torch.full(target.shape, value, dtype=dtype, requires_grad=True)
+        logits = torch.full(target.shape, value, dtype=torch.half, requires_grad=True)
         loss = losses.LOSSES[name](logits, target)
         loss.backward()
         assert torch.isfinite(logits.grad + loss).all()
@@ -420,10 +417,10 @@ def test_resnet50_unet_and_its_gradients_are_those_of_segmentation_models_pytorc
         other = theirs.get_parameter(names[name]).grad
         if other is not parameter.grad:                         # both None if there is no skip
             assert allclose(parameter.grad, other, atol=1e-9), name
+    ours.eval()
+    theirs.eval()
     with torch.inference_mode():                                # other code without gradients
-        for network in (ours, ours.eval()):
-            theirs.train(network.training)
-            assert allclose(network(x), theirs(x), atol=1e-10)
+        assert allclose(ours(x), theirs(x), atol=1e-10)
 
 
 @mark.parametrize("backbone, lacking, create", [
@@ -486,8 +483,8 @@ def test_pseudo_masks_follow_their_definitions_and_a_flat_picture_has_no_foregro
     threshold = dict(
         otsu=filters.threshold_otsu(gray), fixed=127,
         ght=pretrain.ght_threshold(gray, 2 ** 29.5 * scale, kappa=2 ** 22.25 * scale),
-        adaptive_mean=cv2.blur(gray, (11, 11), **replicate).astype(int) - 2,
-        adaptive_gaussian=cv2.GaussianBlur(gray, (11, 11), 0, **replicate).astype(int) - 2)
+        adaptive_mean=cv2.blur(gray, (11, 11), **replicate) - 2.,
+        adaptive_gaussian=cv2.GaussianBlur(gray, (11, 11), 0, **replicate) - 2.)
     bright = pseudo_mask(images, method)
     assert array_equal(bright[0], gray > threshold[method])
     assert array_equal(pseudo_mask(images, method, "dark"), 1 - bright)
@@ -502,7 +499,6 @@ def test_warps_are_torchvisions_inside_and_mirror_outside(warp):
     noise = rng.integers(0, 256, (64, 64), np.uint8)
     image = torch.from_numpy(cv2.GaussianBlur(noise, (0, 0), 2)).expand(3, 64, 64)
     white = torch.full_like(image, 255)
-    torch.manual_seed(7)
     params = warp.make_params([image])
     torchvisions = super(type(warp), warp).transform
     inside = torchvisions(white, params) == 255                 # black outside
@@ -517,11 +513,10 @@ def test_image_and_mask_are_augmented_alike():
     image = torch.from_numpy(truth * 200 + 20).expand(3, 48, 48)
     method = MedSASS("resnet50", foreground="dark")
     moved = 0
-    for seed in range(30):
-        torch.manual_seed(seed)
+    for _ in range(30):
         view, mask = method.augment(image, torchvision.tv_tensors.Mask(truth[None]))
         is_wrong = (view[1] > 110) != (mask[0] == 1)
-        assert is_wrong.float().mean() < .04, seed      # edges are sampled bilinear and nearest
+        assert is_wrong.float().mean() < .04            # edges are sampled bilinear and nearest
         moved += not array_equal(mask[0], truth)
     assert moved > 20
     view, mask = method.augment(image)
@@ -529,81 +524,70 @@ def test_image_and_mask_are_augmented_alike():
     assert array_equal(mask, pseudo_mask(images, foreground="dark"))    # of the view itself
 
 
-def flood(mask, starts):
-    """Return the pixels of `mask` that are 4-connected to one of `starts` in it, bool (H, W)."""
-    labels = measure.label(mask, connectivity=1)
-    return np.isin(labels, labels[mask & starts])
-
-
-def test_frame_equals_a_flood_from_border_and_corners():
+def test_frame_is_what_scipy_propagates_from_border_and_corners():
     values = rng.choice(np.uint8([40, 100, 100]), (64, 72))
     values[:9, :9] = range(50, 59)
     frequent = rng.random((64, 72)) < .4
     shared = pretrain.touching_border(frequent)
-    assert array_equal(shared, flood(frequent, border_of(frequent)))
-    corners = frequent & False
-    corners[::63, ::71] = True
-    frame = shared | flood(values <= .55 * np.median(values), corners)
-    frame = morphology.dilation(frame, np.ones((5, 5)))
+    starts = frequent & False
+    assert array_equal(shared, binary_propagation(starts, mask=frequent, border_value=1))
+    dark = values <= .55 * np.median(values)
+    starts[::63, ::71] = dark[::63, ::71]
+    frame = shared | binary_propagation(starts, mask=dark)
+    frame = binary_dilation(frame, np.ones((5, 5)))
     assert array_equal(pretrain.image_frame(values, shared), frame)
 
 
 def test_position_reliability_and_radius_equal_their_definitions():
     masks = rng.random((2, 24, 30)) < np.linspace(0, .8, 30)    # so that any halves are these two
-    halves = [cv2.GaussianBlur(mask * 1., (0, 0), 30 / 24).ravel() for mask in masks]
-    c = np.corrcoef(halves)[0, 1]
+    halves = gaussian_filter(masks * 1., (0, 1.25, 1.25), mode="mirror")    # a 24th of 30
+    c = np.corrcoef(halves.reshape(2, -1))[0, 1]
     assert pretrain.position_reliability(masks, 2) == (approx(2 * c / (1 + c), rel=1e-4), 0)
     assert pretrain.position_reliability([morphology.disk(23)], 1)[1] == 24 // 7
 
 
-def border_of(mask):
-    return np.pad(mask[1:-1, 1:-1] & False, 1, constant_values=True)
-
-
-def dilated(mask, radius):
-    return morphology.dilation(mask, pretrain.ellipse(radius), mode="ignore")
-
-
-def test_position_masks_equal_skimages_morphology_and_a_flood():
-    blobs = [cv2.GaussianBlur(rng.random((30, 34)), (0, 0), 3) for _ in range(6)]
-    masks = np.array(blobs) > np.quantile(blobs, .7)
-    opened = []
+def test_position_masks_equal_skimages_and_scipys_morphology():
+    smooth = gaussian_filter(rng.random((6, 30, 34)), (0, 3, 3))
+    masks = smooth > np.quantile(smooth, .7)
+    inner = 0
     for mask in masks:
         padded = np.pad(mask, 2, mode="edge")
-        padded = morphology.opening(padded, pretrain.ellipse(2), mode="ignore")
-        opened.append(padded[2:-2, 2:-2])
-        assert array_equal(pretrain.open_mask(mask, 2), opened[-1])
-    p = np.mean([o & ~flood(o, border_of(o)) for o in opened], axis=0)
-    p = cv2.GaussianBlur(p, (0, 0), 34 / 24)
+        opened = morphology.opening(padded, ellipse(2), mode="ignore")[2:-2, 2:-2]
+        assert array_equal(open_mask(mask, 2), opened)
+        inner = inner + (opened & ~binary_propagation(opened & False, mask=opened, border_value=1))
+    p = gaussian_filter(inner / 6, 34 / 24, mode="mirror")
     p = p.mean() + .7 * (p - p.mean())
     likely = pretrain.likely_positions(masks, 6, .7, 2)
     assert array_equal(likely, p >= p.max() / 2)
-    for places in (likely, likely & False):
-        for mask, o in zip(masks, opened, strict=True):
-            kept = dilated(flood(o, places), 2) & mask
-            expected = dilated(kept if kept.any() else mask, 1)
-            assert array_equal(pretrain.position_mask(mask, 2, places), expected)
+    for mask in masks:
+        opened = open_mask(mask, 2)
+        kept = binary_propagation(opened & likely, mask=opened)
+        kept = binary_dilation(kept, ellipse(2)) & mask
+        if not kept.any():                              # true of one of the six
+            kept = mask
+        expected = binary_dilation(kept, ellipse(1))
+        assert array_equal(pretrain.position_mask(mask, 2, likely), expected)
+        assert array_equal(pretrain.position_mask(mask, 0, likely), mask)
 
 
-@mark.parametrize("n", [8, 40, 400])
+@mark.parametrize("n", [8, 400])
 def test_position_drops_corner_blobs_but_no_object_that_lies_anywhere(n):
-    def discs(low, high, radius, each=1):
+    def discs(low, high, radius, each):
         masks = np.zeros((n, 64, 64), np.uint8)
-        for k, (x, y) in enumerate(rng.integers(low, high, (n * each, 2)).tolist()):
-            cv2.circle(masks[k % n], (x, y), radius, 1, -1)
+        for mask in [*masks] * each:
+            cv2.circle(mask, rng.integers(low, high, 2), radius, 1, -1)
         return masks > 0
-    middle = discs(26, 39, 10)
-    blobs = middle | (np.indices((64, 64)) < 7).all(axis=0) & (np.arange(n) % 3 < 1)[:, None, None]
-    masks, _ = pretrain.position_masks(blobs)
+    middle = discs(26, 39, 10, 1)
+    blobs = middle.copy()
+    blobs[::3, :7, :7] = True
+    masks, _ = position_masks(blobs)
     assert not masks[:, :6, :6].any() and masks[middle].all()
     anywhere = discs(-12, 76, 8, 4)
-    masks, reliability = pretrain.position_masks(anywhere)
+    masks, reliability = position_masks(anywhere)
     assert reliability < .3
     for mask, before in zip(masks, anywhere, strict=True):
-        assert mask[pretrain.open_mask(before, 1)].all()
-    thin = discs(0, 64, 5, 9)
-    assert array_equal(pretrain.position_masks(thin)[0], thin)
-    assert not pretrain.position_masks(middle & False)[0].any()
+        assert mask[open_mask(before, 1)].all()
+    assert not position_masks(middle & False)[0].any()
 
 
 def test_mask_quality_equals_its_definition_and_two_kinds_of_images_are_said(capsys):
@@ -614,11 +598,12 @@ def test_mask_quality_equals_its_definition_and_two_kinds_of_images_are_said(cap
     mask[2:12, 3:8] = mask[7:12, 3:15] = True           # an L: 4 x 9 + 7 x 4, and half a pixel
     mask[15:20, 20:25] = True                           # 4 x 4, its hole does not count
     mask[17, 22] = False
-    classes = np.where(mask, values[mask].mean(), values[~mask].mean())
+    separability = np.corrcoef(mask.ravel(), values.ravel())[0, 1] ** 2
     solidity = (64.5 + 16) / (81.5 + 16)                # hull of the L: 11 x 9 less a triangle
-    expected = classes.var() / values.var(), solidity, mean_mask[mask].mean()
+    expected = separability, solidity, mean_mask[mask].mean()
     assert pretrain.mask_quality(mask, values, mean_mask) == approx(expected)
-    quality = np.repeat([.2, .8], 30)[:, None] + rng.random((60, 3)) / 10
+    quality = rng.random((60, 3)) / 10
+    quality[:30] += .6
     pretrain.warn_of_two_kinds(quality, quality[:, 0] > .5)
     assert "two kinds" in capsys.readouterr().out
 
@@ -626,9 +611,8 @@ def test_mask_quality_equals_its_definition_and_two_kinds_of_images_are_said(cap
 def test_trusted_are_those_of_the_best_ranks():
     quality = np.array([[0, 0, 0], [1, 1, 1], [1, 1, 1], [2, 0, 1], [2, 2, 2], [0, 1, 0]])
     # Rank sums are 4.5, 11.5, 11.5, 11, 17.5, 7; without the first 8.5, 8.5, 8.5, 14.5, 5.
-    for found, expected in ((pretrain.trusted(quality, .4), [1, 2, 3, 4]),
-                            (pretrain.trusted(quality[1:], 1), [0, 3])):
-        assert np.flatnonzero(found).tolist() == expected
+    assert [*np.flatnonzero(pretrain.trusted(quality, .4))] == [1, 2, 3, 4]
+    assert [*np.flatnonzero(pretrain.trusted(quality[1:], 1))] == [0, 3]
 
 
 def test_refined_masks_do_not_depend_on_threads(lens_data):
@@ -657,7 +641,7 @@ def test_batches_cover_an_epoch_once_and_none_is_small(n, size, seed, lengths):
 
 def build(method, backbone, size=32, **kwargs):
     """Return a method and a batch of its views of random images."""
-    torch.manual_seed(0)
+    manual_seed(0)
     method = METHODS[method](backbone, size, **kwargs)
     images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     views = zip(*map(method.augment, images), strict=True)
@@ -687,38 +671,27 @@ def test_baseline_encoder_is_plain_timm_and_learns_and_its_loss_is_float32(name,
     assert not differing(method.state_dict(), state)            # by validation
 
 
-def lightlys_dino_loss(method, views):
-    encoder, head = method.student
-    features = torch.cat([encoder(torch.cat(views[:2])), encoder(torch.cat(views[2:]))])
-    criterion = lightly_loss.DINOLoss(output_dim=1024, warmup_teacher_temp=.04, teacher_temp=.04)
-    teacher = method.teacher(torch.cat(views[:2])).chunk(2)
-    loss = criterion(teacher, head(features).chunk(10), epoch=0)
-    method.center = criterion.center.view(1, -1)
-    return loss
-
-
-def lightlys_cosine_loss(method, views):
-    """Return BYOL's or SimSiam's loss."""
-    cosine = lightly_loss.NegativeCosineSimilarity()
-    z = [method.projector(method.encoder(view)) for view in views]
-    p = [method.predictor(projection) for projection in z]
-    is_byol = hasattr(method, "target")
-    if is_byol:
-        z = [method.target(view) for view in views]
-    loss = (cosine(p[0], z[1].detach()) + cosine(p[1], z[0].detach())) / 2
-    return 4 + 4 * loss if is_byol else loss
-
-
 @mark.parametrize("name, backbone", NETWORKS[2:6])
 def test_loss_and_gradients_are_those_of_lightlys_criteria(name, backbone):
     ours, views = build(name, backbone)
     theirs = copy.deepcopy(ours)
     loss = ours(views)
     if name == "dino":
-        expected = lightlys_dino_loss(theirs, views)
-        assert allclose(ours.center, theirs.center)
+        encoder, head = theirs.student
+        large = torch.cat(views[:2])
+        features = torch.cat([encoder(large), encoder(torch.cat(views[2:]))])
+        dino = DINOLoss(1024, warmup_teacher_temp=.04, teacher_temp=.04)
+        expected = dino(theirs.teacher(large).chunk(2), head(features).chunk(10), epoch=0)
+        assert allclose(ours.center, dino.center.view(1, -1))
     else:
-        expected = lightlys_cosine_loss(theirs, views)
+        targets = [theirs.projector(theirs.encoder(view)) for view in views]
+        predictions = [theirs.predictor(target) for target in targets]
+        if name == "byol":
+            targets = [theirs.target(view) for view in views]
+        cosine = NegativeCosineSimilarity()
+        expected = sum(map(cosine, predictions, [targets[1].detach(), targets[0].detach()])) / 2
+        if name == "byol":
+            expected = 4 + 4 * expected
     assert loss.item() == approx(expected.item(), rel=1e-6, abs=1e-6)
     loss.backward()
     expected.backward()
@@ -766,9 +739,9 @@ def test_optimizer_in_a_run_of_1000_steps(name, backbone, kind, decay, rates):
 
 def test_mae_encodes_a_quarter_as_lightly_and_scores_hidden_patches_normalised_one_by_one():
     method, (images,) = build("mae", "vit_small", size=64)
-    torch.manual_seed(1)
+    manual_seed(1)
     loss = method([images])
-    torch.manual_seed(1)
+    manual_seed(1)
     latent, mask, restore = method.encode(images)
     patches = F.unfold(images, 8, stride=8).transpose(1, 2)
     target = F.layer_norm(patches, (192,)) * (191 / 192) ** .5  # his deviation is that of a sample
@@ -785,9 +758,9 @@ def test_mae_encodes_a_quarter_as_lightly_and_scores_hidden_patches_normalised_o
 
 def test_simmim_hides_blocks_of_four_patches_and_scores_them_alone():
     method, (images,) = build("simmim", "vit_small", size=80)   # 2.5 blocks a side
-    torch.manual_seed(2)
+    manual_seed(2)
     loss = method([images])
-    torch.manual_seed(2)
+    manual_seed(2)
     mask = method.random_mask(4)
     blocks = mask[:, ::4, ::4]
     assert blocks.sum(dim=(1, 2)).tolist() == [6] * 4           # of 9: .6, rounded up
@@ -801,22 +774,28 @@ def test_simmim_hides_blocks_of_four_patches_and_scores_them_alone():
 
 
 def test_segmentation_scores_equal_sklearn():
-    pred = rng.random((5, 12, 10)) < .4
-    target = rng.random((5, 12, 10)) < .3
+    pred = rng.random((5, 120)) < .4
+    target = rng.random((5, 120)) < .3
     pred[3] = target[3:] = False                        # nothing to find, nothing found
     pred[4] = True                                      # nothing to find, something found
-    ours = segmentation_scores(pred, target)
+    ours = segmentation_scores(pred[:, None], target[:, None])
     for name, theirs in dict(precision="precision", recall="recall", dice="f1", iou="jaccard",
                              accuracy="accuracy").items():
         metric = getattr(metrics, f"{theirs}_score")
         assert ours[f"{name}_global"] == approx(metric(target.ravel(), pred.ravel()))
-    ious = [metrics.jaccard_score(target[k].ravel(), pred[k].ravel()) for k in range(3)]
-    assert ours["iou_image"] == approx((sum(ious) + 1 + 0) / 5)
+    of_images = metrics.jaccard_score(target, pred, average="samples", zero_division=1)
+    assert ours["iou_image"] == approx(of_images)
 
 
-def test_intervals_are_of_resampled_groups():
-    prepare(write_folder("demo", n=60), "--group-regex", "^(p[0-9]+)_")
+def test_best_constant_and_its_interval_over_groups_by_hand():
+    out = prepare(write_folder("demo", n=60), "--group-regex", "^(p[0-9]+)_")
     path, result = score("data", *ON_DEMO, "--protocol", "reference")
+    truths, masks = [open_part(out, part)[1] > 0 for part in ("train", "test")]
+    mean = truths.mean(axis=0)
+    constants = [mean >= level for level in np.unique(mean)]
+    constant = max(constants, key=lambda cut: (cut & truths).sum() / (cut | truths).sum())
+    iou = (constant & masks).sum() / (constant | masks).sum()
+    assert result["best_constant"]["iou_global"] == approx(iou)
     groups = {}
     for row in read_csv(path.with_suffix(".csv")):
         if row["row"] == "best_constant":
@@ -845,13 +824,15 @@ def labels_read(monkeypatch):
 def test_labelled_images_are_nested_and_by_group(labels_read):
     out = prepare(write_folder("demo", n=24), "--group-regex", "^(p[0-9]+)_")
     names = read_csv(out / "train.csv")
+    taken = []
     for n in (7, 4):
-        before = {*labels_read}
         labels_read.clear()
         tune("data", *ON_DEMO, "--protocol", "supervised", "--labels", n)
         rows = {row for part, row in labels_read if part == "train"}
-        assert len(rows) == n and (n == 7 or labels_read < before)
+        assert len(rows) == n
         assert len({names[row]["group"] for row in rows}) == math.ceil(n / 3)   # whole but the last
+        taken.append({*labels_read})
+    assert taken[1] < taken[0]
 
 
 def test_a_copied_run_is_what_its_config_says_and_scored_by_hand(data, run):
@@ -869,22 +850,12 @@ def test_a_copied_run_is_what_its_config_says_and_scored_by_hand(data, run):
     assert {name: result[name] for name in expected} == approx(expected, abs=2e-4)
 
 
-def test_best_constant_by_hand(data):
-    _, result = score(data, "--protocol", "reference", *ON_DEMO)
-    _, masks = open_part(data / "demo", "test")
-    truths = open_part(data / "demo", "train")[1] > 0
-    constants = [truths.mean(axis=0) >= k / 64 for k in range(1, 65)]
-    constant = max(constants, key=lambda cut: (cut & truths).sum() / (cut | truths).sum())
-    expected = segmentation_scores(np.array([constant] * len(masks)), masks > 0)
-    assert result["best_constant"]["iou_global"] == approx(expected["iou_global"])
-
-
 def test_linear_probe_learns_on_an_encoder_that_stays():
-    lines = ["name,label"]
+    table = "name,label\n"
     for k in range(30):
         save_image(f"demo/{k}.png", spot(32, 32, k)[0] // (1 + k % 2 * 4))
-        lines.append(f"{k},{k % 2}")
-    Path("demo/labels.csv").write_text("\n".join(lines))
+        table += f"{k},{k % 2}\n"
+    Path("demo/labels.csv").write_text(table)
     prepare("demo")
     encoder = timm.create_model("resnet50", num_classes=0, zero_init_last=False).state_dict()
     torch.save(encoder, "some.pth")
@@ -903,8 +874,7 @@ def local_mean(x):
 
 @mark.parametrize("shape", [(32, 32), (20, 90), (131, 97), (1, 1)])
 def test_tiles_have_no_seams(shape):
-    noise = cv2.GaussianBlur(rng.random((*shape, 3)), (0, 0), 3).reshape(*shape, 3)
-    image = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+    image = cv2.GaussianBlur(rng.choice(np.uint8([0, 255]), (*shape, 3)), (0, 0), 3)
     whole = predict_logits(local_mean, image[None], "cpu")[0]
     mask = predict_tiled(local_mean, image, 32, 32, "cpu")
     assert mask.shape == shape
@@ -932,7 +902,7 @@ def test_supervised_is_fine_tuning_an_untrained_encoder_and_never_sees_test_mask
     """Other test masks change the score, and not a bit of the network."""
     shutil.copytree(small_data, "noisy")
     np.save("noisy/demo/test_masks.npy", rng.integers(0, 2, (3, 32, 32), np.uint8))
-    torch.manual_seed(seed_from(0))            # as pre-training does
+    manual_seed(seed_from(0))            # as pre-training does
     models.export_encoder(build_unet("resnet50"), "f.pth")
     few = [*ON_DEMO, "--labels", "8", "--protocol"]
     clean, folder = tune(small_data, *few, "supervised")
@@ -946,11 +916,11 @@ def test_supervised_is_fine_tuning_an_untrained_encoder_and_never_sees_test_mask
 
 
 DIE_BEFORE_THE_SECOND_SAVE = """
-import os, pathlib, signal, sys, pretrain
+import os, pathlib, sys, pretrain
 replace = pathlib.Path.replace
 def replace_or_die(source, target):
-    if pathlib.Path(target).name == "last.pt" and os.path.exists(target):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if target.name == "last.pt" and target.exists():
+        os.kill(os.getpid(), 9)
     return replace(source, target)
 pathlib.Path.replace = replace_or_die
 pretrain.main(sys.argv[1:])
@@ -986,8 +956,8 @@ def test_a_killed_run_resumes_to_the_bit(data_set, flags, request):
     assert end.returncode == -signal.SIGKILL
     cut = train(folder, *flags, "--workers", "1")
     assert contents(cut) == contents(whole)
-    for row, other in zip(log_of(cut), log_of(whole), strict=True):
-        assert row | dict(seconds="") == other | dict(seconds="")
+    for row, other in zip(read_csv(cut / "log.csv"), read_csv(whole / "log.csv"), strict=True):
+        assert row | dict(seconds=other["seconds"]) == other
 
 
 def test_a_finished_run_is_left_alone_or_completed(data, run, copied_run):
@@ -1017,27 +987,29 @@ def test_refined_run_learns_from_trusted_masks(lens_data):
     assert len(sets.train) < sets.epoch_size == 14
 
 
+def peak_memory(call, *arguments):
+    tracemalloc.start()
+    call(*arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
 def test_memory_does_not_grow_with_images_or_height():
-    peaks = []
-    for n in (1, 6):
-        np.save("images.npy", rng.integers(0, 256, (200 * n, 64, 64, 3), np.uint8))
-        images = np.load("images.npy", mmap_mode="r")
-        tall = np.zeros((200 * n, 96, 3), np.uint8)
-        for work in (lambda: pretrain.decide_refinement(images, "dark"),                # noqa: B023
-                     lambda: predict_tiled(local_mean, tall, 32, 32, "cpu")):           # noqa: B023
-            tracemalloc.start()
-            work()
-            peaks.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    few, low, many, high = peaks
-    assert many < 1.2 * few + 10 ** 6
+    np.save("images.npy", rng.integers(0, 256, (1200, 64, 64, 3), np.uint8))
+    images = np.load("images.npy", mmap_mode="r")
+    few = peak_memory(pretrain.decide_refinement, images[:200], "dark")
+    assert peak_memory(pretrain.decide_refinement, images, "dark") < 1.2 * few + 10 ** 6
+    tall = np.zeros((1200, 96, 3), np.uint8)
+    low = peak_memory(predict_tiled, local_mean, tall[:200], 32, 32, "cpu")
+    high = peak_memory(predict_tiled, local_mean, tall, 32, 32, "cpu")
     assert high < 1.2 * low + 5 * tall[..., 0].size     # its logits, float32, and mask
 
 
 def test_encoder_only_goes_on_from_an_encoder_and_leaves_the_decoder_as_it_began(small_data, run):
     flags = f"--train encoder --encoder {run}/encoder.pth --lr 1e-5 --threshold ght --loss bce"
     folder = train(small_data, *flags.split(), "--amp", "fp16", epochs=1)
-    torch.manual_seed(seed_from(0))
+    manual_seed(seed_from(0))
     changed = differing(build_unet("resnet50", 32).state_dict(), weights_of(folder))
     assert all(name.startswith("encoder.") for name in changed)
     given, after = [load(path / "encoder.pth")["conv1.weight"] for path in (run, folder)]
@@ -1048,7 +1020,7 @@ def test_patience_stops_and_exports_the_best(small_data):
     flags = "--lr 0 --patience 2 --amp bf16 --threshold adaptive_mean --loss focal"
     folder = train(small_data, *flags.split(), epochs=30)
     best = load(folder / "best.pt")
-    assert (len(log_of(folder)), best["epoch"]) == (3, 1)
+    assert (len(read_csv(folder / "log.csv")), best["epoch"]) == (3, 1)
     assert not differing(prefixed("encoder.", load(folder / "encoder.pth")), best["model"])
 
 
@@ -1062,17 +1034,14 @@ prepare_data.run_script(lambda: pretrain.main(sys.argv[1:]), "the same command g
 """
 
 
-def full_disk():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
-
-
 def test_a_stop_or_a_full_disk_loses_an_epoch_at_most(data, run):
     flags = command(data, "--workers", "2")
     lines = fails("-c", TERM_TO_ITS_GROUP, *flags, start_new_session=True)
     assert lines[-1].endswith("; the same command goes on")
     folder = Path("runs/demo/resnet50/medsass-e2/seed0")
     before = contents(folder)
-    lines = fails(f"{HERE}/pretrain.py", *flags, preexec_fn=full_disk)
+    lines = fails(f"{HERE}/pretrain.py", *flags,
+                  preexec_fn=lambda: setrlimit(RLIMIT_FSIZE, (10 ** 6, 10 ** 6)))
     assert "goes on from the last whole epoch" in lines[-1]
     assert contents(folder) == before
     assert not list(folder.glob(".*.tmp"))
@@ -1114,7 +1083,7 @@ def test_two_ranks_train_one_run(lens_data):
     flags = command(lens_data, "--batch-size", "4", "--refine")
     assert not python(*IN_RANKS, f"{HERE}/pretrain.py", *flags).returncode
     [folder] = Path("runs").glob("demo/*/*/seed0")
-    assert len(log_of(folder)) == config_of(folder)["ranks"] == 2
+    assert len(read_csv(folder / "log.csv")) == config_of(folder)["ranks"] == 2
     score(lens_data, "--run", folder)
 
 
@@ -1132,26 +1101,27 @@ def test_semi_averages_as_two_folds_choose_and_reads_no_other_label(
     flags = ["--run", copied_run, "--labels", "6", "--protocol", "semi"]
     result, folder = tune(data, *flags, epochs=4)
     before, tuned, kept = map(weights_of, (copied_run, folder / "tuned", folder))
-    weight, name = result["weight"], "head.weight"
+    weight = result["weight"]
     assert result["fold_scores"][str(weight)] == max(result["fold_scores"].values())
-    assert allclose(kept[name], before[name].lerp(tuned[name], weight))
+    expected = before["head.weight"].lerp(tuned["head.weight"], weight)
+    assert allclose(kept["head.weight"], expected)
     assert sum(result["fold_labels"]) == len(labels_read) == 6 + 2
     assert result["fold_steps"] == 10                           # half as many as of all labels
     shutil.copytree(data, "blind")
     masks = np.load("blind/demo/train_masks.npy", mmap_mode="r+")
-    unread = [row for row in range(64) if ("train", row) not in labels_read]
-    masks[unread] = 1
-    shutil.rmtree(folder)
-    tune("blind", *flags, epochs=4)
+    for row in range(64):
+        if ("train", row) not in labels_read:
+            masks[row] = 1
+    tune("blind", *flags, "--overwrite", epochs=4)
     assert not differing(kept, weights_of(folder))
     _, again = score(data, "--run", folder)
     assert again["iou_global"] == result["iou_global"]
 
 
 def test_copied_files_import_nothing_of_ours_and_readme_snippets_run(run, monkeypatch):
+    ours = r"\n(from|import) (baselines|finetune_eval|losses|models|prepare_data|pretrain)\b"
     for path in (HERE / "models.py", HERE / "losses.py", *HERE.glob("baselines/*.py")):
-        imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-        assert not {*imported} & {"baselines", "losses", "models", "prepare_data", "pretrain"}
+        assert not re.search(ours, path.read_text())
     monkeypatch.syspath_prepend(HERE / "baselines")
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save("image.png")
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
@@ -1210,19 +1180,22 @@ def refuse(raw, *words):
     os.rmdir("data")
 
 
-def test_folder_is_resized_split_and_repeatable(raw):
-    out = prepare(raw)
+def test_folder_is_resized_split_and_repeatable():
+    written = write_layout("raw", "images/{k}.png", "masks/{k}.png")
+    out = prepare("raw")
     os.rename("data", "before")
-    prepare(raw)
+    prepare("raw")
     names = {*os.listdir(out)} - {"meta.json"}
     assert contents(out, names) == contents(Path("before/raw"), names)
     for _, row, image, mask in prepared(out):
-        page, truth = [cv2.resize(cv2.imread(f"raw/{kind}/{row['name']}.png", 0), (32, 32),
-                                  interpolation=cv2.INTER_AREA) for kind in ("images", "masks")]
-        assert array_equal(image[..., 0], page)
-        assert array_equal(mask, truth > 127)
-    strip = np.repeat(np.arange(3000) % 2 * 200, 24).reshape(3000, 24).astype(np.uint8)
-    assert set(np.unique(prepare_data.resize(strip, 60))) == {100}  # each side by its own rule
+        gray, truth, _ = written[row["name"]]
+        gray = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
+        truth = cv2.resize(truth * 1., (32, 32), interpolation=cv2.INTER_AREA)
+        assert array_equal(image[..., 0], gray)
+        assert array_equal(mask, truth >= .5)
+    strip = np.zeros((3000, 24), np.uint8)
+    strip[::2] = 200
+    assert (prepare_data.resize(strip, 60) == 100).all()        # each side by its own rule
     assert [*read_meta(out)["counts"].values()] == [8, 1, 3]    # cut at int(8.4) and int(9.6)
 
 
@@ -1266,11 +1239,11 @@ def test_tiffs_are_read_rightly_or_what_to_install_is_said(dtype, how, monkeypat
     expected = prepare_data.to_rgb(prepare_data.Picture(shown))
     assert array_equal(read_image("a.tif"), expected)
     monkeypatch.setitem(sys.modules, "tifffile", None)          # as if it were not installed
-    if dtype in ("f8", "u4"):
+    if dtype in ("f8", "u4", "i1"):
         with raises(ValueError, match="pip install tifffile"):
             read_image("a.tif")
     else:
-        assert dtype == "i1" or array_equal(read_image("a.tif"), expected)
+        assert array_equal(read_image("a.tif"), expected)
 
 
 MR = Path(pydicom.data.get_testdata_file("MR_small.dcm"))
@@ -1305,10 +1278,11 @@ def test_what_is_transparent_is_shown_on_white_and_bad_metadata_do_not_matter():
     info.add(b"eXIf", b"no EXIF block")
     rgba = np.full((1, 4, 4), (10, 20, 30, 255), np.uint8)
     rgba[0, :, 3] = 0, 51, 102, 255
-    for how in (dict(pnginfo=info), dict(icc_profile=os.urandom(3 * 10 ** 6))):
-        save_image("a.png", rgba, **how)
-        expected = [[255, 255, 255], [206, 208, 210], [157, 161, 165], [10, 20, 30]]
-        assert array_equal(read_image("a.png")[0], expected)
+    save_image("a.png", rgba, pnginfo=info, icc_profile=os.urandom(3 * 10 ** 6))
+    expected = [[255, 255, 255], [206, 208, 210], [157, 161, 165], [10, 20, 30]]
+    assert array_equal(read_image("a.png")[0], expected)
+    save_image("b.png", np.uint8([[10, 20]]), transparency=10)
+    assert read_image("b.png")[0, :, 0].tolist() == [255, 20]
 
 
 @mark.parametrize("tested", ["test", "validation"])
@@ -1332,21 +1306,19 @@ def test_dicom_patients_stay_whole_and_unnamed():
     assert not [file for file in out.iterdir() if b"Mustermann" in file.read_bytes()]
 
 
-disc = cv2.circle(np.zeros((48, 64), np.uint8), (30, 22), 12, 1, -1)
-halves = disc * np.repeat([1, 3], (20, 28))[:, None].astype(np.uint8)     # classes 1 and 3
+_, disc = spot(48, 64)
+halves = disc.copy()                                            # classes 1 and 3
+halves[24:] *= 3
 soft = cv2.GaussianBlur(disc * 255, (0, 0), .8)
 ringed = disc | cv2.dilate(disc, np.ones((9, 9))) * 254         # an ignored border, 254
 red = np.dstack([disc * 255, disc * 0, disc * 0])
-classes = red + np.dstack([disc * 0, disc * 0, halves // 3 * 255])
+classes = red.copy()
+classes[24:, :, 2] = red[24:, :, 0]
 
 
 def foreground(values, rule="auto"):
-    """The foreground of a mask file that holds these values."""
-    photometric = "rgb" if values.ndim == 3 else "minisblack"
-    if values.dtype == bool:                                    # which tifffile inverts
-        save_image("mask.tif", values)
-    else:
-        tifffile.imwrite("mask.tif", values, photometric=photometric, metadata=None)
+    """Return the foreground of a mask file that holds these values."""
+    save_image("mask.tif", values)
     return prepare_data.find_foreground(Path("mask.tif"), rule)[0]
 
 
@@ -1363,7 +1335,7 @@ def test_masks_mean_what_each_file_or_the_flag_says(rule, values, expected):
 
 @mark.parametrize("values, shown, flag", [
     (halves, "0, 1, 3", "'>0'"), (ringed, "0, 254, 255", "ignore value"),
-    (disc.astype(np.int32) - 1, "-1, 0", "a list"), (np.minimum(soft, 60), "0, .*", "'>127'"),
+    (disc.astype(np.int32) - 1, "-1, 0", "1 or 1,2"), (np.minimum(soft, 60), "0, .*", "'>30'"),
     (classes, "#000000, #ff0000, #ff00ff", "'#ff0000'")])
 def test_masks_of_several_meanings_are_refused(values, shown, flag):
     with raises(ValueError, match=f"mask.tif: .*{shown}.*--mask-foreground .*{flag}"):
@@ -1468,6 +1440,7 @@ def test_a_killed_process_leaves_nothing_for_long(raw):
     refused(lambda: prepare_data.main(again), out, "already there", "--overwrite")
     assert {*os.listdir("data")} == {"raw", ".78.tmp"}
     check(out)
+    refused(lambda: prepare_data.main([*again, "--out", ".", "--overwrite"]), "no data set")
 
 
 def prepare_published(dataset, *flags):
@@ -1543,20 +1516,17 @@ def test_tiles_of_a_slide_or_patient_stay_together(image_name, mask_name):
         assert mask.mean() == approx(tiles[int(y), :, int(x)].mean(), abs=.02)
 
 
-@mark.parametrize("stratified, groups, expected", [
-    (True, dict(zip(LUNGS, (3616, 6012, 10192, 1345), strict=True)), [14730, 2202, 4233]),
-    (False, dict.fromkeys(map(str, range(198)), 12), [1656, 240, 480])])
-def test_published_splits_at_their_full_size(stratified, groups, expected):
-    pairs = []
-    for name, n in groups.items():
-        for i in range(n):
-            group = "" if stratified else name
-            pairs.append(prepare_data.Pair(f"{name} {i}", group or i, group=group, label=name))
-    prepare_data.join_duplicates(pairs)
-    prepare_data.split_pairs(pairs, seed=3, stratified=stratified)
-    parts = [pair.part for pair in pairs]
-    assert [parts.count(part) for part in PARTS] == expected
-    assert not stratified or abs(parts[:3616].count("test") - 723) < 9      # of COVID
+def test_published_splits_at_their_full_size():
+    xray = []
+    for label, n in zip(LUNGS, (3616, 6012, 10192, 1345), strict=True):
+        xray += [Pair(f"{label} {i}", i, label=label) for i in range(n)]
+    tiles = [Pair(f"{i}", i // 12, group=f"{i // 12}") for i in range(198 * 12)]
+    for pairs, expected in ((tiles, [1656, 240, 480]), (xray, [14730, 2202, 4233])):
+        prepare_data.join_duplicates(pairs)
+        prepare_data.split_pairs(pairs, seed=3, stratified=pairs is xray)
+        parts = [pair.part for pair in pairs]
+        assert [parts.count(part) for part in PARTS] == expected
+    assert abs(parts[:3616].count("test") - 723) < 9            # of COVID
 
 
 def test_archives_are_unpacked_once_and_cannot_escape():
@@ -1604,13 +1574,10 @@ def bad(tmp_path_factory):
     ("pretrain --data {bad}/odd --dataset demo --backbone vit_small", "multiple of 16, not 40"),
     ("finetune_eval --run {run} --data {bad}/prepared --dataset bare", "no test masks"),
     ("finetune_eval --run {bad}/absent", "{bad}/absent is not a run folder"),
-    ("finetune_eval --run {run} --predict {bad}/absent --out x", "{bad}/absent: no such folder"),
     ("finetune_eval --data {data} --dataset demo --backbone resnet50 --protocol classify --encoder"
      " {run}/encoder.pth", "at least two labels"),
     ("finetune_eval --data {data} --dataset demo --backbone resnet50 --protocol semi --encoder"
      " {run}/encoder.pth", "a whole U-Net, and {run}"),
-    ("finetune_eval --data {data} --dataset demo --backbone resnet50 --protocol supervised"
-     " --labels 65", "64 training"),
     ("finetune_eval --report", "results: no results here")])
 def test_a_mistake_is_one_line_and_leaves_nothing(command, message, data, run, vit_run, bad):
     places = dict(data=data, run=run, vit=vit_run, bad=bad)
@@ -1639,13 +1606,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_data, monkeypatch):
 @mark.parametrize("error, flag", [
     (RuntimeError("unable to allocate shared memory(shm) for file"), "--workers 0"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
-    (OSError(28, "No space left on device", "x.npy"), "x.npy"),
     (KeyboardInterrupt(), "interrupted")])
-def test_errors_of_the_system_are_said_in_one_line(error, flag):
-    def main():
-        raise error
-
-    refused(lambda: prepare_data.run_script(main, "advice"), flag)
+def test_too_little_memory_and_ctrl_c_are_said_in_one_line(error, flag):
+    refused(lambda: prepare_data.run_script(Mock(side_effect=error), "advice"), flag)
 
 
 def test_a_sheet_shows_logits_as_the_masks_that_are_scored():
@@ -1707,13 +1670,8 @@ def test_dry_run_lists_each_network_with_what_is_made_of_it():
     assert len(shards) > 100 and sorted(shards) == sorted(dry_run("all"))
 
 
+# What file run_all.sh, in this folder, expects of a command.
 OUTPUT_OF = """eval "$(sed -n '/^output_of()/,/^}/p' run_all.sh)"; output_of "$1" """
-
-
-def output_of(command):
-    """Return the last file that run_all.sh, in this folder, expects of a command."""
-    words = ["bash", "-c", OUTPUT_OF, "", command]
-    return subprocess.check_output(words, text=True).strip()
 
 
 def test_the_driver_knows_the_names_that_the_scripts_give():
@@ -1729,31 +1687,30 @@ def test_the_driver_knows_the_names_that_the_scripts_give():
             expected = f"results/{args.dataset}/{args.backbone}/{args.protocol}/seed50/{name}.json"
             if args.run:
                 expected = f"results/a/vit_small/mae-e3/seed50/{name}.json"
-        assert output_of(command) == expected
+        output = subprocess.check_output(["bash", "-c", OUTPUT_OF, "", command], text=True)
+        assert output.strip() == expected
 
 
-STAND_IN = f"""import os, pathlib, subprocess, sys, time
+STAND_IN = f"""import os, subprocess, sys, time
 words = ' '.join(sys.argv)
 if '--report' in words:
     sys.exit()
 with open('seen', 'a') as file:
-    file.write(f"{{os.environ.get('CUDA_VISIBLE_DEVICES')}} {{words}}\\n")
-bad = pathlib.Path('bad')
-if bad.exists() and bad.read_text() in words:
+    print(os.environ.get('CUDA_VISIBLE_DEVICES'), words, file=file)
+if os.environ.get('BAD', '?') in words:
     sys.exit('reason')
-while pathlib.Path('slow').exists():
+while os.path.exists('slow'):
     time.sleep(.05)
-made = subprocess.check_output(['bash', '-c', {OUTPUT_OF!r}, '', words], text=True)
-made = pathlib.Path(made.strip())
-made.parent.mkdir(parents=True, exist_ok=True)
-made.touch()
+made = subprocess.check_output(['bash', '-c', {OUTPUT_OF!r}, '', words], text=True).strip()
+os.makedirs(os.path.dirname(made), exist_ok=True)
+open(made, 'w')
 """
 
 
 @fixture
 def project():
-    """Write stand-ins for the scripts: they write what is expected of them, note the call in
-    `seen`, and fail or wait if a file says so."""
+    """Write stand-ins for the scripts: they note the call in `seen`, fail if BAD is in it, wait
+    while there is a file `slow`, and write what is expected of them."""
     for name in ("run_all.sh", "requirements.txt"):
         shutil.copy(HERE / name, ".")
     os.makedirs("data/demo")
@@ -1779,13 +1736,11 @@ def benchmark(**settings):
 
 
 def test_a_failed_run_stops_no_other_and_what_is_finished_and_newer_is_skipped(project):
-    Path("bad").write_text("--method byol")
-    end = run_all(**SIX)
+    end = run_all(**SIX, BAD="--method byol")
     failed = re.search(r"failed: python pretrain.py .*byol\n +log: (\S+)\n$", end.stderr)
     assert end.returncode == 1
     assert Path(failed[1]).read_text() == "reason\n"
     assert len(seen()) == 5                             # its evaluation is not tried
-    os.remove("bad")
     assert len(benchmark()) == len(benchmark()) == 5 + 2
     shutil.rmtree("runs/demo/resnet50/byol")
     assert len(benchmark()) == 7 + 2                    # it, and its score
