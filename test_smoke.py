@@ -587,6 +587,8 @@ def test_position_drops_corner_blobs_but_no_object_that_lies_anywhere(n):
     assert reliability < .3
     for mask, before in zip(masks, anywhere, strict=True):
         assert mask[open_mask(before, 1)].all()
+    thin = discs(0, 64, 5, 9)
+    assert array_equal(position_masks(thin)[0], thin)
     assert not position_masks(middle & False)[0].any()
 
 
