@@ -755,8 +755,8 @@ def train(method, sets, options, folder, device):
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
     print(f"{folder}: precision {options.amp}" + f", going on after {epoch} epochs" * (epoch > 0))
-    meta = prepare_data.read_meta(sets.train.folder)
     config = folder / "config.json"                     # open_run has written it anew
+    fingerprint = read_json(config)["settings"]["data"]
     config_time = config.stat().st_mtime_ns
     bar = tqdm(total=total_steps, initial=epoch * epoch_steps, mininterval=1, disable=rank > 0)
     while not finished:
@@ -801,7 +801,7 @@ def train(method, sets, options, folder, device):
         # ===== log and save =====
         if not config.exists() or config.stat().st_mtime_ns != config_time:
             sys.exit(f"{config} is no longer of this process: another one trains here now")
-        if prepare_data.read_meta(sets.train.folder)["fingerprint"] != meta["fingerprint"]:
+        if prepare_data.read_meta(sets.train.folder)["fingerprint"] != fingerprint:
             sys.exit(f"{sets.train.folder} was prepared again: epoch {epoch} is not kept")
         n = sums.pop("n")
         row = dict(epoch=epoch) | validation | {name: sums[name] / n for name in sums}
