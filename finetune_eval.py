@@ -421,7 +421,8 @@ def training_settings(job, method):
 def fit_semi(method, labels, epoch_size, job):
     """Average the weights of the network before and after tuning (Wortsman et al. 2022), as much of
     each as two folds of the labels say: tuned on one for half of the epochs, scored on the other.
-    Returns the result, a dict; the run folder has the network."""
+    All labels tune better than a half: one step more is taken of the tuned network than is best for
+    the folds. Returns the result, a dict; the run folder has the network."""
     unet, epochs = method.unet, job.args.epochs
     pretrained = load_checkpoint(job.weights, "cpu")["model"]
 
@@ -459,11 +460,12 @@ def fit_semi(method, labels, epoch_size, job):
                 load_average(tuned, w, fold)
                 total += count_masks(predict_each(unet, images, job.device), masks).sum(axis=0)
         scores = scores_from_counts(counts)["iou"].tolist()
-        weight = WEIGHTS[np.argmax(scores)]     # of equals the smallest
+        weight = WEIGHTS[min(np.argmax(scores) + 1, len(WEIGHTS) - 1)]
         scores = dict(zip(map(str, WEIGHTS), scores, strict=True))
         result = dict(fold_scores=scores, fold_labels=[*map(len, folds)], fold_steps=steps)
         print("semi: IoU on the half of the labels that was not trained on, by the weight of the "
-              "tuned network:", *(f"{w} {score:.3f}" for w, score in scores.items()))
+              "tuned network:", *(f"{w} {score:.3f}" for w, score in scores.items()),
+              "(all labels tune better: one step more than the best is taken)")
     steps, tuned = tune(labels, epochs, "tuned")
     load_average(tuned, weight, labels)
     print(f"semi: {weight} of the network tuned on all labels, the rest of the one before")
