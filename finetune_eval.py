@@ -1,5 +1,5 @@
-"""Score a network on a test set that it never saw, train it on some labels first, or let it predict
-masks for a folder of images.
+"""Score a network on held-out images, optionally after training on labels, or write its masks for
+a folder of images.
 
     python finetune_eval.py --run runs/demo/resnet50/medsass+-e16/seed0         # below: RUN
     python finetune_eval.py --run RUN --protocol finetune --labels 0.1
@@ -195,7 +195,7 @@ def make_job(args, name, command):
             print(f"{data}: no test mask has any foreground; IoU is 1 if nothing is found, else 0")
     saw_labels = "protocol" in run
     if saw_labels and protocol in LABEL_PROTOCOLS:
-        sys.exit(f"{args.run} has seen labels: train on labels from a run of pretrain.py")
+        sys.exit(f"{args.run} has seen labels already: give a run of pretrain.py")
     if run.get("dataset") == dataset and run["data"] != meta["fingerprint"]:
         if saw_labels:
             sys.exit(f"{args.run} was trained on another preparation of {dataset}, perhaps on "
@@ -1014,7 +1014,7 @@ def parse_args(argv):
         help="labelled training images: 0.1 is a share, 10 a count of those that have a mask or "
         "class; the same share of the validation images is trained on, too")
     add("--epochs", type=int, default=50,
-        help="of training on labels; one has the steps of all images, however few are labelled")
+        help="of training on labels; each is as long as if all images were labelled")
     add("--lr", type=float,
         help="peak rate of Adam. Default: 1e-3 with a fresh decoder, else 3.6e-4")
     add("--seed", type=int, help="of fresh weights, labels, order. Default: the run's, or 0")

@@ -544,8 +544,8 @@ def otsu_mask(image, foreground):
 
 
 def decide_foreground(images):
-    """Return "bright" or "dark", for a whole data set: the side of Otsu's threshold with more area
-    in components that do not touch the border, as the background does. images: those of the
+    """Return "bright" or "dark" for a data set: the side of Otsu's threshold with more area in
+    components that do not touch the border; the background usually does. images: those of the
     training part, uint8 (S, S, 3)."""
     def enclosed(image):
         fractions = []
@@ -643,7 +643,7 @@ def find_files(raw, match=True):
             orphans.append(path)
     if orphans and not masks:
         sys.exit(f"{orphans[0]}: a mask by its name or folder, but no mask has the name of an "
-                 f"image, such as {min(images)}. Put them into images/ and masks/, of equal names")
+                 f"image (such as {min(images)}). Use images/ and masks/ with matching names")
     print_count(orphans, "masks have no image and are not used")
     used = {path.parent for paths in masks.values() for path in paths}
     for folder in {path.parent for path in orphans} - used:     # one may be of fields of view
@@ -693,8 +693,8 @@ def find_folder(raw, args, bad):
         for pair in pairs:
             pair.part = pair.part.replace("val", "test")
     elif found not in ({""}, {"train", "test"}, {*PARTS}):
-        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give train and test, or also "
-                 "val, and no images outside of them, or none")
+        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give train and test, optionally "
+                 "val, with all images inside; or no such folders")
     masked = {pair.part for pair in pairs if pair.masks} - {"", "train"}
     if args.group_regex:
         for pair in pairs:
@@ -740,8 +740,8 @@ def find_folder(raw, args, bad):
                 pair.group = next(filter(None, groups), pair.group)
                 grouped += [name] * any(groups)
     if not used:
-        sys.exit(f"{path}: has no column name, or none of the images: {min(table, default='')}, "
-                 f"not {good[0].name}")
+        sys.exit(f"{path}: has no column 'name', or no image has its names: "
+                 f"'{min(table, default='')}', not '{good[0].name}'")
     print_count(grouped, f"images are grouped as {path} says")
     print_count([pair.name for pair in good if not pair.label],
                 f"of {len(good)} images have no label in {path}")
@@ -770,9 +770,9 @@ def join_duplicates(pairs):
 
 
 def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
-    """Set the part of every pair: split groups, in seeded order, are cut at int(share n) images, or
-    slides, into train, val and, by a second share, test. Of groups of several images each part gets
-    one. stratified: 20 % test, then 13 % of the rest validation, both rounded up, of each label."""
+    """Set the part of every pair: shuffle the split groups and cut them at int(share n) images, or
+    slides, into train, val and, by a second share, test; each part gets a group at least.
+    stratified: 20 % test, then 13 % of the rest validation, both rounded up, of each label."""
     images = collections.defaultdict(set)       # of each group; the tiles of a slide are one
     classes = collections.defaultdict(list)
     for pair in pairs:
@@ -835,7 +835,7 @@ def assign_parts(pairs, args):
             left_out.append(pair.image)
     print_count(joined, "images without a mask join the part train")
     print_count(left_out, "images without a mask are left out: of groups of the part val or test")
-    print_count(elsewhere, "images have their group, patient, or an equal picture in another part")
+    print_count(elsewhere, "images leak: their group, or an equal picture, is in another part, too")
     counts = tuple(map(len, parts.values()))
     if 0 in counts:
         sys.exit(f"{args.raw}: {len(labelled)} usable images are too few, or of too few groups "
@@ -1205,7 +1205,7 @@ def parse_args(argv=None):
         "one part, in a path: first group, or whole match (default: topmost folder, or DICOM's id)")
     add("--split-by", default="slide", choices=["slide", "patient"],
         help="dm: what stays in one part; in the paper slides")
-    add("--page", type=int, default=0, help="page or frame of files of several; dm: the stain")
+    add("--page", type=int, default=0, help="page or frame of multi-page files; dm: stain")
     add("--download", action="store_true", help="isic, dsb2018: first fetch the files into --raw")
     add("--check", action="store_true", help="read a prepared data set back; exit code 1: problems")
     add("--skip-bad", action="store_true", help="leave bad files out and record them")

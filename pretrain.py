@@ -142,7 +142,7 @@ def separability(values, mask):
 
 
 def choose_channel(images):
-    """Return the most separable of CHANNELS in uint8 (N, H, W, 3), gray of equals, and means."""
+    """Return the most separable of CHANNELS in uint8 (N, H, W, 3), gray if equal, and means."""
     sums = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
@@ -234,7 +234,7 @@ def likely_positions(masks, n, reliability, radius):
 
 
 def position_mask(mask, radius, likely):
-    """Return bool (H, W) without what lies only where objects never lie, or as it was if all does.
+    """Return bool (H, W) without components outside of likely positions, or all if none is inside.
     People outline outside of a blurred edge, Otsu cuts in its middle: half the radius is added."""
     if radius == 0:
         return mask
@@ -406,7 +406,7 @@ class ViewAndMask:
 
 class MedSASS(nn.Module):
     """A U-Net that learns to predict the pseudo-mask of the very image it sees (section 3.3.1,
-    Algorithm 1). plain is augment without augmentation. With refine the masks come from files.
+    Algorithm 1). plain makes the same pair, un-augmented. With refine the masks come from files.
     train_part "encoder" or "decoder": only that part learns, the other stays as it is, its
     BatchNorm in eval mode (section 4.1). Other members are as in every class of baselines/."""
 
@@ -655,10 +655,10 @@ def image_sets(method, data, seed, folder):
         for part, images in dict(train=sets.train, val=sets.val).items():
             is_trusted = np.load(folder / f"{part}_trusted.npy")
             images.rows = [(part, row) for row in np.flatnonzero(is_trusted).tolist()]
-        best = sets.train.rows[:2]
+        first = sets.train.rows[:2]
         distrusted = sorted({*rows} - {*sets.train.rows})[:2]
-        sets.shown = Images(data, best + distrusted, plain, seed, masks)
-        sets.captions = ["trusted training image"] * len(best)
+        sets.shown = Images(data, first + distrusted, plain, seed, masks)
+        sets.captions = ["trusted training image"] * len(first)
         sets.captions += ["distrusted training image"] * len(distrusted)
     return sets
 
@@ -800,7 +800,7 @@ def train(method, sets, options, folder, device):
             continue
         # ===== log and save =====
         if not config.exists() or config.stat().st_mtime_ns != config_time:
-            sys.exit(f"{config} is no longer of this process: another one trains here now")
+            sys.exit(f"{config} was rewritten: another process trains here now")
         if prepare_data.read_meta(sets.train.folder)["fingerprint"] != fingerprint:
             sys.exit(f"{sets.train.folder} was prepared again: epoch {epoch} is not kept")
         n = sums.pop("n")
@@ -936,7 +936,7 @@ def open_run(settings, folder, command, overwrite):
                 sys.exit(f"{folder} holds a run with another {name} ({existing.get(name)} there, "
                          f"{value} asked): --overwrite starts it afresh")
     elif list(folder.glob("*.pt")):
-        sys.exit(f"{folder} holds weights but no config.json: put it back, or move them away")
+        sys.exit(f"{folder} holds weights but no config.json: restore it, or move the weights away")
     prepare_data.remove_leftovers(folder)
     write_json(path, config)
 
@@ -974,14 +974,14 @@ def parse_args(argv=None):
     add("--threshold", default="otsu", choices=THRESHOLDS, help="of the pseudo-masks (Table 3)")
     add("--refine", nargs="*", choices=REFINEMENTS, metavar="PART",
         help="better Otsu masks, without a label. PARTs: channel frame position trust (README); "
-        "none: all. Default: off, as in the paper")
+        "--refine alone: all. Default: off, as in the paper")
     add("--encoder", metavar="FILE",
         help="start from this checkpoint, or from \"imagenet\". Default: from scratch")
     add("--loss", default="focal_tversky", choices=LOSSES, help="of the pseudo-mask (Table 4, B.1)")
     add("--foreground", choices=["bright", "dark"], help="default: as prepare_data.py decided")
     add("--epochs", type=int, default=50, help="at most (Table 5: 10, 20, 50, 70)")
     add("--patience", type=int,
-        help="epochs without a better validation loss, 0: any. Default: 5; 0: byol, dino, simsiam")
+        help="epochs without a better loss; 0: never stop. Default: 5; byol, dino, simsiam: 0")
     add("--lr", type=float, help="default: the method's own (medsass: 3.6e-4)")
     add("--weight-decay", type=float, help="default: the method's own (medsass: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
