@@ -1058,7 +1058,7 @@ def test_a_crash_does_not_wait_for_its_workers(small_data):
 
 
 @mark.parametrize("changed, words", [
-    ("runs/demo/resnet50/medsass-e2/seed0/config.json", "another one"),     # of a second process
+    ("runs/demo/resnet50/medsass-e2/seed0/config.json", "another process"),
     ("data/demo/meta.json", "data/demo was prepared again")])
 def test_a_run_that_another_takes_over_or_whose_data_change_ends(changed, words, data, monkeypatch):
     shutil.copytree(data, "data")
