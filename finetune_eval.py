@@ -26,7 +26,6 @@ if __name__ == "__main__":                  # Ctrl-C while torch is imported
 import argparse
 import collections
 import csv
-import functools
 import io
 import itertools
 import json
@@ -55,6 +54,7 @@ from pretrain import Batches, Images, MedSASS, exit_on_value_error, load_checkpo
 BATCH = 16                                  # test images at a time; no score depends on it
 LABEL_PROTOCOLS = ("frozen", "finetune", "semi", "supervised", "classify")     # that train
 COUNTS = ("tp", "fp", "fn", "tn")
+MIDDLE = (2.5, 97.5)                        # the middle 95 %, in percentiles
 # What random numbers of one seed are for: pre-training's own weights have 0.
 DECODER_SEED, LABELS_SEED, PROBE_SEED, FOLDS_SEED = 1, 2, 3, 4
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)           # of the tuned network in the average of semi
@@ -105,8 +105,7 @@ def segmentation_scores(pred, target):
     """Return iou, dice, precision, recall and accuracy of bool ndarrays (N, H, W), a dict; each
     "_global" and "_image" as in weighted_scores. Raises ValueError if shapes or dtypes differ."""
     if pred.shape != target.shape or pred.ndim != 3 or not pred.dtype == target.dtype == bool:
-        raise ValueError(f"pred {pred.dtype} {pred.shape} and target {target.dtype} "
-                         f"{target.shape} must both be bool (N, H, W)")
+        raise ValueError(f"pred {pred.shape} and target {target.shape} must be bool (N, H, W)")
     return scores_of(count_pixels(pred, target))
 
 
@@ -120,23 +119,17 @@ def count_masks(predicted, masks):
 
 
 def groups_of(names):
-    """Return the group of each row of a part's CSV, a tuple; a row without one is its own group."""
-    return tuple(row["group"] or row["name"] for row in names)
+    """Return the group of each row of a part's CSV, a list; a row without one is its own group."""
+    return [row["group"] or row["name"] for row in names]
 
 
-@functools.lru_cache(maxsize=2)             # the report needs the same ones for every cell
 def bootstrap_weights(groups):
     """Return how often each image counts in each of 2000 rounds of the bootstrap over groups (Efron
-    1979), float (2000, N), whole. groups: that of each image, a tuple (N,)."""
+    1979), float (2000, N), whole. groups: that of each image, a list (N,)."""
     _, index = np.unique(groups, return_inverse=True)
     n = index.max() + 1
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=2000)
     return times[:, index].astype(np.float64)
-
-
-def interval(samples):
-    """Return [low, high], the middle 95 % of float (R,)."""
-    return np.percentile(samples, (2.5, 97.5)).tolist()
 
 
 def summarise(counts, names):
@@ -145,7 +138,7 @@ def summarise(counts, names):
     block = dict(n_test=len(names), **scores_of(counts))
     samples = weighted_scores(counts, bootstrap_weights(groups_of(names)))
     for score in ("iou_global", "iou_image", "dice_global", "dice_image"):
-        block[f"{score}_ci"] = interval(samples[score])
+        block[f"{score}_ci"] = np.percentile(samples[score], MIDDLE).tolist()
     return block
 
 
@@ -216,11 +209,8 @@ def make_job(args, name, command):
                  f"whole U-Net, and {args.run or args.encoder} is none")
     # What the result says of itself.
     variant = protocol
-    if args.encoder:                        # of a run: all are called encoder.pth
-        origin = read_json(Path(args.encoder).with_name("config.json")).get("settings")
-        variant = "-".join(["file", *Path(args.encoder.strip("/")).with_suffix("").parts[-2:]])
-        if origin:
-            variant = "{dataset}-{backbone}-{variant}-seed{seed}".format(**origin)
+    if args.encoder:                        # many files are called encoder.pth
+        variant = "file-" + args.encoder.strip("/").replace("/", "-")
     head = dict(
         method=variant, variant=variant, train="encoder" if args.encoder else None,
         backbone=args.backbone, labels=0.0, foreground=meta["foreground"], n_labels_train=0,
@@ -271,20 +261,14 @@ def predict_each(unet, images, device, flips=False):
 
 
 # ----------------------------------------------------------------------------- training on labels
-def shuffled_groups(items, names, *seed):
-    """Return items, whose rows are `names`, as lists, one of each group, in an order of `seed`."""
+def shuffled_groups(items, job, purpose):
+    """Return items, (part, row), as lists, one of each group, in an order of the job's seed."""
+    groups_in = {part: groups_of(read_csv(job.data / f"{part}.csv")) for part in ("train", "val")}
     groups = collections.defaultdict(list)
-    for item, group in zip(items, groups_of(names), strict=True):
-        groups[group].append(item)
-    order = np.random.default_rng(seed_from(*seed)).permutation(sorted(groups))
+    for part, row in items:
+        groups[groups_in[part][row]].append((part, row))
+    order = np.random.default_rng(seed_from(job.seed, purpose)).permutation(sorted(groups))
     return [groups[group] for group in order.tolist()]
-
-
-def labelled_rows(names, rows, fraction, seed):
-    """Return which `rows` of a part are taken as labelled: a list, nested in `fraction`, the same
-    for every method, at least one, whole groups first."""
-    groups = shuffled_groups(rows, [names[k] for k in rows], seed, LABELS_SEED)
-    return list(itertools.chain(*groups))[:max(1, round(fraction * len(rows)))]
 
 
 class FineTuning(MedSASS):
@@ -296,8 +280,10 @@ class FineTuning(MedSASS):
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         warm_up = max(1, total_steps // 10)
-        done = max(0, step - warm_up) / max(1, total_steps - warm_up)
-        factor = min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * done)))
+        factor = (step + 1) / warm_up
+        if step >= warm_up:
+            done = (step - warm_up) / max(1, total_steps - warm_up)
+            factor = 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = self.lr * factor
 
@@ -355,30 +341,37 @@ def choose_labels(job, classes=()):
     """Return the labelled images of --labels, a list of (part, row), and how many images an epoch
     has: all, so that every method has the same steps. A count is a fraction of the training images
     that have a mask, or a label among `classes`; the same one of the validation images goes with
-    them. Exits if there are too few."""
+    them, at least one. They are the same for every method, nested in the fraction, and of whole
+    groups but the last. Exits if there are too few."""
     fraction = job.args.labels
     labels = []
     epoch_size = 0
     for part in ("train", "val"):
         names = read_csv(job.data / f"{part}.csv")
-        masks = open_part(job.data, part)[1]
+        _, masks = open_part(job.data, part)
         if classes:
             rows = [k for k, row in enumerate(names) if row["label"]]
+            epoch_size += len(rows)
         elif masks is None:
             sys.exit(f"{job.data} has no {part} masks: {job.protocol} needs them")
         else:                               # images without a mask stand behind the others
             rows = range(len(masks))
-        epoch_size += len(rows) if classes else len(names)
-        if fraction > len(rows) and part == "train":
-            sys.exit(f"--labels {fraction}: {job.data} has {len(rows)} training images of which "
-                     f"the {'class' if classes else 'mask'} is known")
+            epoch_size += len(names)
+        n = len(rows)
+        if part == "train" and fraction > n:
+            known = "class" if classes else "mask"
+            sys.exit(f"--labels {fraction}: {job.data} has {n} training images of which the "
+                     f"{known} is known")
         if isinstance(fraction, int):
-            fraction /= len(rows)
-        rows = labelled_rows(names, rows, fraction, job.seed)
-        labels += [(part, row) for row in rows]
-        job.head[f"n_labels_{part}"] = len(rows)
-        empty = 0 if classes else sum(not masks[row].any() for row in rows)
-        print(f"{len(rows)} {part} images are labelled, {empty} of them without foreground")
+            fraction /= n
+        groups = shuffled_groups([(part, row) for row in rows], job, LABELS_SEED)
+        chosen = list(itertools.chain(*groups))[:max(1, round(fraction * n))]
+        labels += chosen
+        job.head[f"n_labels_{part}"] = len(chosen)
+        empty = 0
+        if not classes:
+            empty = sum(not masks[row].any() for _, row in chosen)
+        print(f"{len(chosen)} {part} images are labelled, {empty} of them without foreground")
     return labels, epoch_size
 
 
@@ -442,10 +435,11 @@ def fit_semi(method, labels, epoch_size, job):
         batches = Batches(len(plain), job.args.batch_size, job.seed)
         pretrain.update_batchnorm(method, pretrain.make_loader(plain, batches, 0), job.device)
         method.eval()
-    names = [read_csv(job.data / f"{part}.csv")[row] for part, row in labels]
-    groups = shuffled_groups(labels, names, job.seed, FOLDS_SEED)
+    groups = shuffled_groups(labels, job, FOLDS_SEED)
     middle = len(groups) // 2
-    folds = [list(itertools.chain(*half)) for half in (groups[:middle], groups[middle:])]
+    folds = []
+    for half in (groups[:middle], groups[middle:]):
+        folds.append(list(itertools.chain(*half)))
     result, weight = {}, 0.5                # of one group: nothing can be said
     if middle:
         counts = np.zeros((len(WEIGHTS), 4), np.int64)
@@ -476,9 +470,43 @@ def fit_semi(method, labels, epoch_size, job):
 
 
 # --------------------------------------------------------------------------------------- protocols
-def best_median_worst(unet, images, masks, names, iou, job):
-    """Return a sheet as the paper's Table 6: image, pseudo-mask, prediction, truth, of the test
-    images of best, median and worst IoU."""
+def segment(job):
+    """Train, if the protocol is frozen, finetune, semi or supervised, and score the network on the
+    test part. Returns the result, the rows of its CSV, and a sheet as the paper's Table 6: image,
+    pseudo-mask, prediction, truth, of the test images of best, median and worst IoU."""
+    # ===== the network =====
+    torch.manual_seed(seed_from(job.seed, DECODER_SEED))    # not the one that pre-training had
+    part = "decoder" if job.protocol == "frozen" else "end2end"
+    with exit_on_value_error():
+        method = FineTuning(job.backbone, job.size, train_part=part)
+    unet = method.unet
+    if job.decoder == "pretrained":
+        unet.load_state_dict(load_checkpoint(job.weights, "cpu")["model"])
+    elif job.weights:
+        with exit_on_value_error():
+            load_encoder(unet, job.weights)
+    else:           # the encoder that pre-training starts from: all else is as in fine-tuning one
+        torch.manual_seed(seed_from(job.seed))
+        unet.encoder.load_state_dict(build_unet(job.backbone, job.size).encoder.state_dict())
+    if job.decoder == "fresh":
+        method.lr = 1e-3
+    method.to(job.device, memory_format=torch.channels_last)
+    # ===== training =====
+    result = {}
+    if job.protocol in LABEL_PROTOCOLS:
+        labels, epoch_size = choose_labels(job)
+    if job.protocol == "semi":
+        result = fit_semi(method, labels, epoch_size, job)
+    elif job.protocol in LABEL_PROTOCOLS:
+        sets = label_sets(job, labels, labels, epoch_size, job.data)
+        result["budget_steps"] = fit(method, sets, job, job.args.epochs)
+    unet.eval()
+    # ===== scores =====
+    images, masks = open_part(job.data, "test")
+    names = read_csv(job.data / "test.csv")
+    counts = count_masks(predict_each(unet, images, job.device, job.args.flips), masks)
+    iou = scores_from_counts(counts)["iou"]
+    # ===== the sheet =====
     threshold = job.run.get("threshold", "otsu")
     order = np.argsort(-iou, kind="stable")
     three = order[[0, len(order) // 2, -1]]
@@ -489,43 +517,7 @@ def best_median_worst(unet, images, masks, names, iou, job):
     captions = []
     for title, k in zip(("best", "median", "worst"), three, strict=True):
         captions.append(f"{title}: IoU {iou[k]:.4f}   {names[k]['name']}")
-    return prepare_data.contact_sheet(rows, ["image", threshold, "prediction", "truth"], captions)
-
-
-def segment(job):
-    """Train, if the protocol is frozen, finetune, semi or supervised, and score the network on the
-    test part. Returns the result, the rows of its CSV, and the qualitative sheet."""
-    protocol, backbone, device, flips = job.protocol, job.backbone, job.device, job.args.flips
-    torch.manual_seed(seed_from(job.seed, DECODER_SEED))    # not the one that pre-training had
-    part = "decoder" if protocol == "frozen" else "end2end"
-    with exit_on_value_error():
-        method = FineTuning(backbone, job.size, train_part=part)
-    unet = method.unet
-    if job.decoder == "pretrained":
-        unet.load_state_dict(load_checkpoint(job.weights, "cpu")["model"])
-    elif job.weights:
-        with exit_on_value_error():
-            load_encoder(unet, job.weights)
-    else:           # the encoder that pre-training starts from: all else is as in fine-tuning one
-        torch.manual_seed(seed_from(job.seed))
-        unet.encoder.load_state_dict(build_unet(backbone, job.size).encoder.state_dict())
-    if job.decoder == "fresh":
-        method.lr = 1e-3
-    method.to(device, memory_format=torch.channels_last)
-    result = {}
-    if protocol in LABEL_PROTOCOLS:
-        labels, epoch_size = choose_labels(job)
-    if protocol == "semi":
-        result = fit_semi(method, labels, epoch_size, job)
-    elif protocol in LABEL_PROTOCOLS:
-        sets = label_sets(job, labels, labels, epoch_size, job.data)
-        result["budget_steps"] = fit(method, sets, job, job.args.epochs)
-    unet.eval()
-    images, masks = open_part(job.data, "test")
-    names = read_csv(job.data / "test.csv")
-    counts = count_masks(predict_each(unet, images, device, flips), masks)
-    iou = scores_from_counts(counts)["iou"]
-    sheet = best_median_worst(unet, images, masks, names, iou, job)
+    sheet = prepare_data.contact_sheet(rows, ["image", threshold, "prediction", "truth"], captions)
     return result | summarise(counts, names), image_rows("", counts, names), sheet
 
 
@@ -555,22 +547,21 @@ def reference(job):
     refinement, evidence = pretrain.decide_refinement(training, foreground)
     is_trusted, _ = refinement.choose_trusted(images)
 
-    def everywhere(mask):
-        return np.broadcast_to(mask, masks.shape)
+    everything = np.ones(masks.shape[1:], bool)
 
     def thresholded(foreground):            # an image of one gray value: no foreground either way
         for image in images:
             yield pretrain.pseudo_mask(image[None], "otsu", foreground)[0]
 
     predicted = dict(
-        all_foreground=everywhere(True),
-        all_background=everywhere(False),
+        all_foreground=[everything] * len(masks),
+        all_background=[~everything] * len(masks),
         raw_threshold=thresholded(foreground),
         raw_threshold_inverted=thresholded(dict(bright="dark", dark="bright")[foreground]),
         refined_threshold=refinement.refine_masks(images),
         random_init=predict_each(unet, images, job.device))
     if training_masks is not None:
-        predicted["best_constant"] = everywhere(best_constant(training_masks))
+        predicted["best_constant"] = [best_constant(training_masks)] * len(masks)
     counts = {name: count_masks(pred, masks) for name, pred in predicted.items()}
     counts["refined_trusted"] = counts["refined_threshold"][is_trusted]
     result = dict(n_test=len(names))
@@ -582,7 +573,7 @@ def reference(job):
         result[name] = summarise(table, shown)
         rows += image_rows(name, table, shown)
     result["refined_threshold"].update(evidence)
-    if "best_constant" in result:
+    if training_masks is not None:
         result["best_constant"]["uses_labels"] = True
     return result, rows, None
 
@@ -591,16 +582,17 @@ def classify(job):
     """Train a linear probe on the encoder and score it: mean recall of the classes, accuracy, that
     of always saying the commonest class, and the confusion matrix. Returns the result, the rows of
     its CSV, and no sheet; exits if a probe cannot be trained."""
-    numbers = {}                            # {(part, row): class}, first in words
-    for part in prepare_data.PARTS:
-        for k, row in enumerate(read_csv(job.data / f"{part}.csv")):
-            if row["label"]:
-                numbers[part, k] = row["label"]
-    classes = sorted({label for (part, _), label in numbers.items() if part == "train"})
-    if len(classes) < 2 or not set(numbers.values()) <= set(classes):
-        sys.exit(f"{job.data}: classify needs at least two labels in train.csv, and no other ones "
-                 "in val.csv and test.csv")
-    numbers = {key: classes.index(label) for key, label in numbers.items()}
+    names = {part: read_csv(job.data / f"{part}.csv") for part in prepare_data.PARTS}
+    classes = sorted({row["label"] for row in names["train"]} - {""})
+    if len(classes) < 2:
+        sys.exit(f"{job.data}: classify needs at least two labels in train.csv")
+    numbers = {}                            # {(part, row): class}
+    for part in names:
+        for k, row in enumerate(names[part]):
+            if row["label"] in classes:
+                numbers[part, k] = classes.index(row["label"])
+            elif row["label"]:
+                sys.exit(f"{job.data}: {part}.csv has a label that train.csv lacks: {row['label']}")
     torch.manual_seed(seed_from(job.seed, PROBE_SEED))
     with exit_on_value_error():
         has_layer4 = "layer4.0.conv1.weight" in read_encoder(job.weights, job.backbone)
@@ -615,7 +607,7 @@ def classify(job):
     images, _ = open_part(job.data, "test")
     rows = []
     confusion = np.zeros((len(classes), len(classes)), np.int64)        # truth by rows
-    for k, row in enumerate(read_csv(job.data / "test.csv")):
+    for k, row in enumerate(names["test"]):
         if row["label"]:
             image = torch.from_numpy(images[[k]]).permute(0, 3, 1, 2).to(job.device)
             with torch.inference_mode():
@@ -672,17 +664,18 @@ def predict_tiled(unet, image, tile, size, device, flips=False):
     middle and summed, in float32 (H, W)."""
     height, width = image.shape[:2]
     if min(height, width) < tile:
-        lacking = (0, max(0, tile - height)), (0, max(0, tile - width)), (0, 0)
-        image = np.pad(image, lacking, "reflect")
+        below = max(0, tile - height)
+        right = max(0, tile - width)
+        image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101)
     starts = [[*range(0, side - tile, tile // 2), side - tile] for side in image.shape[:2]]
-    corners = list(itertools.product(*starts))
+    places = [np.s_[y:y + tile, x:x + tile] for y, x in itertools.product(*starts)]
     ramp = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** 2
     weight = np.outer(ramp, ramp).astype(np.float32)
     total = np.zeros(image.shape[:2], np.float32)
-    windows = (resize(image[y:y + tile, x:x + tile], size) for y, x in corners)
-    for (y, x), logits in zip(corners, predict_each(unet, windows, device, flips), strict=True):
+    windows = (resize(image[place], size) for place in places)
+    for place, logits in zip(places, predict_each(unet, windows, device, flips), strict=True):
         logits = cv2.resize(logits, (tile, tile), interpolation=cv2.INTER_LINEAR)
-        total[y:y + tile, x:x + tile] += logits * weight
+        total[place] += logits * weight
     return total[:height, :width] > 0
 
 
@@ -734,8 +727,7 @@ def predict_folder(args):
                 Image.fromarray(np.where(mask[..., None], red, image)).save(file, "JPEG")
         relative = path.relative_to(source).as_posix()
         rows.append(dict(name=relative, foreground_fraction=f"{mask.mean():.6f}"))
-    prepare_data.print_count(several_pages, "files have several pages or frames: page "
-                             f"{args.page} is taken, counted from 0")
+    prepare_data.print_count(several_pages, f"have several pages: page {args.page} is taken")
     if rows:
         write_csv(out / "foreground.csv", rows)
         print(f"{out}: {len(rows)} masks, and foreground.csv")
@@ -822,7 +814,7 @@ def read_result(path):
         if name in ("", "random_init") and row["backbone"] != "resnet50":
             row["title"] += f" ({row['backbone']})"
         if row["protocol"] != "classify":
-            row["counts"] = np.array([[float(line[key]) for key in COUNTS] for line in images])
+            row["counts"] = np.array([[line[key] for key in COUNTS] for line in images], float)
         rows.append(row)
     return rows
 
@@ -834,23 +826,26 @@ def group_by_seed(rows):
     samples, float (2000,), and its interval, ci."""
     def place(row):
         is_network = row["protocol"] != "reference"
-        return (row["dataset"], row["data"], is_network, row["n_labels_train"], row["title"],
-                row["seed"])
+        return is_network, row["n_labels_train"], row["title"], row["seed"]
 
-    cells = {}
+    cells = collections.defaultdict(dict)
     for row in sorted(rows, key=place):
-        cell = cells.setdefault((row["dataset"], row["data"], row["title"]), row | dict(rows=[]))
-        if row["seed"] not in [other["seed"] for other in cell["rows"]]:
-            cell["rows"].append(row)
-    prepared = collections.defaultdict(list)
-    for (dataset, data, _), cell in cells.items():
-        prepared[dataset, data].append(cell)
-        if "counts" in cell:
-            weights = bootstrap_weights(cell["groups"])
-            scores = [scores_from_counts(weights @ row["counts"])["iou"] for row in cell["rows"]]
-            cell["samples"] = np.mean(scores, axis=0)
-            cell["ci"] = interval(cell["samples"])
-            cell["iou"] = np.mean([row["iou_global"] for row in cell["rows"]])
+        of_title = cells[row["dataset"], row["data"]].setdefault(row["title"], row | dict(rows=[]))
+        if row["seed"] not in [other["seed"] for other in of_title["rows"]]:
+            of_title["rows"].append(row)
+    prepared = {}
+    for key in sorted(cells):
+        prepared[key] = list(cells[key].values())
+        for cell in prepared[key]:
+            samples = []
+            for row in cell["rows"]:
+                if "counts" in row:
+                    resampled = bootstrap_weights(row["groups"]) @ row["counts"]
+                    samples.append(scores_from_counts(resampled)["iou"])
+            if samples:
+                cell["samples"] = np.mean(samples, axis=0)
+                cell["ci"] = np.percentile(cell["samples"], MIDDLE)
+                cell["iou"] = np.mean([row["iou_global"] for row in cell["rows"]])
     return prepared
 
 
@@ -866,7 +861,7 @@ def difference(cell, other):
     resampled images, so that what is hard for all cancels (Efron & Tibshirani 1993)."""
     if other is None or other is cell or other["groups"] != cell["groups"]:
         return ""
-    low, high = interval(cell["samples"] - other["samples"])
+    low, high = np.percentile(cell["samples"] - other["samples"], MIDDLE)
     return f"{cell['iou'] - other['iou']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
@@ -879,32 +874,8 @@ def best_of(cells, *keys, **wanted):
 def markdown(rows):
     """Return the lines of a table, a blank one before it; the first of the rows is its header."""
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return ["", lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
-
-
-def dataset_table(cells):
-    """Return the lines of a data set's table: every cell but the probes."""
-    best = best_of(cells, "iou", protocol="reference", used="0")        # it costs nothing
-    rows = [["network", "labels", "IoU, mean ± std (seeds)", "95 % interval",
-             "vs best reference without labels", "vs supervised, most labels", "paper"]]
-    for cell in cells:
-        supervised = best_of(cells, "n_labels_train", "budget_steps", protocol="supervised",
-                             backbone=cell["backbone"])
-        paper = dict(zip(PAPER_SETS, PAPER.get(cell["title"], ()), strict=False))
-        rows.append([cell["title"], cell["used"], mean_std(cell, "iou_global"),
-                     "{:.4f} - {:.4f}".format(*cell["ci"]), difference(cell, best),
-                     difference(cell, supervised), str(paper.get(cell["dataset"], ""))])
-    return markdown(rows)
-
-
-def probe_table(cells):
-    """Return the lines of the table of linear probes."""
-    rows = [["network", "labels", "stage", "mean recall over classes", "accuracy",
-             "accuracy of the majority class"]]
-    for cell in cells:
-        rows.append([cell["title"], cell["used"], cell["stage"], mean_std(cell, "macro_recall"),
-                     mean_std(cell, "accuracy"), f"{cell['majority_accuracy']:.4f}"])
-    return markdown(rows)
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return ["", *lines]
 
 
 def write_chart(cells, path):
@@ -964,17 +935,37 @@ def report(out):
         first = cells[0]
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "
                   f"in {len(set(first['groups']))} groups."]
-        probes = [cell for cell in cells if cell["protocol"] == "classify"]
-        scored = [cell for cell in cells if cell["protocol"] != "classify"]
+        # ===== the linear probes =====
+        table = [["network", "labels", "stage", "mean recall over classes", "accuracy",
+                  "accuracy of the majority class"]]
+        scored = []
+        for cell in cells:
+            if cell["protocol"] != "classify":
+                scored.append(cell)
+                continue
+            table.append([
+                cell["title"], cell["used"], cell["stage"], mean_std(cell, "macro_recall"),
+                mean_std(cell, "accuracy"), f"{cell['majority_accuracy']:.4f}"])
+        if len(table) > 1:
+            lines += ["", "Linear probes:", *markdown(table)]
+        # ===== all others =====
+        best = best_of(scored, "iou", protocol="reference", used="0")       # it costs nothing
+        table = [["network", "labels", "IoU, mean ± std (seeds)", "95 % interval",
+                  "vs best reference without labels", "vs supervised, most labels", "paper"]]
+        for cell in scored:
+            supervised = best_of(scored, "n_labels_train", "budget_steps", protocol="supervised",
+                                 backbone=cell["backbone"])
+            paper = dict(zip(PAPER_SETS, PAPER.get(cell["title"], ()), strict=False))
+            table.append([cell["title"], cell["used"], mean_std(cell, "iou_global"),
+                          "{:.4f} - {:.4f}".format(*cell["ci"]), difference(cell, best),
+                          difference(cell, supervised), str(paper.get(cell["dataset"], ""))])
         if scored:
-            lines += dataset_table(scored)
+            lines += markdown(table)
             try:
                 write_chart(scored, out / f"{title}.png")
                 lines += ["", f"![{title}](<{title}.png>)"]
             except ImportError:
                 print(f"{title}: no chart: matplotlib is not installed (pip install matplotlib)")
-        if probes:
-            lines += ["", "Linear probes:", *probe_table(probes)]
     commands = dict.fromkeys(row["command"] for row in rows)            # each once
     lines += ["", "## Commands", "", "```", *commands, "```", ""]
     path = out / "README.md"
@@ -1044,18 +1035,10 @@ def parse_args(argv):
         parser.error("give --run RUN_DIR, or --dataset NAME and --backbone B")
     if scores and (args.protocol in ("supervised", "reference")) == bool(args.run or args.encoder):
         parser.error("give --run RUN_DIR or --encoder FILE, but neither for supervised, reference")
-    unused = []
-    if not scores:
-        unused += ["dataset", "protocol", "seed"]
-    if not scores or args.protocol not in LABEL_PROTOCOLS:
-        unused += [*NAME_FLAGS, "workers"]
-    if not args.predict:
-        unused += ["overlay", "tile", "page"]
-    if args.run:
-        unused += ["backbone"]
-    if args.export or args.protocol in ("classify", "reference"):
-        unused += ["flips"]
-    args = prepare_data.drop_unused(parser, args, unused)
+    if args.protocol not in LABEL_PROTOCOLS:
+        args = prepare_data.drop_unused(parser, args, NAME_FLAGS)
+    if args.protocol in ("classify", "reference"):
+        args = prepare_data.drop_unused(parser, args, ["flips"])
     return args, args.protocol + prepare_data.name_suffix(parser, args, NAME_FLAGS)
 
 

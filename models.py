@@ -118,8 +118,7 @@ class ResNet50UNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # features_only drops what lies past layer2 and keeps timm's names. zero_init_last=False is
-        # torchvision's start.
+        # features_only drops what lies past layer2; zero_init_last=False is torchvision's start.
         self.encoder = timm.create_model(BACKBONES["resnet50"], features_only=True,
                                          out_indices=(0, 1, 2), zero_init_last=False)
         self.up1 = UpBlock(512, 256, 256)                       # layer2 with layer1
@@ -183,7 +182,7 @@ def build_unet(backbone, img_size=224, encoder_depth=3):
     backbone: "resnet50" (any H and W) or "vit_small" (H = W = img_size, a multiple of 16)."""
     if backbone not in BACKBONES or encoder_depth != 3:
         raise ValueError(f"no U-Net of {backbone!r} with encoder_depth {encoder_depth}: backbones "
-                         f"are {', '.join(BACKBONES)}, the depth is 3")
+                         "are resnet50 and vit_small, the depth is 3")
     return ResNet50UNet() if backbone == "resnet50" else ViTSmallUNet(img_size)
 
 
@@ -198,7 +197,7 @@ def export_encoder(unet_or_backbone, path):
     that, and torchvision's `resnet50()`, it loads with strict=False and no unexpected name."""
     encoder = getattr(unet_or_backbone, "encoder", unet_or_backbone)
     state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
-    timms = next(BACKBONES[b] for b, anchor in ANCHORS.items() if anchor in state)
+    timms = BACKBONES["vit_small" if "pos_embed" in state else "resnet50"]
     torch.save(state, path)
     with torch.device("meta"):
         names = timm.create_model(timms).state_dict().keys() - state.keys()
@@ -242,7 +241,7 @@ def read_encoder(path, backbone):
         raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, {', '.join(prefixes)}:"
                          " save the one that is meant")
     prefix = prefixes[0]                        # "", "module.", "backbone.", "encoder.", ...
-    return {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
 def load_encoder(unet, path):

@@ -508,7 +508,7 @@ def find_foreground(path, rule="auto", page=0):
         return np.isin(values, listed), rule + of_pages
     found = np.unique(values)
     top = found[-1]
-    shown = ", ".join(f"#{value:06x}" if is_colour else f"{value:g}" for value in found[:5])
+    shown = ", ".join(map(("#{:06x}" if is_colour else "{:g}").format, found[:5]))
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
@@ -758,13 +758,13 @@ def join_duplicates(pairs):
     for k, pair in enumerate(pairs):
         other = first.setdefault(pair.digest or k, k)
         if other != k:
-            again.append(f"{pair.image} and {pairs[other].image}")
+            again.append(pair.image)
         if groups[k] != groups[other]:
             groups[groups == groups[k]] = groups[other]
     for pair, group in zip(pairs, groups.tolist(), strict=True):
         pair.split_group = group
     print_count(again, "pictures are there twice")
-    n = len(set(groups.tolist()))
+    n = len(np.unique(groups))
     if n < len(pairs):
         print(f"{len(pairs)} images of {n} patients or other groups")
 
@@ -1077,7 +1077,7 @@ def load(pair, args):
     else:
         picture = read_picture(pair.image, args.page)
         image = to_rgb(picture)
-        mask = np.zeros(image.shape[:2] if pair.masks else (1, 1), bool)
+        mask = np.zeros(image.shape[:2], bool)
         pair.pages = picture.pages
         if picture.patient and not args.group_regex:            # which says more
             pair.group = picture.patient
@@ -1152,7 +1152,6 @@ def prepare(args, final):
         if foreground == "auto":
             foreground = decide_foreground(read[pair.row, ..., :3] for pair in parts["train"])
         print(f"foreground: {foreground}; if preview.png shows other objects, set --foreground")
-        columns = {}                            # of preview.png
         rules = collections.Counter()
         fractions = []
         for part, pairs in parts.items():
@@ -1166,20 +1165,20 @@ def prepare(args, final):
                 write_npy(folder / f"{part}_masks.npy", masks, (len(masks), size, size))
             rules.update(pair.mask_rule or "known" for pair in masked)
             fractions += [mask.mean() for mask in masks]
-            columns[f"{part}: image"] = images[:4]
-            columns["Otsu, " + part] = [otsu_mask(image, foreground) for image in images[:4]]
-            columns["truth, " + part] = masks[:4]
+            if part == "train":
+                otsu = [otsu_mask(image, foreground) for image in images[:8]]
+                preview = list(itertools.zip_longest(images[:8], otsu, masks[:8]))
         scratch.unlink()
-        sheet = contact_sheet([*itertools.zip_longest(*columns.values())], [*columns])
-        write_png(folder / "preview.png", sheet)
-        mask_evidence = ", ".join(f"{n} masks: {rule}" for rule, n in rules.most_common(9))
+        titles = ["training image", "Otsu", "truth"]
+        write_png(folder / "preview.png", contact_sheet(preview, titles))
+        rules = dict(rules.most_common(9))
         if fractions:
-            print(f"mask foreground: {mask_evidence}; it covers {np.mean(fractions):.1%} of the "
-                  f"pixels; at this --size {fractions.count(0)} of {len(fractions)} are empty. If "
-                  "that is the background, give the other values to --mask-foreground")
+            print(f"mask foreground, by number of masks: {rules}; it covers "
+                  f"{np.mean(fractions):.1%} of the pixels, {fractions.count(0)} are empty at this "
+                  "--size. If it is the background, give the other values to --mask-foreground")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
-            source=args.raw, foreground=foreground, mask_foreground=mask_evidence,
+            source=args.raw, foreground=foreground, mask_foreground=rules,
             skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {size} px; look at preview.png in it")
 
