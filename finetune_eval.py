@@ -62,7 +62,11 @@ WEIGHTS = (0, 0.25, 0.5, 0.75, 1)           # of the tuned network in the averag
 # -------------------------------------------------------------------------- metrics (appendix G)
 def count_pixels(pred, target):
     """Return the pixels that are tp, fp, fn, tn, of bool (..., H, W) twice: int64 (..., 4)."""
-    kinds = [pred & target, pred & ~target, ~pred & target, ~pred & ~target]
+    kinds = [
+        pred & target,
+        pred & ~target,
+        ~pred & target,
+        ~pred & ~target]
     return np.stack(kinds, axis=-3).sum(axis=(-2, -1))
 
 
@@ -212,12 +216,22 @@ def make_job(args, name, command):
     if args.encoder:                        # many files are called encoder.pth
         variant = "file-" + args.encoder.strip("/").replace("/", "-")
     head = dict(
-        method=variant, variant=variant, train="encoder" if args.encoder else None,
-        backbone=args.backbone, labels=0.0, foreground=meta["foreground"], n_labels_train=0,
-        n_labels_val=0, seed=0)
+        method=variant,
+        variant=variant,
+        train="encoder" if args.encoder else None,
+        backbone=args.backbone,
+        labels=0.0,
+        foreground=meta["foreground"],
+        n_labels_train=0,
+        n_labels_val=0,
+        seed=0)
     for key in head:
         head[key] = run.get(key, head[key])
-    head.update(dataset=dataset, protocol=protocol, img_size=size, data=meta["fingerprint"])
+    head.update(
+        dataset=dataset,
+        protocol=protocol,
+        img_size=size,
+        data=meta["fingerprint"])
     if run.get("dataset", dataset) != dataset:
         head["variant"] += f"-from-{run['dataset']}"
         name += f"-on-{dataset}"
@@ -228,7 +242,7 @@ def make_job(args, name, command):
     head["name"] = name + "-flips" * args.flips
     # Where it is trained.
     seed, backbone = head["seed"], head["backbone"]
-    folder = Path(args.runs, dataset, backbone, head["variant"], f"seed{seed}", name)
+    folder = Path("runs", dataset, backbone, head["variant"], f"seed{seed}", name)
     if run:
         if seed != run["seed"]:             # other labels
             name += f"-seed{seed}"
@@ -263,7 +277,9 @@ def predict_each(unet, images, device, flips=False):
 # ----------------------------------------------------------------------------- training on labels
 def shuffled_groups(items, job, purpose):
     """Return items, (part, row), as lists, one of each group, in an order of the job's seed."""
-    groups_in = {part: groups_of(read_csv(job.data / f"{part}.csv")) for part in ("train", "val")}
+    groups_in = {}
+    for part in ("train", "val"):
+        groups_in[part] = groups_of(read_csv(job.data / f"{part}.csv"))
     groups = collections.defaultdict(list)
     for part, row in items:
         groups[groups_in[part][row]].append((part, row))
@@ -359,19 +375,14 @@ def choose_labels(job, classes=()):
             epoch_size += len(names)
         n = len(rows)
         if part == "train" and fraction > n:
-            known = "class" if classes else "mask"
-            sys.exit(f"--labels {fraction}: {job.data} has {n} training images of which the "
-                     f"{known} is known")
+            sys.exit(f"--labels {fraction}: {job.data} has {n} labelled training images")
         if isinstance(fraction, int):
             fraction /= n
         groups = shuffled_groups([(part, row) for row in rows], job, LABELS_SEED)
         chosen = list(itertools.chain(*groups))[:max(1, round(fraction * n))]
         labels += chosen
         job.head[f"n_labels_{part}"] = len(chosen)
-        empty = 0
-        if not classes:
-            empty = sum(not masks[row].any() for _, row in chosen)
-        print(f"{len(chosen)} {part} images are labelled, {empty} of them without foreground")
+        print(len(chosen), part, "images are labelled")
     return labels, epoch_size
 
 
@@ -405,10 +416,13 @@ def fit(method, sets, job, epochs, subfolder=""):
 def training_settings(job, method):
     """Return the settings of a training on labels, a dict."""
     return job.head | dict(
-        variant=f"{job.head['variant']}-{job.folder.name}", lr=method.lr, run=job.run,
+        variant=f"{job.head['variant']}-{job.folder.name}",
         train="encoder" if job.protocol == "classify" else "end2end",
-        batch_size=job.args.batch_size, weight_decay=method.weight_decay,
-        weights=str(job.weights))
+        batch_size=job.args.batch_size,
+        lr=method.lr,
+        weight_decay=method.weight_decay,
+        weights=str(job.weights),
+        run=job.run)
 
 
 def fit_semi(method, labels, epoch_size, job):
@@ -437,10 +451,10 @@ def fit_semi(method, labels, epoch_size, job):
         method.eval()
     groups = shuffled_groups(labels, job, FOLDS_SEED)
     middle = len(groups) // 2
-    folds = []
-    for half in (groups[:middle], groups[middle:]):
-        folds.append(list(itertools.chain(*half)))
-    result, weight = {}, 0.5                # of one group: nothing can be said
+    chain = itertools.chain.from_iterable
+    folds = [*chain(groups[:middle])], [*chain(groups[middle:])]
+    result = {}
+    weight = 0.5                            # of one group: nothing can be said
     if middle:
         counts = np.zeros((len(WEIGHTS), 4), np.int64)
         for k, fold in enumerate(folds):
@@ -453,13 +467,12 @@ def fit_semi(method, labels, epoch_size, job):
             for w, total in zip(WEIGHTS, counts, strict=True):
                 load_average(tuned, w, fold)
                 total += count_masks(predict_each(unet, images, job.device), masks).sum(axis=0)
-        scores = scores_from_counts(counts)["iou"].tolist()
-        weight = WEIGHTS[min(np.argmax(scores) + 1, len(WEIGHTS) - 1)]
-        scores = dict(zip(map(str, WEIGHTS), scores, strict=True))
+        iou = scores_from_counts(counts)["iou"]
+        weight = (*WEIGHTS[1:], WEIGHTS[-1])[iou.argmax()]
+        scores = dict(zip(map(str, WEIGHTS), iou.round(4).tolist(), strict=True))
         result = dict(fold_scores=scores, fold_labels=[*map(len, folds)], fold_steps=steps)
         print("semi: IoU on the half of the labels that was not trained on, by the weight of the "
-              "tuned network:", *(f"{w} {score:.3f}" for w, score in scores.items()),
-              "(all labels tune better: one step more than the best is taken)")
+              "tuned network:", scores, "(one step more than the best is taken)")
     steps, tuned = tune(labels, epochs, "tuned")
     load_average(tuned, weight, labels)
     print(f"semi: {weight} of the network tuned on all labels, the rest of the one before")
@@ -510,7 +523,7 @@ def segment(job):
     threshold = job.run.get("threshold", "otsu")
     order = np.argsort(-iou, kind="stable")
     three = order[[0, len(order) // 2, -1]]
-    shown = np.array(images[three])
+    shown = images[three]
     pseudo_masks = pretrain.pseudo_mask(shown, threshold, job.head["foreground"])
     predicted = predict_each(unet, shown, job.device, job.args.flips)
     rows = list(zip(shown, pseudo_masks, predicted, masks[three], strict=True))
@@ -546,13 +559,10 @@ def reference(job):
     foreground = job.head["foreground"]
     refinement, evidence = pretrain.decide_refinement(training, foreground)
     is_trusted, _ = refinement.choose_trusted(images)
-
     everything = np.ones(masks.shape[1:], bool)
-
     def thresholded(foreground):            # an image of one gray value: no foreground either way
         for image in images:
             yield pretrain.pseudo_mask(image[None], "otsu", foreground)[0]
-
     predicted = dict(
         all_foreground=[everything] * len(masks),
         all_background=[~everything] * len(masks),
@@ -573,15 +583,13 @@ def reference(job):
         result[name] = summarise(table, shown)
         rows += image_rows(name, table, shown)
     result["refined_threshold"].update(evidence)
-    if training_masks is not None:
-        result["best_constant"]["uses_labels"] = True
     return result, rows, None
 
 
 def classify(job):
-    """Train a linear probe on the encoder and score it: mean recall of the classes, accuracy, that
-    of always saying the commonest class, and the confusion matrix. Returns the result, the rows of
-    its CSV, and no sheet; exits if a probe cannot be trained."""
+    """Train a linear probe on the encoder and score it: mean recall of the classes (of a guess, one
+    over their number), accuracy, and the confusion matrix. Returns the result, the rows of its CSV,
+    and no sheet; exits if a probe cannot be trained."""
     names = {part: read_csv(job.data / f"{part}.csv") for part in prepare_data.PARTS}
     classes = sorted({row["label"] for row in names["train"]} - {""})
     if len(classes) < 2:
@@ -617,10 +625,13 @@ def classify(job):
     of_class = confusion.sum(axis=1)        # of which the test part may have none
     right = confusion.diagonal()
     result = dict(
-        n_test=len(rows), classes=classes, stage=probe.stage, budget_steps=steps,
+        n_test=len(rows),
+        classes=classes,
+        stage=probe.stage,
+        budget_steps=steps,
         macro_recall=(right / of_class)[of_class > 0].mean().item(),
         accuracy=right.sum().item() / len(rows),
-        majority_accuracy=of_class.max().item() / len(rows), confusion=confusion.tolist())
+        confusion=confusion.tolist())
     return result, rows, None
 
 
@@ -640,8 +651,8 @@ def evaluate(job):
     """Run one protocol, print its scores, write its JSON, the CSV of its test images, and its
     picture, in the place of those of the same name."""
     head = job.head
-    out = Path(job.args.out or "results", head["dataset"], job.backbone, head["variant"])
-    path = out / f"seed{job.seed}" / f"{head['name']}.json"
+    path = Path(job.args.out or "results", head["dataset"], job.backbone, head["variant"],
+                f"seed{job.seed}", f"{head['name']}.json")
     if job.args.overwrite and job.protocol in LABEL_PROTOCOLS and job.folder.exists():
         shutil.rmtree(job.folder)
     protocol = dict(reference=reference, classify=classify).get(job.protocol, segment)
@@ -663,13 +674,18 @@ def predict_tiled(unet, image, tile, size, device, flips=False):
     the `size` of the network, overlap by half; their logits are weighted by sin ** 2 towards the
     middle and summed, in float32 (H, W)."""
     height, width = image.shape[:2]
-    if min(height, width) < tile:
-        below = max(0, tile - height)
-        right = max(0, tile - width)
+    last_y = max(0, height - tile)
+    last_x = max(0, width - tile)
+    below = max(0, tile - height)
+    right = max(0, tile - width)
+    if below or right:
         image = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101)
-    starts = [[*range(0, side - tile, tile // 2), side - tile] for side in image.shape[:2]]
-    places = [np.s_[y:y + tile, x:x + tile] for y, x in itertools.product(*starts)]
-    ramp = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** 2
+    places = []
+    for y in (*range(0, last_y, tile // 2), last_y):
+        for x in (*range(0, last_x, tile // 2), last_x):
+            places.append(np.s_[y:y + tile, x:x + tile])
+    middles = (np.arange(tile) + 0.5) / tile
+    ramp = np.sin(np.pi * middles) ** 2
     weight = np.outer(ramp, ramp).astype(np.float32)
     total = np.zeros(image.shape[:2], np.float32)
     windows = (resize(image[place], size) for place in places)
@@ -705,8 +721,9 @@ def predict_folder(args):
         sys.exit(f"{out} is not empty: give another --out, or --overwrite")
     images, _, bad = prepare_data.find_files(source, match=False)
     unet, size, _ = whole_network(args.run, device)
-    rows, several_pages = [], []
-    for name, path in tqdm(images.items(), "predict", unit=" images"):
+    rows = []
+    several_pages = []
+    for name, path in tqdm(images.items(), "predict"):
         try:
             picture = prepare_data.read_picture(path, args.page)
             image = prepare_data.to_rgb(picture)
@@ -722,9 +739,10 @@ def predict_folder(args):
             mask = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0
         prepare_data.write_png(out / f"{name}.png", mask.astype(np.uint8) * 255)
         if args.overlay:
-            red = cv2.addWeighted(image, 0.6, np.full_like(image, (255, 0, 0)), 0.4, 0)
+            image = image.copy()
+            image[mask] = 0.6 * image[mask] + (102, 0, 0)       # 40 % red
             with new_file(out / "overlay" / f"{name}.jpg") as file:     # no mask is called so
-                Image.fromarray(np.where(mask[..., None], red, image)).save(file, "JPEG")
+                Image.fromarray(image).save(file, "JPEG")
         relative = path.relative_to(source).as_posix()
         rows.append(dict(name=relative, foreground_fraction=f"{mask.mean():.6f}"))
     prepare_data.print_count(several_pages, f"have several pages: page {args.page} is taken")
@@ -755,7 +773,7 @@ def export_network(args):
     if path.exists() and not args.overwrite:
         sys.exit(f"{path} would be overwritten: give another --export, or --overwrite")
     unet, size, settings = whole_network(args.run)
-    about = dict(size=size, foreground=settings["foreground"], dataset=settings["dataset"])
+    about = dict(size=size, foreground=settings["foreground"])
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(Exported(unet), (images,),
@@ -805,7 +823,7 @@ def read_result(path):
         if len(images) != row["n_test"]:
             raise ValueError(f"{len(images)} images in its CSV")
         row["groups"] = groups_of(images)
-        row["used"] = "all" if "uses_labels" in block else "0"
+        row["used"] = "all" if name == "best_constant" else "0"
         if row["n_test"] < result["n_test"]:            # refined_trusted: of some images only
             row["used"] = f"0, {row['n_test']} images"
         if row["n_labels_train"]:
@@ -827,7 +845,6 @@ def group_by_seed(rows):
     def place(row):
         is_network = row["protocol"] != "reference"
         return is_network, row["n_labels_train"], row["title"], row["seed"]
-
     cells = collections.defaultdict(dict)
     for row in sorted(rows, key=place):
         of_title = cells[row["dataset"], row["data"]].setdefault(row["title"], row | dict(rows=[]))
@@ -899,11 +916,11 @@ def write_chart(cells, path):
         axes.errorbar(labels, iou, reach, label=name, capsize=2, marker="o")
     counts = sorted({cell["n_labels_train"] for cell in cells})
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_xticks(counts, counts, minor=False)
+    axes.set_xticks(counts, counts)
     axes.set(ylim=(0, 1), xlabel="labelled training images", ylabel="test IoU (global)")
     figure.legend(fontsize=7, loc="outside right upper")
     with new_file(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+        figure.savefig(file, format="png")
 
 
 def report(out):
@@ -936,16 +953,15 @@ def report(out):
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "
                   f"in {len(set(first['groups']))} groups."]
         # ===== the linear probes =====
-        table = [["network", "labels", "stage", "mean recall over classes", "accuracy",
-                  "accuracy of the majority class"]]
+        table = [["network", "labels", "stage", "classes", "mean recall over classes", "accuracy"]]
         scored = []
         for cell in cells:
             if cell["protocol"] != "classify":
                 scored.append(cell)
                 continue
             table.append([
-                cell["title"], cell["used"], cell["stage"], mean_std(cell, "macro_recall"),
-                mean_std(cell, "accuracy"), f"{cell['majority_accuracy']:.4f}"])
+                cell["title"], cell["used"], cell["stage"], str(len(cell["classes"])),
+                mean_std(cell, "macro_recall"), mean_std(cell, "accuracy")])
         if len(table) > 1:
             lines += ["", "Linear probes:", *markdown(table)]
         # ===== all others =====
@@ -956,9 +972,14 @@ def report(out):
             supervised = best_of(scored, "n_labels_train", "budget_steps", protocol="supervised",
                                  backbone=cell["backbone"])
             paper = dict(zip(PAPER_SETS, PAPER.get(cell["title"], ()), strict=False))
-            table.append([cell["title"], cell["used"], mean_std(cell, "iou_global"),
-                          "{:.4f} - {:.4f}".format(*cell["ci"]), difference(cell, best),
-                          difference(cell, supervised), str(paper.get(cell["dataset"], ""))])
+            table.append([
+                cell["title"],
+                cell["used"],
+                mean_std(cell, "iou_global"),
+                "{:.4f} - {:.4f}".format(*cell["ci"]),
+                difference(cell, best),
+                difference(cell, supervised),
+                str(paper.get(cell["dataset"], ""))])
         if scored:
             lines += markdown(table)
             try:
@@ -1018,7 +1039,6 @@ def parse_args(argv):
     add("--overlay", action="store_true", help="with --predict: pictures with the mask in red, too")
     instead.add_argument("--export", help="write the network of --run as one file (.pt2)")
     instead.add_argument("--report", action="store_true", help="write README.md of all results")
-    add("--runs", default="runs", help="where training on labels without --run is kept")
     add("--out", help="folder for results (default: results), or with --predict for masks")
     add("--overwrite", action="store_true", help="replace trainings or masks that are there")
     args = parser.parse_args(argv)

@@ -154,8 +154,11 @@ class ViTSmallUNet(nn.Module):
                                    double_conv(256, 512), double_conv(512, 512)])
         self.vc_conv = nn.Conv2d(384, 512, 1)                   # VC block
         self.vc_linear = nn.Linear(512, 512)
-        self.up = nn.ModuleList([double_conv(512 + 512 + 512, 256), double_conv(256 + 256, 128),
-                                 double_conv(128 + 128, 64), double_conv(64 + 64, 64)])
+        self.up = nn.ModuleList([                               # of what is below, and the skip
+            double_conv(1024 + 512, 256),
+            double_conv(256 + 256, 128),
+            double_conv(128 + 128, 64),
+            double_conv(64 + 64, 64)])
         self.head = nn.Conv2d(64, 1, 1)
         for part in (self.stem, self.down, self.up, self.vc_conv):
             init_conv(part)
@@ -166,13 +169,14 @@ class ViTSmallUNet(nn.Module):
             skips.append(block(F.max_pool2d(skips[-1], 2)))     # (B, 128, S/2) ... (B, 512, S/16)
         bottleneck = skips.pop()
         tokens = self.encoder.forward_features(x)[:, 1:]        # (B, (S/8)^2, 384), no class token
-        side = x.shape[-1] // 8
-        vc = tokens.transpose(1, 2).reshape(x.shape[0], 384, side, side)
-        vc = self.vc_linear(self.vc_conv(vc).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        vc = F.interpolate(vc, size=bottleneck.shape[2:], mode="bilinear", align_corners=False)
+        tokens = tokens.transpose(1, 2)
+        vc = tokens.unflatten(2, self.encoder.patch_embed.grid_size)
+        vc = self.vc_conv(vc)                                   # (B, 512, S/8, S/8)
+        vc = self.vc_linear(vc.movedim(1, 3)).movedim(3, 1)
+        vc = F.interpolate(vc, size=bottleneck.shape[2:], mode="bilinear")
         y = torch.cat([bottleneck, vc], dim=1)                  # (B, 1024, S/16, S/16)
         for block in self.up:
-            y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+            y = F.interpolate(y, scale_factor=2, mode="bilinear")
             y = block(torch.cat([y, skips.pop()], dim=1))       # (B, 256, S/8) ... (B, 64, S)
         return self.head(y)
 
@@ -234,12 +238,9 @@ def read_encoder(path, backbone):
                 state[name.replace(prefix + number, prefix + child, 1)] = state.pop(name)
     anchor = ANCHORS[backbone]
     prefixes = [n.removesuffix(anchor) for n in state if f".{n}".endswith(f".{anchor}")]
-    if not prefixes:
-        raise ValueError(f"{path} holds no {backbone} encoder: no name ends in {anchor}; its names "
-                         f"are {', '.join([*state][:3]) or 'of no tensors'}")
-    if len(prefixes) > 1:
-        raise ValueError(f"{path} holds {len(prefixes)} {backbone} encoders, {', '.join(prefixes)}:"
-                         " save the one that is meant")
+    if len(prefixes) != 1:
+        raise ValueError(f"{path} must hold one {backbone} encoder, with a tensor {anchor}; but it "
+                         f"holds {', '.join(prefixes or [*state][:3]) or 'no tensors'}")
     prefix = prefixes[0]                        # "", "module.", "backbone.", "encoder.", ...
     return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 

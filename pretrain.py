@@ -49,12 +49,11 @@ from baselines.simmim import SimMIM
 from baselines.simsiam import SimSiam
 from losses import LOSSES
 from models import BACKBONES, build_unet, export_encoder, load_encoder
-from prepare_data import new_file, open_part, read_json, write_json
+from prepare_data import new_file, open_part, read_csv, read_json, read_meta, write_json, write_npy
 
 # ImageNet's mean and standard deviation, timm's defaults for both backbones; (3, 1, 1)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
 cv2.setNumThreads(0)                                    # the loader's workers are the parallelism
 
 # -------------------------------------------------------------------------- pseudo-masks (3.3.2)
@@ -98,10 +97,11 @@ def bright_pixels(gray, method):
     if method == "ght":
         scale = gray.size / 2 ** 20
         return gray > ght_threshold(gray, GHT_NU * scale, kappa=GHT_KAPPA * scale)
-    means = dict(adaptive_mean=cv2.ADAPTIVE_THRESH_MEAN_C,
-                 adaptive_gaussian=cv2.ADAPTIVE_THRESH_GAUSSIAN_C)
+    mean = cv2.ADAPTIVE_THRESH_MEAN_C
+    if method == "adaptive_gaussian":
+        mean = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
     # gray > local mean - C, block 11, C 2
-    return cv2.adaptiveThreshold(gray, 1, means[method], cv2.THRESH_BINARY, 11, 2) == 1
+    return cv2.adaptiveThreshold(gray, 1, mean, cv2.THRESH_BINARY, 11, 2) == 1
 
 
 def pseudo_mask(images, method="otsu", foreground="bright"):
@@ -142,14 +142,13 @@ def separability(values, mask):
 
 
 def choose_channel(images):
-    """Return the most separable of CHANNELS in uint8 (N, H, W, 3), gray if equal, and means."""
+    """Return the most separable of CHANNELS in uint8 (N, H, W, 3), gray if they are equal."""
     sums = dict.fromkeys(CHANNELS, 0.0)
     for image in images:
         for channel in CHANNELS:
             values = foreground_dark_channel(image, channel)
             sums[channel] += separability(values, values > otsu_threshold(values))
-    means = {channel: round(sums[channel] / len(images), 6) for channel in CHANNELS}
-    return max(CHANNELS, key=means.get), means
+    return max(CHANNELS, key=sums.get)
 
 
 def dark_mask(values, frame):
@@ -177,7 +176,7 @@ def image_frame(values, shared):
     """Return the frame of one image (a lens, a letterbox, a collimator), bool (H, W): `shared`, and
     what is at most .55 of the median and connected to a corner; dilated, its edge is blurred."""
     corners = np.zeros(values.shape, bool)
-    corners[[0, 0, -1, -1], [0, -1, 0, -1]] = True
+    corners[np.ix_([0, -1], [0, -1])] = True
     frame = shared | connected(values <= 0.55 * np.median(values), corners)
     side = 2 * (max(values.shape) // 32) + 1
     return cv2.dilate(frame.astype(np.uint8), np.ones((side, side), np.uint8)) > 0
@@ -257,8 +256,8 @@ def mask_quality(mask, values, mean_mask):
     over that of their convex hulls (objects are compact, leaks are not); position, the mean inside
     of it of the training images' mean mask, float (H, W)."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    area = sum(cv2.contourArea(contour) for contour in contours)
-    hull = sum(cv2.contourArea(cv2.convexHull(contour)) for contour in contours)
+    area = sum(map(cv2.contourArea, contours))
+    hull = sum(map(cv2.contourArea, map(cv2.convexHull, contours)))
     position = mean_mask[mask].mean() if mask.any() else 0.0
     return separability(values, mask), area / max(1.0, hull), float(position)
 
@@ -324,17 +323,14 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
     """Return the Refinement that uint8 (N, H, W, 3) give by some of REFINEMENTS, and evidence."""
     refinement = Refinement(foreground)
     n = len(images)
-    evidence = {}
     if "channel" in parts:
-        refinement.channel, evidence["separability"] = choose_channel(images)
-    evidence["channel"] = refinement.channel
+        refinement.channel = choose_channel(images)
     if "frame" in parts:                                # objects rarely lie there
         times_dark = sum(mask.astype(int) for mask in refinement.refine_masks(images))
         refinement.frame = touching_border(times_dark > 0.7 * n)
-        evidence["shared_frame"] = round(float(refinement.frame.mean()), 4)
     reliability, radius = position_reliability(refinement.refine_masks(images), n)
     refinement.reliability = reliability
-    evidence["reliability"] = round(reliability, 4)
+    evidence = dict(channel=refinement.channel, reliability=round(reliability, 4))
     if "position" in parts:
         likely = likely_positions(refinement.refine_masks(images), n, reliability, radius)
         kept = total = 0                                # components
@@ -619,18 +615,20 @@ def write_refined_masks(method, data, folder):
     for part in ("train", "val"):
         images, _ = open_part(data, part)
         masks = refinement.refine_masks(images)
-        prepare_data.write_npy(folder / f"{part}_masks.npy", masks, images.shape[:3])
+        write_npy(folder / f"{part}_masks.npy", masks, images.shape[:3])
         if "trust" in method.refine:
             is_trusted, quality = refinement.choose_trusted(images)
-            prepare_data.write_npy(folder / f"{part}_trusted.npy", is_trusted, is_trusted.shape)
+            write_npy(folder / f"{part}_trusted.npy", is_trusted, is_trusted.shape)
             for name, chosen in dict(trusted=is_trusted, distrusted=~is_trusted).items():
-                means = quality[chosen].sum(axis=0) / max(1, chosen.sum())
-                names = ("separability", "solidity", "position")
-                evidence[f"{part}_{name}"] = dict(zip(names, means.round(3).tolist(), strict=True))
-                evidence[f"{part}_{name}"]["images"] = int(chosen.sum())
+                n = len(quality[chosen])
+                means = quality[chosen].sum(axis=0) / max(1, n)
+                separability, solidity, position = means.round(3).tolist()
+                evidence[f"{part}_{name}"] = dict(
+                    images=n, separability=separability,
+                    solidity=solidity, position=position)
             if part == "train":
                 warn_of_two_kinds(quality, is_trusted)
-    print(f"refined masks: {evidence}")
+    print("refined masks:", evidence)
     config = read_json(folder / "config.json")          # the last: it shows that all is there
     write_json(folder / "config.json", config | dict(refinement=evidence))
 
@@ -714,10 +712,11 @@ def validate(method, loader, device, seed):
         loss = method(to_device(views, device)).item()
         for name, value in dict(n=1, loss=loss, **method.health()).items():
             sums[name] += value * len(index)
-    total = torch.tensor([sums["loss"], sums["n"]], dtype=torch.float64)
+    n = sums.pop("n", 0)                                # a rank may have no batch
+    total = torch.tensor([sums["loss"], n], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
-    means = {f"val_{name}": value / sums["n"] for name, value in sums.items() if name != "n"}
+    means = {f"val_{name}": value / n for name, value in sums.items()}
     return means | dict(val_loss=(total[0] / total[1]).item())
 
 
@@ -744,12 +743,14 @@ def train(method, sets, options, folder, device):
     autocast = torch.autocast(device.type, dtype, enabled=options.amp != "off")
     # ===== where it was stopped =====
     epoch = epochs_without_improvement = 0
-    best, finished, log = math.inf, False, []
+    best = math.inf
+    finished = False
+    log = []
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt", device)
         epoch, best, finished = state["epoch"], state["best"], state["finished"]
         epochs_without_improvement = state["epochs_without_improvement"]
-        log = prepare_data.read_csv(folder / "log.csv")[:epoch]
+        log = read_csv(folder / "log.csv")[:epoch]
         if not finished:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
@@ -801,7 +802,7 @@ def train(method, sets, options, folder, device):
         # ===== log and save =====
         if not config.exists() or config.stat().st_mtime_ns != config_time:
             sys.exit(f"{config} was rewritten: another process trains here now")
-        if prepare_data.read_meta(sets.train.folder)["fingerprint"] != fingerprint:
+        if read_meta(sets.train.folder)["fingerprint"] != fingerprint:
             sys.exit(f"{sets.train.folder} was prepared again: epoch {epoch} is not kept")
         n = sums.pop("n")
         row = dict(epoch=epoch) | validation | {name: sums[name] / n for name in sums}
@@ -828,7 +829,7 @@ def finish_run(method, sets, seed, folder, device):
     """Load the weights that are kept into `method`; write encoder.pth and samples.png."""
     kept = load_checkpoint(folder / "best.pt", device)
     getattr(method, "unet", method).load_state_dict(kept["model"])
-    row = prepare_data.read_csv(folder / "log.csv")[kept["epoch"] - 1]
+    row = read_csv(folder / "log.csv")[kept["epoch"] - 1]
     metrics = ", ".join(f"{name} {value}" for name, value in row.items() if "val_" in name)
     print(f"{folder}: epoch {kept['epoch']} is kept: {metrics}; look at samples.png")
     with new_file(folder / "encoder.pth") as file:
@@ -923,9 +924,8 @@ def open_run(settings, folder, command, overwrite):
     """Make a run's folder with its config.json; exit if it holds another run. It is written anew
     also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
-    libraries = (torch, timm, cv2, np)
-    versions = {library.__name__: library.__version__ for library in libraries}
-    config = dict(settings=settings, command=command, ranks=ranks()[1], versions=versions)
+    config = dict(settings=settings, command=command, ranks=ranks()[1],
+                  torch=torch.__version__, timm=timm.__version__)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     elif path.exists():
@@ -1017,7 +1017,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     data = Path(args.data) / args.dataset
     folder = Path(args.out, args.dataset, args.backbone, variant, f"seed{args.seed}")
-    meta = prepare_data.read_meta(data)
+    meta = read_meta(data)
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")          # TF32: mantissas of 10 bits, on a GPU
     method = build_method(args, meta)
@@ -1043,7 +1043,7 @@ def main(argv=None):
     if n_ranks > 1:
         dist.barrier()
     if (folder / "samples.png").exists():               # the last file of a run
-        print(f"{folder} is finished: nothing to do")
+        print(folder, "is finished: nothing to do")
         return
     sets = image_sets(method, data, args.seed, folder)
     train(method, sets, options, folder, device)

@@ -442,7 +442,7 @@ def test_encoders_load_elsewhere_and_those_from_elsewhere_here(backbone, lacking
 
 
 @mark.parametrize("words, name, values", [
-    ("lacks 1 .*bn1.weight", "bn1.weight", []), ("2 resnet50", "b.layer1.0.conv1.weight", [1.]),
+    ("lacks 1 .*bn1.weight", "bn1.weight", []), ("one .*, b\\.", "b.layer1.0.conv1.weight", [1.]),
     ("mismatch for conv1.weight", "conv1.weight", [1.]),
     ("bn1.weight .*not finite", "bn1.weight", [math.nan] * 64)])
 def test_wrong_encoder_files_are_refused(words, name, values):
@@ -1424,7 +1424,7 @@ def test_images_without_masks_join_the_training_part(raw, capsys):
         assert os.path.exists(f"raw/masks/{row['name']}.png") == (mask is not None)
         assert part == "train" or mask is not None
     supervised = "--dataset raw --backbone resnet50 --protocol supervised --labels 5".split()
-    refused(lambda: score("data", *supervised), "has 4 training images of which the mask is known")
+    refused(lambda: score("data", *supervised), "has 4 labelled training images")
     prepare(raw, "--group-regex", "^([^_]+)_")                  # not if the patient is in val, test
     assert groups_in(out) == {"p0", "p1", "p2", "p3"}
     left_out = re.search(r"(\d+) images without a mask are left out", capsys.readouterr().out)
