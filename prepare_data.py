@@ -308,8 +308,6 @@ def read_picture(path, page=0, as_mask=False):
             raise ValueError("holds values that are complex or not finite")
     except Exception as error:                  # Pillow raises OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or repr(error)
-        if isinstance(error, Image.DecompressionBombError):
-            reason = "it has more than 10^9 pixels: cut it into tiles"
         place = f"page {page}, counted from 0, " * bool(page)
         raise ValueError(f"{path}: {place}cannot be read: {reason}") from None
     if picture.white_is_zero:
@@ -369,8 +367,9 @@ def pillow_can_read(image):
         return False
     if bits <= 8:
         return kind == 1 and not (extra and tags.get(284) == 2)
-    is_known = bits == 16 and kind == 1 or bits == 32 and kind == 3 and tags.prefix == b"II"
-    return is_known and n == 1 and photometric == 1
+    is_whole = bits == 16 and kind == 1
+    is_float = bits == 32 and kind == 3 and tags.prefix == b"II"
+    return (is_whole or is_float) and n == 1 and photometric == 1
 
 
 def read_with_tifffile(file, page):
@@ -387,7 +386,7 @@ def read_with_tifffile(file, page):
         n = found.samplesperpixel
         has_alpha = n == 4 and found.photometric == 2 or found.extrasamples in ((1,), (2,))
         if found.photometric > 2 or n not in (1, 3) and not has_alpha or found.ndim > 3:
-            raise ValueError(f"a TIFF of {n} channels ({found.axes}), neither gray nor RGB")
+            raise ValueError(f"a TIFF of {n} channels, neither gray nor RGB")
         pixels = found.asarray()
         if found.axes == "SYX":                 # separate planes
             pixels = np.moveaxis(pixels, 0, -1)
@@ -434,7 +433,9 @@ def read_dicom(file, page, as_mask):
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(pixels, pages, white_is_zero=white_is_zero, patient=patient)
+    return Picture(
+        pixels, pages,
+        white_is_zero=white_is_zero, patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
@@ -486,10 +487,10 @@ def find_foreground(path, rule="auto", page=0):
     picture = read_picture(path, as_mask=as_mask)
     if page and picture.pages > 1:
         picture = read_picture(path, page, as_mask)
-    of_pages = f", page {page} of {picture.pages}" * (picture.pages > 1)
     pixels = np.atleast_3d(picture.pixels)      # (H, W, 1 to 4)
     if pixels.shape[2] in (2, 4):
-        alpha, pixels = pixels[..., -1:], pixels[..., :-1]
+        alpha = pixels[..., -1:]
+        pixels = pixels[..., :-1]
         is_flat = (pixels == pixels[0, 0]).all()
         if is_flat and (alpha.min() < alpha.max() or not alpha.any()):
             pixels = alpha
@@ -497,29 +498,29 @@ def find_foreground(path, rule="auto", page=0):
     is_colour = (pixels != values[..., None]).any()
     if rule[0] in "<>":
         limit = float(rule[1:])
-        return values > limit if rule[0] == ">" else values < limit, rule + of_pages
-    if is_colour or "#" in rule:
+        return values > limit if rule[0] == ">" else values < limit, rule
+    if is_colour or not as_mask:
         values = to_rgb(Picture(pixels)) @ np.array([0x10000, 0x100, 1])        # 0xRRGGBB
     if rule != "auto":
-        if is_colour and "#" not in rule:
+        if is_colour and as_mask:
             raise ValueError(f"{path}: has colours, not numbers: --mask-foreground '#ff0000'")
-        base = 16 if "#" in rule else 10
+        base = 10 if as_mask else 16
         listed = [int(item.strip("#"), base) for item in rule.split(",")]
-        return np.isin(values, listed), rule + of_pages
+        return np.isin(values, listed), rule
     found = np.unique(values)
     top = found[-1]
     shown = ", ".join(map(("#{:06x}" if is_colour else "{:g}").format, found[:5]))
     if is_colour:
         colours = np.setdiff1d(found, [0, 0xffffff])
         if len(found) <= 2 and len(colours) == 1:
-            return values == colours[0], f"#{colours[0]:06x}{of_pages}"
+            return values == colours[0], f"#{colours[0]:06x}"
     elif len(found) <= 2 and found[0] >= 0:
-        return (values == top) & (top > 0), f"{top:g} of {shown}{of_pages}"
+        return (values == top) & (top > 0), f"{top:g} of {shown}"
     elif has_soft_edges(values, found):
-        return values > top / 2, "above half, of soft edges" + of_pages
-    raise ValueError(f"{path}: a mask with the values {shown}{', ...' * (len(found) > 5)}: say "
-                     f"which are foreground, with --mask-foreground '>0', '>{top // 2 or .5:g}' "
-                     "(above half), '<128', 1 or 1,2 (255 is often an ignore value), '#ff0000'")
+        return values > top / 2, "above half, of soft edges"
+    raise ValueError(f"{path}: a mask with {len(found)} values (first {shown}): say which are "
+                     f"foreground, with --mask-foreground '>0', '>{top // 2 or .5:g}' (above "
+                     "half), '<128', 1 or 1,2 (255 is often an ignore value), '#ff0000'")
 
 
 def has_soft_edges(values, found):
@@ -623,7 +624,7 @@ def find_files(raw, match=True):
         print("files of kinds that are not read:", dict(unsupported),
               "(DICOM needs .dcm; cut volumes into slices, a file each)")
     if not images:
-        bad.append(f"{raw}: no images here, {len(candidates)} in folders named like mask folders")
+        bad.append(f"{raw}: no images here (none is looked for in folders named like masks)")
         sys.exit("\n".join(bad))
     if not match:
         print_count([path for _, path in candidates], "files lie in mask folders: left out")
@@ -679,7 +680,8 @@ def find_folder(raw, args, bad):
     images, masks, unusable = find_files(raw)
     bad += unusable
     print(f"{raw}: {len(images)} images, {len(masks)} of them with masks")
-    pairs, good = [], []
+    pairs = []
+    good = []
     for name, path in sorted(images.items()):
         pair = Pair(name, path, masks.get(name, []))
         match = PART_FOLDER.fullmatch(name)
@@ -693,8 +695,8 @@ def find_folder(raw, args, bad):
         for pair in pairs:
             pair.part = pair.part.replace("val", "test")
     elif found not in ({""}, {"train", "test"}, {*PARTS}):
-        sys.exit(f"{raw}: has {' '.join(sorted(found)).strip()}: give train and test, optionally "
-                 "val, with all images inside; or no such folders")
+        sys.exit(f"{raw}: give train and test, optionally val, with all images inside; or no such "
+                 "folders")
     masked = {pair.part for pair in pairs if pair.masks} - {"", "train"}
     if args.group_regex:
         for pair in pairs:
@@ -724,7 +726,8 @@ def find_folder(raw, args, bad):
     path = raw / "labels.csv"
     if not good or not path.is_file():
         return good
-    table, used, grouped = {}, set(), []
+    table = {}
+    used = set()
     columns = ("label", "group", "patient", "patient_id", "case")
     for row in read_csv(path):
         name = name_of(Path(row.get("name", "").strip() or "?"))
@@ -738,13 +741,9 @@ def find_folder(raw, args, bad):
                 used.add(name)
                 pair.label, *groups = table[name]
                 pair.group = next(filter(None, groups), pair.group)
-                grouped += [name] * any(groups)
     if not used:
-        sys.exit(f"{path}: has no column 'name', or no image has its names: "
-                 f"'{min(table, default='')}', not '{good[0].name}'")
-    print_count(grouped, f"images are grouped as {path} says")
-    print_count([pair.name for pair in good if not pair.label],
-                f"of {len(good)} images have no label in {path}")
+        sys.exit(f"{path}: has no column 'name', or not the names of images, such as "
+                 f"'{good[0].name}'")
     print_count(sorted(table.keys() - used), f"rows of {path} have no image")
     return good
 
@@ -759,7 +758,6 @@ def join_duplicates(pairs):
         other = first.setdefault(pair.digest or k, k)
         if other != k:
             again.append(pair.image)
-        if groups[k] != groups[other]:
             groups[groups == groups[k]] = groups[other]
     for pair, group in zip(pairs, groups.tolist(), strict=True):
         pair.split_group = group
@@ -879,7 +877,7 @@ def find_published(raw, args, bad):
         folder = archive.with_suffix("")
         if archive.suffix.lower() not in (".zip", ".npz") or folder.exists():
             continue
-        print(f"{archive}: extracting to {folder}")
+        print(archive, "is extracted to", folder)
         with new_folder(folder) as partial:
             try:
                 shutil.unpack_archive(archive, partial, "zip")
@@ -893,7 +891,7 @@ def find_published(raw, args, bad):
             for table in find_all(raw, stem + "Part3_GroundTruth.csv"):
                 for row in read_csv(table):
                     if not row.keys() >= {"image_id", "seborrheic_keratosis", "melanoma"}:
-                        sys.exit(f"{table}: its columns are {', '.join(row)}: get it again")
+                        sys.exit(f"{table}: lacks the columns of ISIC-2017: get it again")
                     labels[row["image_id"]] = "nevus"
                     for disease in ("seborrheic_keratosis", "melanoma"):
                         if row[disease].startswith("1"):
@@ -924,8 +922,8 @@ def find_published(raw, args, bad):
             for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
                 for i in range(len(np.load(path, mmap_mode="r"))):
                     name = f"{path.parent}[{i}]"
-                    pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
-                                      source=(path.parent, i)))
+                    pair = Pair(f"{part}_{i:05d}", name, [name], part=part, source=(path.parent, i))
+                    pairs.append(pair)
     bad += [f"{pair.image}: has no mask" for pair in pairs if not pair.masks]
     pairs = [pair for pair in pairs if pair.masks]
     if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
@@ -962,12 +960,11 @@ def read_meta(folder):
 def open_part(folder, part):
     """Map the arrays of a part: images uint8 (N, S, S, 3), masks uint8 {0, 1} (N, S, S) or None.
     Exit if they cannot be read."""
-    path = Path(folder) / f"{part}_masks.npy"
-    masks = None
+    folder = Path(folder)
+    path = folder / f"{part}_masks.npy"
     try:
-        images = np.load(Path(folder) / f"{part}_images.npy", mmap_mode="r")
-        if path.exists():
-            masks = np.load(path, mmap_mode="r")
+        images = np.load(folder / f"{part}_images.npy", mmap_mode="r")
+        masks = np.load(path, mmap_mode="r") if path.exists() else None
         return images, masks
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{folder}: cannot be mapped: {error}. Is it on a disk that maps files? If it is "
@@ -1121,7 +1118,8 @@ def prepare(args, final):
         for p, n in enumerate((64, 16, 32)):
             for i in range(n):                  # every picture has a generator of its own
                 name = f"{PARTS[p]}_{i:03d}"
-                pairs.append(Pair(name, name, [name], part=PARTS[p], source=(args.seed, p, i)))
+                pair = Pair(name, name, [name], part=PARTS[p], source=(args.seed, p, i))
+                pairs.append(pair)
 
     def attempt(pair):
         try:
@@ -1178,8 +1176,12 @@ def prepare(args, final):
                   "--size. If it is the background, give the other values to --mask-foreground")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
-            source=args.raw, foreground=foreground, mask_foreground=rules,
-            skipped=sorted(bad), counts=counts, fingerprint=fingerprint_of(folder)))
+            source=args.raw,
+            foreground=foreground,
+            mask_foreground=rules,
+            skipped=sorted(bad),
+            counts=counts,
+            fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {size} px; look at preview.png in it")
 
 
@@ -1211,8 +1213,6 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
     check_numbers(parser, args, size=16, page=0, seed=0)
-    if args.dataset == "folder" and not args.raw and not args.check:
-        sys.exit("--dataset folder needs --raw DIR, the folder with the images")
     args.raw = args.raw or f"raw/{args.dataset}"
     if not args.name:
         args.name = args.dataset

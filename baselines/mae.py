@@ -71,7 +71,7 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = LayerNorm(512)
         self.head = nn.Linear(512, 3 * 8 * 8)
-        # 9.4e-6 at batch 16 (appendix A.1); 1.5e-4, by the square root, did worse (RESULTS.md)
+        # 9.4e-6 at batch 16 (appendix A.1); 1.5e-4, by the square root, did worse here
         self.lr = 1.5e-4 * batch_size / 256
         self.weight_decay = 0.05
         for module in self.modules():               # as in the reference: Xavier everywhere
@@ -109,14 +109,16 @@ class MAE(nn.Module):
         vit = self.encoder
         tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         kept, mask, restore = self.random_masking(tokens)
-        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
+        cls = vit.cls_token + vit.pos_embed[:, :1]
+        cls = cls.expand(len(images), -1, -1)
         tokens = torch.cat([cls, kept], dim=1)
         return vit.norm(vit.blocks(tokens)), mask, restore
 
     def decode(self, latent, restore):
         """Mask tokens put in, the order restored, every patch predicted: (B, N, 3 * 8 * 8)."""
         x = self.decoder_embed(latent)
-        hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
+        n_hidden = restore.shape[1] + 1 - x.shape[1]            # x has the class token, too
+        hidden = self.mask_token.expand(len(x), n_hidden, -1)
         patches = torch.cat([x[:, 1:], hidden], dim=1)
         patches = torch.take_along_dim(patches, restore[..., None], dim=1)
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_positions
@@ -173,5 +175,7 @@ class MAE(nn.Module):
         hidden = mask[..., None]
         std, mean = torch.std_mean(patches, dim=-1, keepdim=True)
         predicted = self.decode(latent, restore) * std + mean   # each patch's own, as in the target
-        return {"image": views[0], "masked": self.unpatchify(patches * ~hidden),
-                "reconstruction": self.unpatchify(torch.where(hidden, predicted, patches))}
+        return {
+            "image": views[0],
+            "masked": self.unpatchify(patches * ~hidden),
+            "reconstruction": self.unpatchify(torch.where(hidden, predicted, patches))}
