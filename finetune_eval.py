@@ -228,10 +228,8 @@ def make_job(args, name, command):
     for key in head:
         head[key] = run.get(key, head[key])
     head.update(
-        dataset=dataset,
-        protocol=protocol,
-        img_size=size,
-        data=meta["fingerprint"])
+        dataset=dataset, protocol=protocol,
+        img_size=size, data=meta["fingerprint"])
     if run.get("dataset", dataset) != dataset:
         head["variant"] += f"-from-{run['dataset']}"
         name += f"-on-{dataset}"
@@ -382,7 +380,10 @@ def choose_labels(job, classes=()):
         chosen = list(itertools.chain(*groups))[:max(1, round(fraction * n))]
         labels += chosen
         job.head[f"n_labels_{part}"] = len(chosen)
-        print(len(chosen), part, "images are labelled")
+        empty = 0
+        if not classes:
+            empty = sum(not masks[row].any() for _, row in chosen)
+        print(f"{len(chosen)} {part} images are labelled, {empty} of them without foreground")
     return labels, epoch_size
 
 
@@ -896,15 +897,14 @@ def markdown(rows):
 
 
 def write_chart(cells, path):
-    """Write a PNG: IoU against the labels used, with 95 % intervals, a line per network; dashed and
-    dotted, the best row of reference without labels, and with (the best constant mask)."""
+    """Write a PNG: IoU against the labels used, with 95 % intervals, a line per network; dashed the
+    best row of reference without labels."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    for used, style in (("0", "--"), ("all", ":")):
-        best = best_of(cells, "iou", protocol="reference", used=used)
-        if best:
-            axes.axhline(best["iou"], linestyle=style, color="gray", label=best["title"])
+    best = best_of(cells, "iou", protocol="reference", used="0")
+    if best:
+        axes.axhline(best["iou"], linestyle="--", color="gray", label=best["title"])
     curves = collections.defaultdict(list)
     for cell in cells:
         if cell["protocol"] != "reference":
@@ -913,7 +913,7 @@ def write_chart(cells, path):
         labels = [cell["n_labels_train"] for cell in curve]
         iou = np.array([cell["iou"] for cell in curve])
         reach = np.abs(np.transpose([cell["ci"] for cell in curve]) - iou)      # down and up
-        axes.errorbar(labels, iou, reach, label=name, capsize=2, marker="o")
+        axes.errorbar(labels, iou, reach, label=name, marker="o")
     counts = sorted({cell["n_labels_train"] for cell in cells})
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(counts, counts)
@@ -953,14 +953,14 @@ def report(out):
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "
                   f"in {len(set(first['groups']))} groups."]
         # ===== the linear probes =====
-        table = [["network", "labels", "stage", "classes", "mean recall over classes", "accuracy"]]
+        table = [["network", "labels", "stage", "mean recall over classes", "accuracy"]]
         scored = []
         for cell in cells:
             if cell["protocol"] != "classify":
                 scored.append(cell)
                 continue
             table.append([
-                cell["title"], cell["used"], cell["stage"], str(len(cell["classes"])),
+                cell["title"], cell["used"], cell["stage"],
                 mean_std(cell, "macro_recall"), mean_std(cell, "accuracy")])
         if len(table) > 1:
             lines += ["", "Linear probes:", *markdown(table)]
