@@ -330,16 +330,16 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
         refinement.frame = touching_border(times_dark > 0.7 * n)
     reliability, radius = position_reliability(refinement.refine_masks(images), n)
     refinement.reliability = reliability
-    evidence = dict(channel=refinement.channel, reliability=round(reliability, 4))
-    if "position" in parts:
+    evidence = dict(channel=refinement.channel, reliability=round(reliability, 4), radius=radius)
+    if "position" in parts and radius:
         likely = likely_positions(refinement.refine_masks(images), n, reliability, radius)
         kept = total = 0                                # components
         for mask in refinement.refine_masks(images):
             opened = open_mask(mask, radius).astype(np.uint8)
-            total += cv2.connectedComponents(opened, connectivity=4)[0] - 1
-            opened = connected(opened, likely).astype(np.uint8)
-            kept += cv2.connectedComponents(opened, connectivity=4)[0] - 1
-        evidence.update(radius=radius, dropped_components=round(1 - kept / max(1, total), 4))
+            n_labels, labels = cv2.connectedComponents(opened, connectivity=4)
+            total += n_labels - 1
+            kept += len(np.unique(labels[likely & (labels > 0)]))
+        evidence["dropped_components"] = round(1 - kept / max(1, total), 4)
         refinement.radius, refinement.likely = radius, likely
     if "trust" in parts:
         refinement.mean_mask = sum(mask.astype(int) for mask in refinement.refine_masks(images)) / n
