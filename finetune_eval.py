@@ -26,6 +26,7 @@ if __name__ == "__main__":                  # Ctrl-C while torch is imported
 import argparse
 import collections
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -76,10 +77,8 @@ def scores_from_counts(counts):
     tp, fp, fn, tn = np.moveaxis(counts, -1, 0)
     wrong = fp + fn
     if_empty = np.where(tp + wrong == 0, 1.0, 0.0)
-
     def ratio(part, whole):
         return np.where(whole > 0, part / np.maximum(whole, 1), if_empty)
-
     return dict(
         iou=ratio(tp, tp + wrong),
         dice=ratio(2 * tp, 2 * tp + wrong),
@@ -237,13 +236,13 @@ def make_job(args, name, command):
         head["seed"] = args.seed            # else nothing is random
     if protocol in LABEL_PROTOCOLS:
         head.update(labels=args.labels, decoder=decoder)
+    seed = head["seed"]
+    backbone = head["backbone"]
+    if run and seed != run["seed"]:         # other labels
+        name += f"-seed{seed}"
     head["name"] = name + "-flips" * args.flips
-    # Where it is trained.
-    seed, backbone = head["seed"], head["backbone"]
     folder = Path("runs", dataset, backbone, head["variant"], f"seed{seed}", name)
     if run:
-        if seed != run["seed"]:             # other labels
-            name += f"-seed{seed}"
         folder = Path(args.run, name)
     device = pretrain.pick_device(args.device)
     return Job(args, protocol, data, backbone, size, seed, head, run, weights, decoder, folder,
@@ -372,7 +371,7 @@ def choose_labels(job, classes=()):
             rows = range(len(masks))
             epoch_size += len(names)
         n = len(rows)
-        if part == "train" and fraction > n:
+        if fraction > n:
             sys.exit(f"--labels {fraction}: {job.data} has {n} labelled training images")
         if isinstance(fraction, int):
             fraction /= n
@@ -417,12 +416,13 @@ def fit(method, sets, job, epochs, subfolder=""):
 def training_settings(job, method):
     """Return the settings of a training on labels, a dict."""
     return job.head | dict(
+        name=job.folder.name,               # without flips, which change no training
         variant=f"{job.head['variant']}-{job.folder.name}",
         train="encoder" if job.protocol == "classify" else "end2end",
         batch_size=job.args.batch_size,
         lr=method.lr,
         weight_decay=method.weight_decay,
-        weights=str(job.weights),
+        encoder=job.args.encoder,
         run=job.run)
 
 
@@ -433,13 +433,11 @@ def fit_semi(method, labels, epoch_size, job):
     the folds. Returns the result, a dict; the run folder has the network."""
     unet, epochs = method.unet, job.args.epochs
     pretrained = load_checkpoint(job.weights, "cpu")["model"]
-
     def tune(labels, epochs, subfolder):
         unet.load_state_dict(pretrained)
         sets = label_sets(job, labels, labels, epoch_size, job.data)
         steps = fit(method, sets, job, epochs, subfolder)
         return steps, load_checkpoint(job.folder / subfolder / "best.pt", "cpu")["model"]
-
     def load_average(tuned, weight, labels):        # BatchNorm settles on the images tuned on
         average = pretrained.copy()
         for name, value in pretrained.items():
@@ -499,7 +497,7 @@ def segment(job):
     elif job.weights:
         with exit_on_value_error():
             load_encoder(unet, job.weights)
-    else:           # the encoder that pre-training starts from: all else is as in fine-tuning one
+    else:           # the encoder that MedSASS starts from: all else is as in fine-tuning one
         torch.manual_seed(seed_from(job.seed))
         unet.encoder.load_state_dict(build_unet(job.backbone, job.size).encoder.state_dict())
     if job.decoder == "fresh":
@@ -589,14 +587,16 @@ def reference(job):
 
 def classify(job):
     """Train a linear probe on the encoder and score it: mean recall of the classes (of a guess, one
-    over their number), accuracy, and the confusion matrix. Returns the result, the rows of its CSV,
-    and no sheet; exits if a probe cannot be trained."""
+    over their number), and the confusion matrix. Returns the result, the rows of its CSV, and no
+    sheet; exits if a probe cannot be trained."""
     names = {part: read_csv(job.data / f"{part}.csv") for part in prepare_data.PARTS}
     classes = sorted({row["label"] for row in names["train"]} - {""})
     if len(classes) < 2:
         sys.exit(f"{job.data}: classify needs at least two labels in train.csv")
     numbers = {}                            # {(part, row): class}
     for part in names:
+        if not any(row["label"] for row in names[part]):
+            sys.exit(f"{job.data}: {part}.csv has no label: classify needs some in each part")
         for k, row in enumerate(names[part]):
             if row["label"] in classes:
                 numbers[part, k] = classes.index(row["label"])
@@ -610,6 +610,8 @@ def classify(job):
     probe.to(job.device, memory_format=torch.channels_last)
     labels, epoch_size = choose_labels(job, classes)
     n_train = job.head["n_labels_train"]
+    # A training on other labels of the same images is refused.
+    job.head["labels_digest"] = hashlib.sha256(repr(numbers).encode()).hexdigest()
     sets = label_sets(job, labels[:n_train], labels[n_train:], epoch_size, numbers)
     steps = fit(probe, sets, job, job.args.epochs)
     probe.eval()
@@ -631,7 +633,6 @@ def classify(job):
         stage=probe.stage,
         budget_steps=steps,
         macro_recall=(right / of_class)[of_class > 0].mean().item(),
-        accuracy=right.sum().item() / len(rows),
         confusion=confusion.tolist())
     return result, rows, None
 
@@ -787,7 +788,7 @@ def export_network(args):
 
 
 # ----------------------------------------------------------------------------------------- report
-PRINTED = ("macro_recall", "iou_global", "iou_image", "accuracy")
+PRINTED = ("macro_recall", "iou_global", "iou_image")
 PAPER_SETS = ("dm", "tissuenet", "isic", "xray")
 # Test IoU in the paper: Tables 1 and 2, encoder only, and Figures 3 and 4, end to end.
 PAPER = {
@@ -947,21 +948,20 @@ def report(out):
         "", *bad]
     prepared = group_by_seed(rows)
     for (title, data), cells in prepared.items():
-        if [name for name, _ in prepared].count(title) > 1:     # not to be compared
+        if f"## {title}" in lines:          # of another preparation: not to be compared
             title += f" ({data[:8]})"
         first = cells[0]
         lines += ["", f"## {title}", "", f"{first['n_test']} test images of {first['img_size']} px "
                   f"in {len(set(first['groups']))} groups."]
         # ===== the linear probes =====
-        table = [["network", "labels", "stage", "mean recall over classes", "accuracy"]]
+        table = [["network", "labels", "stage", "mean recall over classes"]]
         scored = []
         for cell in cells:
             if cell["protocol"] != "classify":
                 scored.append(cell)
                 continue
             table.append([
-                cell["title"], cell["used"], cell["stage"],
-                mean_std(cell, "macro_recall"), mean_std(cell, "accuracy")])
+                cell["title"], cell["used"], cell["stage"], mean_std(cell, "macro_recall")])
         if len(table) > 1:
             lines += ["", "Linear probes:", *markdown(table)]
         # ===== all others =====

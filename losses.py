@@ -4,8 +4,8 @@
     loss = focal_tversky_loss(logits, target)       # both (B, 1, H, W), target in {0, 1}
 
 Every loss takes logits (float, before the sigmoid) and target (any dtype, values 0 or 1) of one
-shape, and returns a scalar >= 0. Half-precision logits are raised to float32: a sum over 16 x 224 x
-224 pixels does not fit into float16.
+shape, focal_cross_entropy of classes, and returns a scalar >= 0. Half-precision logits are raised
+to float32: a sum over 16 x 224 x 224 pixels does not fit into float16.
 """
 
 import torch
@@ -61,7 +61,7 @@ def focal_loss(logits, target, alpha=None, gamma=2.0):
 
 
 def focal_cross_entropy(logits, target, gamma=2.0):
-    """The same over classes (Lin et al. 2017, eq. 4): logits (B, C), target int64 (B,)."""
+    """Focal loss over classes (Lin et al. 2017, eq. 4): logits (B, C), target int64 (B,)."""
     log_p = F.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
     return -((1 - log_p.exp()) ** gamma * log_p).mean()
 

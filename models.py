@@ -253,16 +253,16 @@ def load_encoder(unet, path):
     own = unet.encoder.state_dict()
     backbone = next(b for b, anchor in ANCHORS.items() if anchor in own)
     state = read_encoder(path, backbone)
-    if "pos_embed" in own and "pos_embed" in state:
-        grid = unet.encoder.patch_embed.grid_size
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid)
     for name, tensor in state.items():
         if name in own and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
     try:
+        if "pos_embed" in own and "pos_embed" in state:
+            grid = unet.encoder.patch_embed.grid_size
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid)
         missing, unused = unet.encoder.load_state_dict(state, strict=False)
     except RuntimeError as error:               # of other shapes; the first line only counts them
-        raise ValueError(f"{path}: {str(error).splitlines()[1].strip()}") from None
+        raise ValueError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the {len(own)} tensors of the "
                          f"{backbone} encoder, for example {missing[0]}")

@@ -61,7 +61,7 @@ MASK_NAME = re.compile(                         # NAME_mask, NAME-seg, NAME_mask
 PART_FOLDER = re.compile(                       # training/x: train, x
     "(|.*?/)(train(?=/|ing/)|val(?=/|id/|idation/)|test(?=/|ing/))[^/]*/(.*)", re.IGNORECASE)
 MASK_RULE = re.compile(
-    r"auto|[<>]-?\d+(\.\d+)?|-?\d+(,-?\d+)*|#[\da-f]{6}(,#[\da-f]{6})*", re.IGNORECASE)
+    r"auto|[<>]-?\d+(\.\d+)?|-?\d+(,-?\d+)*|#[\da-fA-F]{6}(,#[\da-fA-F]{6})*")
 CONVERTED = {"P", "PA", "CMYK", "YCbCr", "LAB", "RGBX"}         # Pillow's modes read as RGB
 TILE = 480                                      # side of a tile of a dm slide (section 3.1)
 
@@ -275,8 +275,8 @@ def run_script(main, advice):
         main()
     except (OSError, csv.Error, re.error, KeyboardInterrupt) as error:
         sys.exit(f"{script}: {' '.join(str(error).splitlines()[-1:]) or 'interrupted'}; {advice}")
-    except RuntimeError as error:                   # torch's
-        words = "(shared|out of|allocate) memory|bus error|killed by signal"
+    except (RuntimeError, MemoryError) as error:    # torch's, numpy's
+        words = "(shared|out of) memory|allocate|bus error|killed by signal"
         if not re.search(words, str(error), re.IGNORECASE):
             raise
         sys.exit(f"{script}: out of memory: if the GPU's, a smaller --batch-size or --size; if "
@@ -433,9 +433,7 @@ def read_dicom(file, page, as_mask):
     patient = str(ds.get("PatientID") or "").strip()
     if patient:
         patient = hashlib.sha256(patient.encode()).hexdigest()[:12]
-    return Picture(
-        pixels, pages,
-        white_is_zero=white_is_zero, patient=patient)
+    return Picture(pixels, pages, white_is_zero=white_is_zero, patient=patient)
 
 
 def to_eight_bits(pixels, ends=None):
@@ -518,9 +516,11 @@ def find_foreground(path, rule="auto", page=0):
         return (values == top) & (top > 0), f"{top:g} of {shown}"
     elif has_soft_edges(values, found):
         return values > top / 2, "above half, of soft edges"
+    advice = f"'>0', '>{top // 2 or .5}' (above half), '<128', 1 or 1,2 (255: ignore value?)"
+    if is_colour:
+        advice = "'#ff0000' or '#ff0000,#00ff00'"
     raise ValueError(f"{path}: a mask with {len(found)} values (first {shown}): say which are "
-                     f"foreground, with --mask-foreground '>0', '>{top // 2 or .5:g}' (above "
-                     "half), '<128', 1 or 1,2 (255 is often an ignore value), '#ff0000'")
+                     f"foreground, with --mask-foreground {advice}")
 
 
 def has_soft_edges(values, found):
@@ -568,6 +568,7 @@ class Pair:
     image: Path                                 # or a name, if it is no file of its own
     masks: list = field(default_factory=list)   # paths; their union is the mask
     group: str = ""                             # patient, or what else must stay in one part
+    folder: str = ""                            # the group, if nothing else says one
     label: str = ""
     part: str = ""
     source: tuple = ()                          # tissuenet: folder, number; demo: of default_rng
@@ -616,8 +617,9 @@ def find_files(raw, match=True):
             elif name in images and match:
                 bad.append(f"{path}: the name {name} is used twice, see {images[name]}")
             else:
-                while name in images:           # q.png, q.jpg, images/q.png
-                    name += suffix
+                if name in images:              # q.png, q.jpg, images/q.png
+                    while name in images:
+                        name += suffix
                     print(f"{path}: its name is used twice: its mask is {name}.png")
                 images[name] = path
     if unsupported:
@@ -695,8 +697,7 @@ def find_folder(raw, args, bad):
         for pair in pairs:
             pair.part = pair.part.replace("val", "test")
     elif found not in ({""}, {"train", "test"}, {*PARTS}):
-        sys.exit(f"{raw}: give train and test, optionally val, with all images inside; or no such "
-                 "folders")
+        sys.exit(f"{raw}: give train and test, optionally val, with all images inside")
     masked = {pair.part for pair in pairs if pair.masks} - {"", "train"}
     if args.group_regex:
         for pair in pairs:
@@ -706,11 +707,11 @@ def find_folder(raw, args, bad):
         folders = [pair.name.split("/")[:-1] for pair in pairs]
         depth = len(os.path.commonprefix(folders))
         for pair, names in zip(pairs, folders, strict=True):
-            pair.group = "".join(names[depth:depth + 1])
-        names = sorted({pair.group for pair in pairs} - {""})
-        n = len({pair.group or pair.name for pair in pairs})
+            pair.folder = "".join(names[depth:depth + 1])
+        names = sorted({pair.folder for pair in pairs} - {""})
+        n = len({pair.folder or pair.name for pair in pairs})
         is_dicom = pairs[0].image.suffix.lower() in DICOM           # which has an id
-        if names and not pairs[0].part and not is_dicom:
+        if names and not is_dicom:
             if n < 5 and len(pairs) >= 8 * n:
                 sys.exit(f"{raw}: are {', '.join(names)} patients, who stay in one part? Then give "
                          "--group-regex '^([^/]+)/'; if they are classes, '.+'")
@@ -723,6 +724,8 @@ def find_folder(raw, args, bad):
             bad.append(f"{pair.image}: {pair.name} does not match --group-regex")
         else:
             good.append(pair)
+            if pair.group == pair.name:         # by '.+': no group
+                pair.group = ""
     path = raw / "labels.csv"
     if not good or not path.is_file():
         return good
@@ -732,7 +735,7 @@ def find_folder(raw, args, bad):
     for row in read_csv(path):
         name = name_of(Path(row.get("name", "").strip() or "?"))
         content = [row.get(column, "").strip() for column in columns]
-        if table.setdefault(name, content) != content:
+        if table.setdefault(name, content) != content and name != "?":
             sys.exit(f"{path}: {name} stands there twice, with two labels or groups")
     for pair in good:
         file = name_of(pair.image.relative_to(raw))
@@ -811,10 +814,12 @@ def assign_parts(pairs, args):
     if given == {""}:
         split_pairs(labelled, args.seed, stratified=args.dataset == "xray")
     elif "val" not in given:
-        training = [pair for pair in labelled if pair.part == "train"]
-        split_pairs(training, args.seed, shares=[0.875])
-        n = sum(pair.part == "val" for pair in training)
-        print(f"no validation part is given: {n} of {len(training)} training images become it")
+        training = [pair for pair in pairs if pair.part == "train"]
+        masked = [pair for pair in training if pair.masks] or training
+        for pair in training:                   # without a mask: follow their group
+            pair.part = ""
+        split_pairs(masked, args.seed, shares=[0.875])
+        print(f"no validation part is given: an eighth of {len(masked)} training images is it now")
     part_of = {pair.split_group: pair.part for pair in pairs if pair.part}
     parts = {part: [] for part in PARTS}
     joined = []
@@ -877,7 +882,6 @@ def find_published(raw, args, bad):
         folder = archive.with_suffix("")
         if archive.suffix.lower() not in (".zip", ".npz") or folder.exists():
             continue
-        print(archive, "is extracted to", folder)
         with new_folder(folder) as partial:
             try:
                 shutil.unpack_archive(archive, partial, "zip")
@@ -890,8 +894,6 @@ def find_published(raw, args, bad):
             stem = f"ISIC-2017_{official}_"
             for table in find_all(raw, stem + "Part3_GroundTruth.csv"):
                 for row in read_csv(table):
-                    if not row.keys() >= {"image_id", "seborrheic_keratosis", "melanoma"}:
-                        sys.exit(f"{table}: lacks the columns of ISIC-2017: get it again")
                     labels[row["image_id"]] = "nevus"
                     for disease in ("seborrheic_keratosis", "melanoma"):
                         if row[disease].startswith("1"):
@@ -1007,7 +1009,7 @@ def check(folder):
         problems.append("not the arrays that were written: their fingerprint is another")
     if problems:
         lines = "\n".join(problems[:20])
-        sys.exit(f"{lines}\n{folder}: {len(problems)} problems found: prepare it again")
+        sys.exit(f"{lines}\n{folder}: {len(problems)} problems found")
     print(f"{folder}: {meta['counts']}, all is well; fingerprint {meta['fingerprint']}")
 
 
@@ -1076,8 +1078,8 @@ def load(pair, args):
         image = to_rgb(picture)
         mask = np.zeros(image.shape[:2], bool)
         pair.pages = picture.pages
-        if picture.patient and not args.group_regex:            # which says more
-            pair.group = picture.patient
+        if not args.group_regex:                # which says more
+            pair.group = pair.group or picture.patient or pair.folder
         for path in pair.masks:
             found, pair.mask_rule = find_foreground(path, args.mask_foreground, args.page)
             if args.dataset == "xray":
@@ -1171,9 +1173,8 @@ def prepare(args, final):
         write_png(folder / "preview.png", contact_sheet(preview, titles))
         rules = dict(rules.most_common(9))
         if fractions:
-            print(f"mask foreground, by number of masks: {rules}; it covers "
-                  f"{np.mean(fractions):.1%} of the pixels, {fractions.count(0)} are empty at this "
-                  "--size. If it is the background, give the other values to --mask-foreground")
+            print(f"mask foreground, by number of masks: {rules}, {np.mean(fractions):.1%} of the "
+                  "pixels. If it is the background, give the other values to --mask-foreground")
         counts = {part: len(pairs) for part, pairs in parts.items()}
         write_json(folder / "meta.json", vars(args) | dict(
             source=args.raw,

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -75,7 +74,6 @@ def ght_threshold(gray, nu=GHT_NU, tau=GHT_TAU, kappa=GHT_KAPPA, omega=GHT_OMEGA
     pixels is at or below t. Ties give the mean of the tied thresholds, as in Barron's code."""
     counts = np.bincount(gray.ravel(), minlength=256).astype(np.float64)
     levels = np.arange(256.0)
-
     def side_score(n, x, fraction):                     # cumulated over levels 0..t, t = 0..254
         w = np.maximum(np.cumsum(n)[:-1], 1e-30)
         mean = np.cumsum(n * x)[:-1] / w
@@ -277,11 +275,11 @@ def trusted(quality, reliability):
 
 
 def warn_of_two_kinds(quality, is_trusted):
-    """Print a warning if one of the scores of mask_quality, (N, 3), has two peaks, and the trusted
-    masks, bool (N,), are one of them: such as images with an object and images without."""
+    """Print a warning if one of the scores of mask_quality, (N, 3), has two peaks, and hardly any
+    of the lower is trusted, bool (N,): such as images with an object and images without."""
     for scores in (255 * quality.T).astype(np.uint8):
         upper = scores > otsu_threshold(scores)
-        if separability(scores, upper) > 0.82 and (upper == is_trusted).mean() > 0.85:
+        if separability(scores, upper) > 0.82 and is_trusted[~upper].mean() < 0.15:
             print("warning: the training images are of two kinds, and only one of them is learnt "
                   "from: see samples.png; --refine channel frame position takes all")
             return
@@ -338,9 +336,10 @@ def decide_refinement(images, foreground, parts=REFINEMENTS):
             opened = open_mask(mask, radius).astype(np.uint8)
             n_labels, labels = cv2.connectedComponents(opened, connectivity=4)
             total += n_labels - 1
-            kept += len(np.unique(labels[likely & (labels > 0)]))
+            kept += len(np.unique(labels[likely & (labels > 0)])) or n_labels - 1
         evidence["dropped_components"] = round(1 - kept / max(1, total), 4)
-        refinement.radius, refinement.likely = radius, likely
+        refinement.radius = radius
+        refinement.likely = likely
     if "trust" in parts:
         refinement.mean_mask = sum(mask.astype(int) for mask in refinement.refine_masks(images)) / n
     return refinement, evidence
@@ -490,7 +489,7 @@ def seed_from(*key):
 
 @dataclass
 class Images(torch.utils.data.Dataset):
-    """Images of a data set. Key (epoch, k) -> (row, what transform makes of the k-th), the same in
+    """Images of a data set. Key (pass, k) -> (row, what transform makes of the k-th), the same in
     whatever process; with masks (row, [view, mask or number])."""
     folder: Path
     rows: list                                          # of (part, row)
@@ -502,7 +501,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        epoch, k = key
+        number, k = key                                 # of the pass
         part, row = self.rows[k]                        # mapped afresh: nothing to send to a worker
         images = np.load(self.folder / f"{part}_images.npy", mmap_mode="r")
         if row >= len(images):
@@ -511,7 +510,7 @@ class Images(torch.utils.data.Dataset):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                        # as in a worker: sums round alike
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_from(self.seed, epoch, row))
+            torch.default_generator.manual_seed(seed_from(self.seed, number, row))
             if self.masks is None:
                 views = self.transform(image)
             elif isinstance(self.masks, dict):
@@ -622,10 +621,9 @@ def write_refined_masks(method, data, folder):
             for name, chosen in dict(trusted=is_trusted, distrusted=~is_trusted).items():
                 n = len(quality[chosen])
                 means = quality[chosen].sum(axis=0) / max(1, n)
-                separability, solidity, position = means.round(3).tolist()
+                scores = ("separability", "solidity", "position")
                 evidence[f"{part}_{name}"] = dict(
-                    images=n, separability=separability,
-                    solidity=solidity, position=position)
+                    zip(scores, means.round(3).tolist(), strict=True), images=n)
             if part == "train":
                 warn_of_two_kinds(quality, is_trusted)
     print("refined masks:", evidence)
@@ -684,8 +682,8 @@ def to_device(views, device):
 
 @torch.no_grad()
 def update_batchnorm(method, loader, device):
-    """Set BatchNorm's statistics to their mean over un-augmented images under the present weights
-    (Wu & Johnson 2021): the running average is of ten steps, in which a young network changes;
+    """Set BatchNorm's statistics to their mean over 64 un-augmented batches under these weights (Wu
+    & Johnson 2021): the running average is of ten steps, in which a young network changes;
     update_bn of torch would reset a frozen part, too."""
     method.train()
     network = getattr(method, "unet", method.encoder)
@@ -704,7 +702,7 @@ def update_batchnorm(method, loader, device):
 
 @torch.no_grad()
 def validate(method, loader, device, seed):
-    """Return val_loss and health, means over the validation images, the same views each time."""
+    """Return val_loss and, of this rank's part, health: means over images, each time the same."""
     method.eval()
     sums = collections.Counter()
     for batch, (index, views) in enumerate(loader):
@@ -755,7 +753,7 @@ def train(method, sets, options, folder, device):
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-    print(f"{folder}: precision {options.amp}" + f", going on after {epoch} epochs" * (epoch > 0))
+    print(f"{folder}: precision {options.amp}, going on after {epoch} epochs")
     config = folder / "config.json"                     # open_run has written it anew
     fingerprint = read_json(config)["settings"]["data"]
     config_time = config.stat().st_mtime_ns
@@ -793,6 +791,8 @@ def train(method, sets, options, folder, device):
         val_loss = validation["val_loss"]
         epoch += 1
         epochs_without_improvement += 1
+        if not math.isfinite(val_loss):
+            sys.exit(f"{folder}: epoch {epoch}: the val_loss is not finite: try a smaller --lr")
         if val_loss < best:
             epochs_without_improvement = 0
             best = val_loss
@@ -924,17 +924,17 @@ def open_run(settings, folder, command, overwrite):
     """Make a run's folder with its config.json; exit if it holds another run. It is written anew
     also to go on: an older process at the same run sees it and stops."""
     path = folder / "config.json"
-    config = dict(settings=settings, command=command, ranks=ranks()[1],
-                  torch=torch.__version__, timm=timm.__version__)
+    config = dict(settings=settings, command=command, torch=torch.__version__)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     elif path.exists():
         config = read_json(path)
         existing = config.get("settings", {})
         for name, value in settings.items():
-            if existing.get(name) != value and name != "variant":
-                sys.exit(f"{folder} holds a run with another {name} ({existing.get(name)} there, "
-                         f"{value} asked): --overwrite starts it afresh")
+            there = existing.get(name, value)           # versions before may not have it
+            if there != value:
+                sys.exit(f"{folder} holds a run with another {name} ({there} there, {value} "
+                         "asked): --overwrite starts it afresh")
     elif list(folder.glob("*.pt")):
         sys.exit(f"{folder} holds weights but no config.json: restore it, or move the weights away")
     prepare_data.remove_leftovers(folder)
@@ -1001,8 +1001,8 @@ def parse_args(argv=None):
     variant = args.method + "+" * bool(args.refine)
     if args.refine and args.refine != list(REFINEMENTS):
         variant += "-".join(args.refine)
-    if args.encoder:
-        variant += f"-from-{Path(args.encoder).stem}"
+    if args.encoder:                                    # many files are called encoder.pth
+        variant += "-from-" + args.encoder.strip("/").replace("/", "-")
     return args, variant + prepare_data.name_suffix(parser, args, VARIANT)
 
 
@@ -1036,7 +1036,7 @@ def main(argv=None):
     settings |= dict(
         train=getattr(method, "train_part", "encoder"), patience=patience, lr=method.lr,
         foreground=args.foreground or meta["foreground"], weight_decay=method.weight_decay,
-        amp=amp, variant=variant, img_size=meta["size"], data=meta["fingerprint"])
+        amp=amp, variant=variant, img_size=meta["size"], ranks=n_ranks, data=meta["fingerprint"])
     if rank == 0:
         flags = sys.argv[1:] if argv is None else argv
         open_run(settings, folder, shlex.join(["python", "pretrain.py", *flags]), args.overwrite)

@@ -5,7 +5,6 @@
 # bash run_all.sh ablations   Tables 3, 4, 5, 7, 8 and B.1: threshold, loss, epochs, batch size
 # bash run_all.sh classify    Table 9: linear probes; drone: Table 10; all: these four
 # bash run_all.sh test        install test-only packages, run the tests; bench: the benchmarks
-#
 # DATASETS   "isic xray"; default: those of the paper that are prepared. SEEDS: "0 1 2 3 4"
 # METHODS    "medsass byol simsiam dino mae simmim"; BACKBONES "resnet50 vit_small"
 # PROTOCOLS  "transfer frozen finetune", also semi. LABELS: "0.01 0.1 1.0", of all but transfer
@@ -54,7 +53,6 @@ main() {
 
 classify() { LABELS=1.0 encoders classify; }
 drone() { encoders transfer; }
-
 ablations() {
     local encoder="pretrain.py $on --train encoder" transfer='|--protocol transfer\n'
     printf "$encoder%s$transfer" ' --epochs 10' ' --epochs 20' '' ' --epochs 70'
@@ -66,7 +64,8 @@ ablations() {
 
 # plan PARTS...: each run of these once, with all that is made of it; every n-th for SHARD k/n.
 plan() {
-    local part sets seeds dataset seed backbone method on epochs=${EPOCHS:+ --epochs $EPOCHS}
+    local part sets seeds dataset seed backbone method on epochs=" --epochs ${EPOCHS:-50}"
+    epochs=${epochs/% --epochs 50}          # the default
     for part in "$@"; do
         sets=${DATASETS:-dm tissuenet isic xray} seeds=${SEEDS:-0 1 2 3 4}
         [[ $part != classify ]] || sets=${DATASETS:-isic xray}
@@ -101,7 +100,7 @@ setup() {
 # output_of COMMAND: the last file that it writes, by the two scripts' rules of names.
 output_of() {
     local on='--dataset ([^ ]+) --backbone ([^ ]+) --seed ([0-9]+)'
-    sed -E "s, --epochs 50$,,; s, --labels 1.0( |$),\1,; s, --(train|threshold|loss) ,-,g
+    sed -E "s, --epochs 50( |$),\1,; s, --labels 1\.0( |$),\1,; s, --(train|threshold|loss) ,-,g
         s, --epochs ,-e,; s, --batch-size ,-b,; s, --labels ,-l,; s, --refine,+,
         s,pretrain.py $on(.*),runs/\1/\2/medsass\4/seed\3/samples.png,
         s,medsass --method ,,
@@ -171,7 +170,8 @@ finetune_eval.py $on --protocol supervised $few"
     $PYTHON -c 'import numpy, PIL.Image
 for k, image in enumerate(numpy.load("data/demo/test_images.npy")[:4]):
     PIL.Image.fromarray(image).save(f"predictions/pictures/{k}.png")'
-    $PYTHON finetune_eval.py --run "runs/demo/resnet50/medsass+-e$epochs/seed0" --overwrite \
+    $PYTHON finetune_eval.py --overwrite \
+        --run "$(dirname "$(output_of "pretrain.py $on --refine --epochs $epochs")")" \
         --predict predictions/pictures --out predictions/masks --overlay
     echo "table: results/README.md; chart: results/demo.png; masks: predictions/masks"
 }

@@ -274,14 +274,15 @@ def test_every_method_trains_and_is_scored(method, backbone, small_data):
         "config.json", "log.csv", "last.pt", "encoder.pth", "samples.png"}
     path, result = score(small_data, "--run", folder)
     assert str(path) == f"results/demo/{backbone}/{method}-e1-b4/seed0/transfer.json"
-    assert (result["method"], result["n_test"]) == (method, 3)
+    assert result["method"] == method
 
 
 @mark.smoke
 @mark.parametrize("protocol", ["frozen", "finetune", "semi"])
 def test_every_protocol_trains_what_it_says(protocol, data, copied_run):
-    flags = ["--run", copied_run, "--labels", "0.1", "--protocol", protocol]
+    flags = ["--run", copied_run, "--labels", "0.1", "--protocol", protocol, "--seed", "7"]
     result, folder = tune(data, *flags, epochs=2)
+    assert result["name"].endswith("-e2-seed7")                 # other labels, another result
     assert (result["n_labels_train"], result["n_labels_val"]) == (6, 2)
     assert result["budget_steps"] == 10                         # few labels, same steps
     changed = {name.split(".")[0] for name in differing(weights_of(folder), weights_of(copied_run))}
@@ -1068,7 +1069,6 @@ def test_a_crash_does_not_wait_for_its_workers(small_data):
     ("data/demo/meta.json", "data/demo was prepared again")])
 def test_a_run_that_another_takes_over_or_whose_data_change_ends(changed, words, data, monkeypatch):
     shutil.copytree(data, "data")
-
     def change(self, step, total):
         if step == 5:                                   # of ten
             text = Path(changed).read_text()
@@ -1299,7 +1299,7 @@ def test_a_part_that_is_not_given_is_cut_from_train(tested, capsys):
         write_layout(f"raw/{part}", "images/{k}.png", "1st_manual/{k}_manual1.gif", n)
     out = prepare("raw")
     assert [len(open_part(out, part)[1]) for part in PARTS] == [17, 3, 4]
-    assert "3 of 20 training images" in capsys.readouterr().out
+    assert "an eighth of 20 training images" in capsys.readouterr().out
 
 
 def test_dicom_patients_stay_whole_and_unnamed():
@@ -1677,7 +1677,7 @@ OUTPUT_OF = """eval "$(sed -n '/^output_of()/,/^}/p' run_all.sh)"; output_of "$1
 
 
 def test_the_driver_knows_the_names_that_the_scripts_give():
-    listed = "\n".join(dry_run("all", DATASETS="a", SEEDS="50", LABELS="0.1 1.0 50"))
+    listed = "\n".join(dry_run("all", DATASETS="a", SEEDS="50", LABELS="0.1 1.0 150"))
     for command in {*re.findall("python (.*)", listed)}:
         command = command.replace("RUN", "runs/a/vit_small/mae-e3/seed50")
         script, *flags = command.split()

@@ -133,7 +133,7 @@ class DINO(nn.Module):
         return dino_loss(student, q)
 
     def optimizer(self):
-        """ViT: AdamW, weight decay on matrices only (section 3.2). ResNet: SGD, momentum .9."""
+        """ViT: AdamW, no weight decay on vectors (section 3.2). ResNet: SGD, momentum .9."""
         groups = param_groups_weight_decay(self.student, self.weight_decay)
         if self.is_vit:
             return torch.optim.AdamW(groups, self.lr, fused=True)

@@ -142,7 +142,7 @@ class MAE(nn.Module):
         return self.error
 
     def optimizer(self):
-        """AdamW (.9, .95), weight decay on matrices only (appendix A.1)."""
+        """AdamW (.9, .95), no weight decay on vectors (appendix A.1)."""
         groups = param_groups_weight_decay(self, self.weight_decay)
         return torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95), fused=True)
 

@@ -100,7 +100,7 @@ class SimMIM(nn.Module):
         return self.loss
 
     def optimizer(self):
-        """AdamW, weight decay on matrices only, not on class token and positions (section 4.1 and
+        """AdamW, no weight decay on vectors, class token and positions (section 4.1 and
         the reference)."""
         decayed, others = [], []
         for name, p in self.named_parameters():
