@@ -772,7 +772,7 @@ def join_duplicates(pairs):
 
 def split_pairs(pairs, seed, stratified=False, shares=(0.7, 0.8)):
     """Set the part of every pair: shuffle the split groups and cut them at int(share n) images, or
-    slides, into train, val and, by a second share, test; each part gets a group at least.
+    slides, into train, val and, by a second share, test; of groups each part gets one at least.
     stratified: 20 % test, then 13 % of the rest validation, both rounded up, of each label."""
     images = collections.defaultdict(set)       # of each group; the tiles of a slide are one
     classes = collections.defaultdict(list)
