@@ -724,7 +724,7 @@ def find_folder(raw, args, bad):
             bad.append(f"{pair.image}: {pair.name} does not match --group-regex")
         else:
             good.append(pair)
-            if pair.group == pair.name:         # by '.+': no group
+            if args.group_regex == ".+":        # each image by itself, in whatever part
                 pair.group = ""
     path = raw / "labels.csv"
     if not good or not path.is_file():

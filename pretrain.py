@@ -741,9 +741,7 @@ def train(method, sets, options, folder, device):
     autocast = torch.autocast(device.type, dtype, enabled=options.amp != "off")
     # ===== where it was stopped =====
     epoch = epochs_without_improvement = 0
-    best = math.inf
-    finished = False
-    log = []
+    best, finished, log = math.inf, False, []
     if (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt", device)
         epoch, best, finished = state["epoch"], state["best"], state["finished"]
