@@ -623,7 +623,8 @@ def write_refined_masks(method, data, folder):
                 means = quality[chosen].sum(axis=0) / max(1, n)
                 scores = ("separability", "solidity", "position")
                 evidence[f"{part}_{name}"] = dict(
-                    zip(scores, means.round(3).tolist(), strict=True), images=n)
+                    zip(scores, means.round(3).tolist(), strict=True),
+                    images=n)
             if part == "train":
                 warn_of_two_kinds(quality, is_trusted)
     print("refined masks:", evidence)
@@ -1032,7 +1033,8 @@ def main(argv=None):
     options = Options(args.epochs, args.batch_size, patience, args.seed, amp, args.workers)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= dict(
-        train=getattr(method, "train_part", "encoder"), patience=patience, lr=method.lr,
+        train=getattr(method, "train_part", "encoder"),
+        patience=patience, lr=method.lr,
         foreground=args.foreground or meta["foreground"], weight_decay=method.weight_decay,
         amp=amp, variant=variant, img_size=meta["size"], ranks=n_ranks, data=meta["fingerprint"])
     if rank == 0:
