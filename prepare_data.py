@@ -519,7 +519,7 @@ def find_foreground(path, rule="auto", page=0):
     advice = f"'>0', '>{top // 2 or .5}' (above half), '<128', 1 or 1,2 (255: ignore value?)"
     if is_colour:
         advice = "'#ff0000' or '#ff0000,#00ff00'"
-    raise ValueError(f"{path}: a mask with {len(found)} values (first {shown}): say which are "
+    raise ValueError(f"{path}: a mask with values such as {shown}: say which are "
                      f"foreground, with --mask-foreground {advice}")
 
 
@@ -894,6 +894,8 @@ def find_published(raw, args, bad):
             stem = f"ISIC-2017_{official}_"
             for table in find_all(raw, stem + "Part3_GroundTruth.csv"):
                 for row in read_csv(table):
+                    if "melanoma" not in row:
+                        sys.exit(f"{table}: lacks the columns of ISIC-2017: get it again")
                     labels[row["image_id"]] = "nevus"
                     for disease in ("seborrheic_keratosis", "melanoma"):
                         if row[disease].startswith("1"):
@@ -924,8 +926,8 @@ def find_published(raw, args, bad):
             for path in find_all(raw, f"tissuenet_v*_{part}/X.npy")[-1:]:
                 for i in range(len(np.load(path, mmap_mode="r"))):
                     name = f"{path.parent}[{i}]"
-                    pair = Pair(f"{part}_{i:05d}", name, [name], part=part, source=(path.parent, i))
-                    pairs.append(pair)
+                    pairs.append(Pair(f"{part}_{i:05d}", name, [name], part=part,
+                                      source=(path.parent, i)))
     bad += [f"{pair.image}: has no mask" for pair in pairs if not pair.masks]
     pairs = [pair for pair in pairs if pair.masks]
     if {pair.part for pair in pairs} not in ({""}, {*PARTS}):
@@ -1120,8 +1122,7 @@ def prepare(args, final):
         for p, n in enumerate((64, 16, 32)):
             for i in range(n):                  # every picture has a generator of its own
                 name = f"{PARTS[p]}_{i:03d}"
-                pair = Pair(name, name, [name], part=PARTS[p], source=(args.seed, p, i))
-                pairs.append(pair)
+                pairs.append(Pair(name, name, [name], part=PARTS[p], source=(args.seed, p, i)))
 
     def attempt(pair):
         try:
@@ -1179,8 +1180,7 @@ def prepare(args, final):
         write_json(folder / "meta.json", vars(args) | dict(
             source=args.raw,
             foreground=foreground,
-            mask_foreground=rules,
-            skipped=sorted(bad),
+            mask_foreground=rules, skipped=sorted(bad),
             counts=counts,
             fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {size} px; look at preview.png in it")
