@@ -17,12 +17,6 @@ encoder's features (appendix D). reference: what needs no training, on the same 
 JSON per evaluation, under results/, with a CSV of its test images; --report makes a table of them.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":                  # Ctrl-C while torch is imported
-    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
-
 import argparse
 import collections
 import csv
@@ -33,6 +27,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -311,7 +306,6 @@ class Probe(nn.Module):
     optimizer = MedSASS.optimizer
     before_step = MedSASS.before_step       # the rate is constant
     after_backward = MedSASS.after_backward
-    after_step = MedSASS.after_step
 
     def __init__(self, backbone, img_size, classes, has_layer4=False):
         super().__init__()
@@ -342,6 +336,9 @@ class Probe(nn.Module):
     def forward(self, views):
         images, target = views
         return focal_cross_entropy(self.logits(images), target)
+
+    def after_step(self, step, total_steps):
+        """Keep no moving average."""
 
     def health(self):
         return {}

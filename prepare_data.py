@@ -14,12 +14,6 @@ S), of the images with masks, which come first; {...}.csv (name, group, label); 
 preview.png.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":                      # Ctrl-C while the others are imported
-    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
-
 import argparse
 import collections
 import contextlib
@@ -33,7 +27,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import unicodedata
 import warnings
@@ -268,7 +264,6 @@ def run_script(main, advice):
     """Run main(). Exit in one line on SIGTERM, Ctrl-C, a system's error, or too little memory."""
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:                                  # for names that the terminal cannot show
         sys.stdout.reconfigure(errors="replace")
     try:

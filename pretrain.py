@@ -11,23 +11,19 @@ Reads data/<dataset>/, writes runs/<dataset>/<backbone>/<method>[-variant]/seed<
 command resumes after the last whole epoch, on a CPU bit for bit.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":                              # Ctrl-C while torch is imported
-    signal.signal(signal.SIGINT, lambda *ignored: sys.exit("interrupted"))
-
 import argparse
 import atexit
 import collections
 import contextlib
+import copy
 import itertools
 import math
 import multiprocessing
 import os
 import shlex
 import shutil
-import time
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +132,7 @@ def separability(values, mask):
     if not 0 < fraction < 1:
         return 0.0
     gap = values[mask].mean() - values[~mask].mean()
-    return float(fraction * (1 - fraction) * gap ** 2 / max(values.var(), 1e-9))
+    return fraction * (1 - fraction) * gap ** 2 / max(values.var(), 1e-9)
 
 
 def choose_channel(images):
@@ -213,7 +209,7 @@ def position_reliability(masks, n):
     with np.errstate(invalid="ignore"):                 # nan where a half is flat, counted as 0
         pairs = [np.corrcoef(half.ravel(), (whole - half).ravel()) for half in halves]
     correlations = np.nan_to_num(pairs)[:, 0, 1]
-    c = max(0.0, float(correlations.mean() - 2 * correlations.std()))
+    c = max(0.0, correlations.mean() - 2 * correlations.std())
     return 2 * c / (1 + c), int(np.median(thickness) // 7)
 
 
@@ -257,7 +253,7 @@ def mask_quality(mask, values, mean_mask):
     area = sum(map(cv2.contourArea, contours))
     hull = sum(map(cv2.contourArea, map(cv2.convexHull, contours)))
     position = mean_mask[mask].mean() if mask.any() else 0.0
-    return separability(values, mask), area / max(1.0, hull), float(position)
+    return separability(values, mask), area / max(1.0, hull), position
 
 
 def trusted(quality, reliability):
@@ -412,6 +408,7 @@ class MedSASS(nn.Module):
                  train_part="end2end"):
         super().__init__()
         self.unet = build_unet(backbone, img_size)
+        self.student = None                             # if a U-Net, `unet` is its moving average
         self.foreground = foreground
         self.train_part = train_part
         self.loss = LOSSES["focal_tversky"]
@@ -430,20 +427,22 @@ class MedSASS(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         if self.train_part != "end2end":
-            self.unet.train(mode and self.train_part == "decoder")
-            self.encoder.train(mode and self.train_part == "encoder")
+            for unet in self.children():
+                unet.train(mode and self.train_part == "decoder")
+                unet.encoder.train(mode and self.train_part == "encoder")
         return self
 
     def forward(self, views):
         images, masks = views
-        logits = self.unet(normalise(images))           # (B, 1, H, W)
+        unet = self.student if self.training and self.student else self.unet
+        logits = unet(normalise(images))                # (B, 1, H, W)
         self.last_batch = logits.detach() > 0, masks > 0
         return self.loss(logits, masks)
 
     def optimizer(self):
-        """Return Adam over what learns."""
-        learning = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.Adam(learning, self.lr, weight_decay=self.weight_decay, fused=True)
+        """Return Adam; what gets no gradient stays as it is."""
+        return torch.optim.Adam(
+            self.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
 
     def before_step(self, optimizer, step, total_steps, epoch_steps):
         """Keep the learning rate constant."""
@@ -451,8 +450,13 @@ class MedSASS(nn.Module):
     def after_backward(self):
         """Clip nothing, freeze nothing."""
 
+    @torch.no_grad()
     def after_step(self, step, total_steps):
-        """Keep no moving average."""
+        """Average the student's weights over about the last tenth of the steps, at most 100."""
+        if self.student:
+            pairs = zip(self.unet.parameters(), self.student.parameters(), strict=True)
+            for average, weight in pairs:
+                average.lerp_(weight, max(0.01, 9 / (step + 10)))
 
     def health(self):
         """Return foreground fractions of the last batch; predicted 0 or 1: a collapse (B.1)."""
@@ -589,21 +593,16 @@ def end_workers():
         worker.kill()
 
 
-class Loader(torch.utils.data.DataLoader):
-    """Its workers are deaf to Ctrl-C and SIGTERM: one that ends before us leaves a traceback."""
-
-    def __iter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        iterator = super().__iter__()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        return iterator
+def ignore_signals(worker):
+    """Go on at Ctrl-C and SIGTERM: a worker that ends before us leaves a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset, batches, workers):
     """Return a loader of Batches, whose .epoch may change between passes."""
-    return Loader(
-        dataset, batch_sampler=batches, num_workers=workers,
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 
@@ -763,7 +762,6 @@ def train(method, sets, options, folder, device):
         batches.epoch = epoch
         method.train()
         sums = collections.Counter()
-        start = time.time()
         for step, (index, views) in enumerate(train_loader, epoch * epoch_steps):
             torch.manual_seed(seed_from(seed, step, rank))
             method.before_step(optimizer, step, total_steps, epoch_steps)
@@ -799,13 +797,12 @@ def train(method, sets, options, folder, device):
         if rank > 0:
             continue
         # ===== log and save =====
-        if not config.exists() or config.stat().st_mtime_ns != config_time:
+        if config.stat().st_mtime_ns != config_time:
             sys.exit(f"{config} was rewritten: another process trains here now")
         if read_meta(sets.train.folder)["fingerprint"] != fingerprint:
             sys.exit(f"{sets.train.folder} was prepared again: epoch {epoch} is not kept")
         n = sums.pop("n")
         row = dict(epoch=epoch) | validation | {name: sums[name] / n for name in sums}
-        row["seconds"] = time.time() - start
         log.append({name: f"{value:.6g}" for name, value in row.items()})
         prepare_data.write_csv(folder / "log.csv", log)
         if epochs_without_improvement == 0 or not method.keep_best:
@@ -910,6 +907,9 @@ def build_method(args, meta):
             method = METHODS[args.method](args.backbone, meta["size"], batch_size)
         if args.encoder:
             load_encoder(getattr(method, "unet", method), args.encoder)
+    if args.refine:                                     # weights swing with the masks' noise
+        method.student = copy.deepcopy(method.unet)
+        method.unet.requires_grad_(False)
     copies = dict(byol="target", dino="student")        # each with a head behind it
     if args.method in copies:
         getattr(method, copies[args.method])[0].load_state_dict(method.encoder.state_dict())

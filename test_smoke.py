@@ -653,11 +653,18 @@ def build(method, backbone, size=32, **kwargs):
     return method, [torch.stack(view) for view in views]
 
 
-def test_medsass_learns_the_masks_of_normalised_images():
-    method, (images, masks) = build("medsass", "resnet50")
-    logits = method.unet(pretrain.normalise(images))
-    assert allclose(method([images, masks]), losses.focal_tversky_loss(logits, masks))
-    assert method.health()["target_foreground"] == approx(masks.float().mean())
+def test_medsass_learns_the_masks_of_normalised_images_and_keeps_an_average():
+    method, views = build("medsass", "resnet50")
+    method.student = copy.deepcopy(method.unet)
+    before = weights(method.unet)
+    one_step(method, views, step=5)
+    after = weights(method.student)
+    assert allclose(weights(method.unet), before.lerp(after, 9 / 15), atol=1e-7)
+    for unet, mode in ((method.student, True), (method.unet, False)):
+        method.train(mode)
+        logits = unet(pretrain.normalise(views[0]))
+        assert allclose(method(views), losses.focal_tversky_loss(logits, views[1]))
+        assert method.health()["target_foreground"] == approx(views[1].float().mean())
 
 
 def one_step(method, views, step=0, total_steps=10, epoch_steps=5):
@@ -966,8 +973,7 @@ def test_a_killed_run_resumes_to_the_bit(data_set, flags, request):
     assert end.returncode == -signal.SIGKILL
     cut = train(folder, *flags, "--workers", "1")
     assert contents(cut) == contents(whole)
-    for row, other in zip(read_csv(cut / "log.csv"), read_csv(whole / "log.csv"), strict=True):
-        assert row | dict(seconds=other["seconds"]) == other
+    assert (cut / "log.csv").read_text() == (whole / "log.csv").read_text()
 
 
 def test_a_finished_run_is_left_alone_or_completed(data, run, copied_run):
@@ -1080,27 +1086,23 @@ def test_a_run_that_another_takes_over_or_whose_data_change_ends(changed, words,
 
 
 IN_RANKS = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
-KILL_RANK_1 = """import os, sys, pretrain
-if os.environ["RANK"] == "1":
-    pretrain.DINO.after_step = lambda *args: os.kill(os.getpid(), 9)
+SAVE_RANK = """import os, sys, pretrain, torch
+def train_and_save(method, *others, train=pretrain.train):
+    train(method, *others)
+    torch.save(dict(method.named_parameters()), os.environ["RANK"])
+pretrain.train = train_and_save
 pretrain.main(sys.argv[1:])
 """
 
 
-def test_two_ranks_train_one_run(lens_data):
+def test_two_ranks_train_one_network_on_the_gradients_of_both(lens_data):
+    Path("save.py").write_text(SAVE_RANK)
     flags = command(lens_data, "--batch-size", "4", "--refine")
-    assert not python(*IN_RANKS, f"{HERE}/pretrain.py", *flags).returncode
+    assert not python(*IN_RANKS, "save.py", *flags).returncode
+    assert not differing(load("0"), load("1"))
     [folder] = Path("runs").glob("demo/*/*/seed0")
     assert len(read_csv(folder / "log.csv")) == 2
     score(lens_data, "--run", folder)
-
-
-def test_a_killed_rank_ends_the_run(small_data):
-    Path("kill.py").write_text(KILL_RANK_1)
-    flags = command(small_data, "--batch-size", "2", "--method", "dino")
-    assert python(*IN_RANKS, "kill.py", *flags).returncode == 1
-    [folder] = Path("runs").glob("demo/*/*/seed0")
-    assert (folder / "config.json").exists() and not (folder / "samples.png").exists()
 
 
 def test_semi_averages_as_two_folds_choose_and_reads_no_other_label(
@@ -1557,8 +1559,7 @@ def test_archives_are_unpacked_once_and_cannot_escape():
 
 
 # ========================================================================================= mistakes
-# Each is said in one line, with a path or a flag, an exit code that is not 0, and nothing left
-# behind.
+# Each is one line with a path or a flag, an exit code that is not 0, and nothing left behind.
 
 @fixture(scope="session")
 def bad(tmp_path_factory):
@@ -1636,8 +1637,7 @@ def test_predict_replaces_nothing_and_names_bad_files(predict, run):
 
 
 # =========================================================================================== driver
-# run_all.sh makes each network once and all that is made of it, skips what is finished, and lists
-# what failed.
+# run_all.sh makes each network and what is made of it once, and lists what failed.
 
 def run_all(*words, start=subprocess.run, **settings):
     """Run run_all.sh of this folder, or start it by Popen, with no other environment."""
