@@ -1175,7 +1175,8 @@ def prepare(args, final):
         write_json(folder / "meta.json", vars(args) | dict(
             source=args.raw,
             foreground=foreground,
-            mask_foreground=rules, skipped=sorted(bad),
+            mask_foreground=rules,
+            skipped=sorted(bad),
             counts=counts,
             fingerprint=fingerprint_of(folder)))
     print(f"{final}: {counts} of {size} px; look at preview.png in it")

@@ -132,7 +132,7 @@ def separability(values, mask):
     if not 0 < fraction < 1:
         return 0.0
     gap = values[mask].mean() - values[~mask].mean()
-    return fraction * (1 - fraction) * gap ** 2 / max(values.var(), 1e-9)
+    return float(fraction * (1 - fraction) * gap ** 2 / max(values.var(), 1e-9))
 
 
 def choose_channel(images):
@@ -209,7 +209,7 @@ def position_reliability(masks, n):
     with np.errstate(invalid="ignore"):                 # nan where a half is flat, counted as 0
         pairs = [np.corrcoef(half.ravel(), (whole - half).ravel()) for half in halves]
     correlations = np.nan_to_num(pairs)[:, 0, 1]
-    c = max(0.0, correlations.mean() - 2 * correlations.std())
+    c = max(0.0, float(correlations.mean() - 2 * correlations.std()))
     return 2 * c / (1 + c), int(np.median(thickness) // 7)
 
 
@@ -253,7 +253,7 @@ def mask_quality(mask, values, mean_mask):
     area = sum(map(cv2.contourArea, contours))
     hull = sum(map(cv2.contourArea, map(cv2.convexHull, contours)))
     position = mean_mask[mask].mean() if mask.any() else 0.0
-    return separability(values, mask), area / max(1.0, hull), position
+    return separability(values, mask), area / max(1.0, hull), float(position)
 
 
 def trusted(quality, reliability):
