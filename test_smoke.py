@@ -307,8 +307,7 @@ def test_report_pools_seeds_but_no_other_preparation_and_names_what_it_cannot_re
 PREDICT_ELSEWHERE = """import json, sys, torch
 about = {"network.json": ""}
 network = torch.export.load("network.pt2", extra_files=about).module()
-about = json.loads(about["network.json"])
-assert (about["size"], about["foreground"]) == (32, "bright")
+assert '"size": 32' in about["network.json"] and '"foreground": "bright"' in about["network.json"]
 images = torch.load("images")
 torch.save([network(images), network(images[:1])], "predicted")
 """
@@ -1079,7 +1078,6 @@ def test_a_run_that_another_takes_over_or_whose_data_change_ends(changed, words,
         if step == 5:                                   # of ten
             text = Path(changed).read_text()
             Path(changed).write_text(text.replace('"fingerprint": "', '"fingerprint": "0'))
-
     monkeypatch.setattr(MedSASS, "after_step", change)
     refused(lambda: train("data"), words)
     assert load("runs/demo/resnet50/medsass-e2/seed0/last.pt")["epoch"] == 1
@@ -1101,22 +1099,25 @@ def test_two_ranks_train_one_network_on_the_gradients_of_both(lens_data):
     assert not python(*IN_RANKS, "save.py", *flags).returncode
     assert not differing(load("0"), load("1"))
     [folder] = Path("runs").glob("demo/*/*/seed0")
-    assert len(read_csv(folder / "log.csv")) == 2
     score(lens_data, "--run", folder)
 
 
 def test_semi_averages_as_two_folds_choose_and_reads_no_other_label(
         data, copied_run, labels_read, monkeypatch):
     monkeypatch.setattr(finetune_eval, "WEIGHTS", (.25, .5, .75))
-    flags = ["--run", copied_run, "--labels", "6", "--protocol", "semi"]
+    count = Mock(wraps=finetune_eval.count_masks)
+    monkeypatch.setattr(finetune_eval, "count_masks", count)
+    flags = ["--run", copied_run, "--labels", "7", "--protocol", "semi"]
     result, folder = tune(data, *flags, epochs=4)
     before, tuned, kept = map(weights_of, (copied_run, folder / "tuned", folder))
     weight = result["weight"]
     assert weight == (.5, .75, .75)[np.argmax([*result["fold_scores"].values()])]
     expected = before["head.weight"].lerp(tuned["head.weight"], weight)
     assert allclose(kept["head.weight"], expected)
-    assert sum(result["fold_labels"]) == len(labels_read) == 6 + 2
+    assert len(labels_read) == 7 + 2
     assert result["fold_steps"] == 10                           # half as many as of all labels
+    scored = [len(masks) for (_, masks), _ in count.call_args_list]
+    assert scored[:6] == [5, 5, 5, 4, 4, 4]     # tuned on 4 + 5, scored on the others, each weight
     shutil.copytree(data, "blind")
     masks = np.load("blind/demo/train_masks.npy", mmap_mode="r+")
     for row in range(64):
@@ -1770,7 +1771,7 @@ def test_a_stopped_driver_stops_its_runs_and_goes_on(project):
 
 def record(what, against, ours, theirs):
     """Print a row of the table, in seconds or MB, and check it."""
-    print(f"\n| {what} | {against} | {ours:.3g} | {theirs:.3g} | {ours / theirs:.3g} |")
+    print("\n", what, against, ours, theirs, ours / theirs, sep=" | ")
     assert ours < theirs
 
 
@@ -1842,9 +1843,8 @@ def test_preparing():
         for k in range(1, 100):
             shutil.copy(f"raw/{i}.jpg", f"raw/{i}_{k}.jpg")
     times = [time.perf_counter()]
-    for _ in range(2):
-        python(HERE / "prepare_data.py", *"--dataset folder --raw raw --overwrite".split())
-        times.append(time.perf_counter())
-        np.stack([Image.open(f).convert("RGB").resize((224, 224)) for f in Path("raw").iterdir()])
-        times.append(time.perf_counter())
-    record("preparing, s", "a plain loop", *np.diff(times).reshape(2, 2).min(axis=0))
+    python(HERE / "prepare_data.py", *"--dataset folder --raw raw".split())
+    times.append(time.perf_counter())
+    np.stack([Image.open(f).convert("RGB").resize((224, 224)) for f in Path("raw").iterdir()])
+    times.append(time.perf_counter())
+    record("preparing, s", "a plain loop", *np.diff(times))
