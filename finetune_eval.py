@@ -426,8 +426,7 @@ def training_settings(job, method):
 def fit_semi(method, labels, epoch_size, job):
     """Average the weights of the network before and after tuning (Wortsman et al. 2022), as much of
     each as two folds of the labels say: tuned on one for half of the epochs, scored on the other.
-    All labels tune better than a half: one step more is taken of the tuned network than is best for
-    the folds. Returns the result, a dict; the run folder has the network."""
+    Returns the result, a dict; the run folder has the network."""
     unet, epochs = method.unet, job.args.epochs
     pretrained = load_checkpoint(job.weights, "cpu")["model"]
     def tune(labels, epochs, subfolder):
@@ -464,11 +463,11 @@ def fit_semi(method, labels, epoch_size, job):
                 load_average(tuned, w, fold)
                 total += count_masks(predict_each(unet, images, job.device), masks).sum(axis=0)
         iou = scores_from_counts(counts)["iou"]
-        weight = (*WEIGHTS[1:], WEIGHTS[-1])[iou.argmax()]
+        weight = WEIGHTS[iou.argmax()]
         scores = dict(zip(map(str, WEIGHTS), iou.round(4).tolist(), strict=True))
         result = dict(fold_scores=scores, fold_labels=[*map(len, folds)], fold_steps=steps)
         print("semi: IoU on the half of the labels that was not trained on, by the weight of the "
-              "tuned network:", scores, "(one step more than the best is taken)")
+              "tuned network:", scores)
     steps, tuned = tune(labels, epochs, "tuned")
     load_average(tuned, weight, labels)
     print(f"semi: {weight} of the network tuned on all labels, the rest of the one before")
